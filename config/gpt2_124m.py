@@ -1,0 +1,18 @@
+"""The GPT-2 124M shape on GPT-2 tokens (0.5M tokens a step, 10B tokens in all), for one or more large GPUs.
+
+Add config/gqa.py behind it for the variant; the data set comes with --dataset=FOLDER, see data/text/prepare.py.
+"""
+out_dir = "{out_dir}/gpt2_124m"
+dataset = "text"
+block_size = 1024
+vocab_size = 50304  # 50,257 rounded up to a multiple of 128
+n_layer = 12
+n_head = 12
+n_embd = 768
+batch_size = 16
+tokens_per_step = 2**19
+max_steps = 19073
+warmup_steps = 700
+learning_rate = 6e-4
+min_lr = 6e-5
+eval_tokens = 2**20

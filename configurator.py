@@ -1,0 +1,170 @@
+"""Settings of a program, read from a dataclass: `program.py [config.py ...] [--key=value ...]`, later wins.
+
+The dataclass is the interface: its fields are the keys, their defaults the defaults and their trailing comments
+the text of --help. A config file holds assignments of literals and constant arithmetic; it is parsed, never run.
+"""
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import operator
+import os
+import re
+import sys
+import time
+import types
+import typing
+
+
+class UserError(Exception):
+    """Bad input: one sentence with the cause and the remedy, which the program prints before it exits with code 2."""
+
+
+def program(main):
+    """Decorates main(argv): a UserError becomes one line on standard error and exit code 2, argv defaults to the shell's."""
+    @functools.wraps(main)
+    def run(argv=None):
+        try:
+            return main(sys.argv[1:] if argv is None else list(argv))
+        except UserError as error:
+            # torchrun ends every rank as soon as one exits: the others wait, so that rank 0 gets to say it, once.
+            # A rank whose trouble is its own (a missing disk, say) speaks after the wait.
+            if os.environ.get("RANK", "0") != "0":
+                time.sleep(20)
+            print(f"{os.path.basename(sys.modules[main.__module__].__file__)}: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+    return run
+
+
+def parse(cls, argv, doc):
+    """The settings that argv (config files and --key=value) names for the dataclass cls, as {key: value}.
+
+    doc, the program's docstring, heads the --help.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text(cls, doc))
+        raise SystemExit(0)
+    values = {}
+    for arg in argv:
+        if arg.startswith("--"):
+            key, equals, text = arg[2:].partition("=")
+            check_key(cls, key, arg)
+            if not equals:
+                raise UserError(f"{arg} needs a value: write --{key}=VALUE")
+            values[key] = convert(cls, key, text, arg)
+        else:
+            for key, value in read_config(cls, arg):
+                if isinstance(value, str):  # "{out_dir}/gqa" extends the out_dir that is set so far
+                    value = value.replace("{" + key + "}", str(values.get(key, getattr(cls, key))))
+                values[key] = value
+    return values
+
+
+def build(cls, values):
+    """cls(**values), with a failed check of its __post_init__ as a UserError."""
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def read_config(cls, path):
+    """The (key, value) assignments of a config file, in order."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            body = ast.parse(f.read()).body
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): pass a config file, or a setting as --key=value") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{path} is not a config file ({error}): it takes lines like n_kv_head = 2") from None
+    for node in body:
+        where = f"{path}:{node.lineno}"
+        match node:
+            case ast.Expr(value=ast.Constant(value=str())):  # the docstring
+                continue
+            case ast.Assign(targets=[ast.Name(id=key)], value=expression):
+                check_key(cls, key, where)
+                try:
+                    value = literal(expression)
+                except (ValueError, ArithmeticError, RecursionError) as error:
+                    raise UserError(f"{where}: {key} must be a literal or constant arithmetic ({error})") from None
+                yield key, convert(cls, key, value, where)
+            case _:
+                raise UserError(f"{where}: only assignments like n_kv_head = 2 are read, nothing is executed")
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+
+
+def literal(node):
+    """The value of a literal or of arithmetic over numbers."""
+    match node:
+        case ast.Constant(value=bool() | int() | float() | str() | None as value):
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -number(operand)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            a, b = number(left), number(right)
+            if isinstance(op, ast.Pow) and max(abs(a), abs(b)) > 1000:
+                raise ValueError(f"{a}**{b} is too large")
+            return OPERATORS[type(op)](a, b)
+    raise ValueError(f"found {ast.unparse(node)[:40]!r}")
+
+
+def number(node):
+    value = literal(node)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{value!r} is not a number")
+    return value
+
+
+def check_key(cls, key, where):
+    keys = [f.name for f in dataclasses.fields(cls)]
+    if key not in keys:
+        close = difflib.get_close_matches(key, keys, n=1)
+        hint = f"did you mean {close[0]}?" if close else "--help lists them"
+        raise UserError(f"{where}: there is no setting {key!r}, {hint}")
+
+
+def convert(cls, key, value, where):
+    """value, text from the command line or a literal from a file, as the type that cls declares for key."""
+    kind = typing.get_type_hints(cls)[key]
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if types.NoneType in kinds and value in (None, "None"):
+        return None
+    for kind in kinds:
+        if typing.get_origin(kind) is typing.Literal:
+            for choice in typing.get_args(kind):
+                if value == choice or value == str(choice):
+                    return choice
+        elif kind is bool and str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        elif kind in (int, float) and not isinstance(value, bool):
+            try:
+                result = kind(value)
+            except (TypeError, ValueError, OverflowError):
+                continue
+            if math.isfinite(result) and (isinstance(value, str) or result == value):
+                return result
+        elif kind is str and isinstance(value, str):
+            return value
+    wanted = " or ".join(describe(kind) for kind in kinds)
+    raise UserError(f"{where}: {key} must be {wanted}, not {value!r}")
+
+
+def describe(kind):
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(str(choice) for choice in typing.get_args(kind))
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "text", types.NoneType: "None"}[kind]
+
+
+def help_text(cls, doc):
+    """doc, then every key of cls with its default and its comment, base classes first."""
+    lines = [doc.strip(), "", "settings and their defaults:"]
+    for base in reversed(cls.__mro__[:-1]):
+        for key, comment in re.findall(r"^    (\w+): [^#\n]*?# (.*)$", inspect.getsource(base), re.M):
+            lines.append(f"  --{key}={getattr(cls, key)}".ljust(34) + f" {comment}")
+    return "\n".join(lines)

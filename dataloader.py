@@ -1,0 +1,238 @@
+"""Tokenized text: tokenizers, the writer behind every data/*/prepare.py, and the reader behind training.
+
+A data set is a folder of .bin files (raw uint16 or uint32 token ids, one after another) and one meta.json, which lists
+the files of each split with their token and byte counts. Every document ends with the end-of-text token.
+"""
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from configurator import UserError
+
+DATA = Path(__file__).resolve().parent / "data"
+EOT = "<|endoftext|>"
+SCANNED = 2**24  # tokens at the start of each file that are checked when it is opened; the rest is checked as it is read
+
+
+# -- tokenizers --------------------------------------------------------------------------------------------------------
+
+def get_tokenizer(name):
+    """The tiktoken.Encoding of that name; "byte" is one id per byte, 0 to 255, and end-of-text as 256."""
+    if name == "byte":
+        return tiktoken.Encoding("byte", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={EOT: 256})
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except OSError:  # of which a failed download is one
+        raise UserError(f"the files of tokenizer {name!r} are not on this machine and cannot be downloaded: set "
+                        "TIKTOKEN_CACHE_DIR to a folder that holds them, or use --tokenizer=byte") from None
+    except ValueError:
+        names = ", ".join(["byte", *tiktoken.list_encoding_names()])
+        raise UserError(f"there is no tokenizer {name!r}: choose one of {names}") from None
+    if EOT not in encoding.special_tokens_set:
+        raise UserError(f"tokenizer {name!r} has no {EOT} token to end a document with: choose another")
+    return encoding
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class PrepareConfig:
+    tokenizer: str = "byte"       # byte, or the name of any tiktoken encoding (gpt2, cl100k_base, ...)
+    input: str | None = None      # a text file, or a folder of them, to read instead of the usual source
+    data_dir: str | None = None   # folder that receives the .bin files and meta.json; None: that of the script
+    overwrite: bool = False       # replace a data set of another tokenizer
+
+
+def held_out(names):
+    """The tenth of the names, at least one, that validates: those whose sha256 is smallest, whatever their order."""
+    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return set(ranked[:max(1, len(ranked) // 10)])
+
+
+def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
+    """Tokenizes documents, pairs of split ("train" or "val") and text, into data_dir; about is added to meta.json.
+
+    The files take their names only when all are complete, meta.json last. Prints the counts.
+    """
+    data_dir = Path(data_dir)
+    if (data_dir / "meta.json").exists() and not overwrite:
+        there = read_meta(data_dir)["tokenizer"]
+        if there != tokenizer:
+            raise UserError(f"{data_dir} holds a data set of tokenizer {there!r}: pass another --data_dir, or --overwrite=True")
+    encoding = get_tokenizer(tokenizer)
+    dtype = np.dtype("uint16" if encoding.n_vocab <= 2**16 else "uint32").newbyteorder("<")
+    part = f".{os.getpid()}.part"
+    splits = {split: [dict(name=f"{split}.bin", tokens=0, bytes=0)] for split in ("train", "val")}
+    digest = hashlib.sha256()
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        files = {split: open(data_dir / f"{split}.bin{part}", "wb") for split in splits}
+        for split, text in tqdm(documents, desc="tokenizing", unit=" documents", disable=None):
+            ids = np.array([*encoding.encode_ordinary(text), encoding.eot_token], dtype=dtype)
+            files[split].write(ids.tobytes())
+            digest.update(f"{split} {len(ids)} ".encode() + ids.tobytes())
+            splits[split][0]["tokens"] += len(ids)
+            splits[split][0]["bytes"] += len(text.encode())
+        for split, file in files.items():
+            file.close()
+            if not splits[split][0]["tokens"]:
+                raise UserError(f"no text for the {split} split: give more text with --input")
+        meta = dict(about, tokenizer=tokenizer, vocab_size=encoding.n_vocab, dtype=dtype.name, sha256=digest.hexdigest(),
+                    splits=splits)
+        (data_dir / f"meta.json{part}").write_text(json.dumps(meta, indent=1))
+        for name in ("train.bin", "val.bin", "meta.json"):
+            os.replace(data_dir / f"{name}{part}", data_dir / name)
+    except OSError as error:
+        raise UserError(f"cannot write the data set to {data_dir} ({error.strerror}): pass another --data_dir") from None
+    finally:
+        for left in data_dir.glob(f"*{part}"):
+            left.unlink()
+    for split, (file,) in splits.items():
+        print(f"{data_dir / file['name']}: {file['tokens']:,} tokens from {file['bytes']:,} bytes of text")
+    print(f"tokenizer {tokenizer}, {encoding.n_vocab:,} ids, content sha256 {meta['sha256'][:16]}")
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+def read_meta(folder):
+    """The checked content of a data set's meta.json."""
+    path = Path(folder) / "meta.json"
+    try:
+        meta = json.loads(path.read_text())
+        assert meta["dtype"] in ("uint16", "uint32") and meta["vocab_size"] > 0 and isinstance(meta["tokenizer"], str)
+        assert isinstance(meta["sha256"], str)
+        for split in ("train", "val"):
+            for file in meta["splits"][split]:
+                assert file["tokens"] >= 0 and file["bytes"] >= 0 and file["name"] == os.path.basename(file["name"])
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise UserError(f"{path} is not the meta.json of a data set: {mend(folder)}") from None
+    return meta
+
+
+def mend(folder):
+    """The command that makes the data set in that folder."""
+    script = Path(folder) / "prepare.py"
+    return f"run python {os.path.relpath(script)}" if script.exists() else "make it again with its prepare.py"
+
+
+class Split:
+    """One split of a data set, read as windows of tokens."""
+
+    def __init__(self, folder, name, meta):
+        self.folder, self.vocab_size, self.dtype = Path(folder), meta["vocab_size"], np.dtype(meta["dtype"]).newbyteorder("<")
+        self.files = meta["splits"][name]
+        self.n_tokens = sum(file["tokens"] for file in self.files)
+        self.n_bytes = sum(file["bytes"] for file in self.files)
+        for file in self.files:
+            path, wanted = self.folder / file["name"], file["tokens"] * self.dtype.itemsize
+            size = path.stat().st_size if path.is_file() else -1
+            if size != wanted:
+                state = f"has {size:,} bytes where meta.json promises {wanted:,}" if size >= 0 else "is missing"
+                raise UserError(f"{path} {state}: {mend(folder)}")
+            self.map(file, 0, min(file["tokens"], SCANNED))
+
+    def map(self, file, start, count):
+        """Tokens [start, start + count) of one file, memory-mapped for this window alone and checked."""
+        if not count:
+            return np.zeros(0, dtype=self.dtype)
+        ids = np.memmap(self.folder / file["name"], self.dtype, "r", start * self.dtype.itemsize, (count,))
+        if ids.max() >= self.vocab_size:
+            raise UserError(f"{self.folder / file['name']} holds token id {ids.max()}, but its vocabulary ends at "
+                            f"{self.vocab_size - 1}: {mend(self.folder)}")
+        return ids
+
+    def read(self, start, count):
+        """Tokens [start, start + count) of the split as int64, across its files."""
+        parts = []
+        for file in self.files:
+            stop = min(start + count, file["tokens"])
+            if start < stop:
+                parts.append(self.map(file, start, stop - start).astype(np.int64))
+                count -= stop - start
+            start = max(0, start - file["tokens"])
+        return np.concatenate(parts)
+
+
+class Dataset:
+    """A prepared data set: name is a folder below data/, or the path of one. Splits train and val, and its meta."""
+
+    def __init__(self, name):
+        self.folder = find(name)
+        if not (self.folder / "meta.json").exists():
+            raise UserError(f"data set {name!r} is not prepared: {mend(self.folder)}")
+        self.meta = read_meta(self.folder)
+        self.train, self.val = (Split(self.folder, split, self.meta) for split in ("train", "val"))
+
+
+def find(name):
+    """The folder of the data set called name."""
+    for folder in (DATA / name, Path(name)):
+        if folder.is_dir():
+            return folder
+    known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
+    raise UserError(f"there is no data set {name!r}: choose one of {', '.join(known)}, or the path of a prepared folder")
+
+
+def keyed(*key):
+    """A 63-bit number that looks random and depends on the key alone, on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+
+
+def shuffled(index, n, key):
+    """The index-th element of a pseudo-random permutation of range(n), computed without storing it.
+
+    A four-round Feistel network permutes the smallest range of 4^k that holds n; where it lands beyond n it is applied
+    again until it does not (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    low = 2**half - 1
+    while True:
+        left, right = index >> half, index & low
+        for round in range(4):
+            mixed = ((right + round + 1) * 0x9E3779B97F4A7C15 ^ key) * 0xBF58476D1CE4E5B9 % 2**64
+            left, right = right, left ^ (mixed >> 40) & low
+        index = left << half | right
+        if index < n:
+            return index
+
+
+def train_batch(split, seed, first, count, block_size):
+    """Inputs and targets, int64 (count, block_size) each, of the training sequences first, first + 1, ... of a run.
+
+    A pure function of its arguments. Each epoch cuts the split into blocks, from an offset of its own, and visits each
+    once in an order of its own; a target is the token after its input.
+    """
+    n_blocks = max(1, (split.n_tokens - block_size) // block_size)
+    spare = min(block_size, split.n_tokens - n_blocks * block_size)  # offsets at which n_blocks blocks still fit
+    windows = []
+    for sequence in range(first, first + count):
+        epoch, index = divmod(sequence, n_blocks)
+        offset = keyed(seed, epoch, "offset") % spare
+        block = shuffled(index, n_blocks, keyed(seed, epoch, "order"))
+        windows.append(split.read(offset + block * block_size, block_size + 1))
+    windows = np.stack(windows)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def val_windows(split, block_size, eval_tokens=None):
+    """Starts of the validation windows: all of the split, or as many as eval_tokens fills, evenly spaced."""
+    n_windows = -(-(split.n_tokens - 1) // block_size)
+    count = n_windows if eval_tokens is None else min(n_windows, max(1, eval_tokens // block_size))
+    return [i * n_windows // count * block_size for i in range(count)]
+
+
+def val_batch(split, starts, rows, block_size):
+    """Inputs and targets (rows, block_size) of the windows at starts; targets that do not exist are -1."""
+    x = np.zeros((rows, block_size), dtype=np.int64)
+    y = np.full((rows, block_size), -1, dtype=np.int64)
+    for row, start in enumerate(starts):
+        window = split.read(start, min(block_size + 1, split.n_tokens - start))
+        x[row, :len(window) - 1], y[row, :len(window) - 1] = window[:-1], window[1:]
+    return x, y

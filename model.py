@@ -1,0 +1,294 @@
+"""A Llama-shaped decoder in one file, whose key/value heads are one number: n_kv_head.
+
+n_kv_head = n_head is multi-head attention (MHA), 1 is multi-query attention (MQA, Shazeer 2019, arXiv 1911.02150)
+and anything between is grouped-query attention (GQA, Ainslie et al. 2023, arXiv 2305.13245).
+
+Dimension letters, used in every shape comment:
+    B batch   T new tokens   S tokens attended to (cached ones and the new)   V vocab_size
+    C n_embd  H n_head       K n_kv_head                                      D head_dim
+"""
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 256         # longest context, in tokens
+    vocab_size: int | None = None  # rows of the embedding table; None: as many as the data set's tokenizer has ids
+    n_layer: int = 4              # transformer blocks
+    n_head: int = 8               # query heads
+    n_kv_head: int | None = None  # key/value heads: None is n_head (MHA), 1 is MQA, a divisor of n_head between is GQA
+    n_embd: int = 128             # width of the residual stream
+    head_dim: int | None = None   # width of a head; None: n_embd / n_head
+    n_ff: int | None = None       # hidden width of the MLP; None: 8/3 n_embd, rounded up to a multiple of 32
+    rope_theta: float = 10000.0   # base of the rotary wavelengths
+    norm_eps: float = 1e-5        # added to the mean square in RMSNorm
+    qk_norm: bool = True          # RMSNorm on every query and key head, as in Qwen3; without it the model is a Llama
+    qkv_bias: bool = False        # biases on q_proj, k_proj and v_proj, as in Qwen2
+    tie_embeddings: bool = True   # the embedding table is also the output head
+    dropout: float = 0.0          # on the embedding and on what each block adds; never on attention weights
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ff"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.n_head % self.n_kv_head:
+            legal = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
+            raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}: choose one of {legal}")
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: change one of them, "
+                                 "or set head_dim")
+            self.head_dim = self.n_embd // self.n_head
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd, and RoPE turns pairs: make it even")
+        if self.n_ff is None:
+            self.n_ff = math.ceil(self.n_embd * 8 / 3 / 32) * 32
+        for name in ("rope_theta", "norm_eps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
+
+
+def rope_cos_sin(positions, head_dim, theta):
+    """(B, T) absolute positions -> cos and sin of their angles, each (B, 1, T, D/2) in float32.
+
+    Pair i turns by position * theta^(-2i/D) (Su et al. 2021, arXiv 2104.09864). Computed once per forward from the
+    positions, so there is no buffer that model.bfloat16() could round: in bfloat16 position 257 is position 256.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angle = positions[:, None, :, None].float() * (1.0 / theta**exponent)
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x, cos, sin):
+    """Turns each pair (x[i], x[i + D/2]) of (B, heads, T, D) by its angle: the half-split convention of Hugging Face."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of all layers, for at most max_length tokens in each of batch_size rows.
+
+    Allocated by the caller and passed to GPT.forward; the model keeps no state between calls. It holds n_kv_head
+    heads and never n_head. It owns the position: GPT.forward asks where the new tokens stand, each layer appends
+    its keys and values there, and GPT.forward advances once after the last layer.
+    """
+
+    def __init__(self, config, batch_size, max_length, device=None, dtype=None):
+        if not 1 <= max_length <= config.block_size:
+            raise ValueError(f"a cache of {max_length} tokens: it must be 1 to block_size={config.block_size}")
+        shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.max_length = max_length
+        self.length = 0  # tokens held, the same in every row
+
+    @property
+    def nbytes(self):
+        return self.k.nbytes + self.v.nbytes
+
+    def positions(self, T):
+        """Absolute positions of the next T tokens, (B, T). ValueError where they would not fit."""
+        if self.length + T > self.max_length:
+            # a slice assignment past the end would drop the tokens without a word
+            raise ValueError(f"the cache holds {self.length} of at most {self.max_length} tokens: {T} more do not fit")
+        positions = torch.arange(self.length, self.length + T, device=self.k.device)
+        return positions.expand(self.k.size(1), T)
+
+    def mask(self, positions):
+        """Which of the S cached and new tokens each new one may see, (B, T, S) bool; None: all up to itself."""
+        T = positions.size(1)
+        if T == 1 or self.length == 0:  # one token sees everything, a first chunk is plainly causal
+            return None
+        return positions[:, :, None] >= torch.arange(self.length + T, device=positions.device)
+
+    def append(self, layer, k, v):
+        """Writes the new (B, K, T, D) keys and values of a layer; returns all it has, (B, K, S, D) views."""
+        end = self.length + k.size(2)
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def advance(self, T):
+        self.length += T
+
+    def repeat(self, n):
+        """A cache whose rows are these, n times each: one prefilled prompt for n samples."""
+        other = object.__new__(KVCache)
+        other.k, other.v = self.k.repeat_interleave(n, dim=1), self.v.repeat_interleave(n, dim=1)
+        other.max_length, other.length = self.max_length, self.length
+        return other
+
+
+def attend(q, k, v, mask=None):
+    """Attention of (B, H, T, D) queries over (B, K, S, D) keys and values -> (B, H, T, D).
+
+    mask is (B, T, S), True where a token may look; None means causal where T = S and everything where T = 1.
+    Query head h reads key/value head h // (H / K). With H = 8 and K = 2:
+
+        query head       0 1 2 3  4 5 6 7
+        key/value head   0 0 0 0  1 1 1 1
+
+    K and V are never copied out to H heads, by one of two routes:
+    native  for training and prefill: the fused kernel reads each key/value head for all of its queries. It exists on
+            CPU, and on CUDA in half precision without a mask; elsewhere enable_gqa silently copies (CUDA float32).
+    folded  for decoding and wherever there is a mask or no native kernel: the H / K queries that share a head become
+            rows of one query matrix, so that every kernel can run it. On CPU this is also the fastest way to decode.
+    """
+    B, H, T, D = q.shape
+    K, S = k.shape[1:3]
+    native = q.device.type == "cpu" or (q.device.type == "cuda" and q.dtype != torch.float32) or H == K
+    if mask is None and T > 1 and native:
+        # is_causal is aligned to the top left: right only for square T = S, so a warm cache must bring a mask
+        assert T == S, (T, S)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
+    if mask is None and T > 1:
+        mask = torch.ones(1, T, S, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        mask = mask[:, None].repeat(1, 1, H // K, 1)                   # (B, 1, H/K * T, S)
+    q = q.reshape(B, K, H // K * T, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, T, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        H, K, D, C = config.n_head, config.n_kv_head, config.head_dim, config.n_embd
+        self.layer, self.head_dim = layer, D
+        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, cache, mask):
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)                # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)                # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q = apply_rope(self.q_norm(q).transpose(1, 2), cos, sin)        # (B, H, T, D)
+        k = apply_rope(self.k_norm(k).transpose(1, 2), cos, sin)        # (B, K, T, D)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)                       # (B, K, S, D)
+        y = attend(q, k, v, mask)                                       # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))         # (B, T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_ff, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_ff, bias=False)
+        self.down_proj = nn.Linear(config.n_ff, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cos, sin, cache, mask):
+        x = x + self.dropout(self.attn(self.attn_norm(x), cos, sin, cache, mask))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(nn.Module):
+    def __init__(self, config, seed=1337):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("vocab_size is None: set it to the tokenizer's number of ids")
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Draws each matrix from a generator of its own, seeded by (seed, name): models that differ in one shape
+        still start from the same values everywhere else, on any number of ranks and any device."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            key = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
+            std = 0.02
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+
+    def forward(self, idx, targets=None, cache=None, logits="all"):
+        """(B, T) token ids -> (logits, loss).
+
+        logits says which to compute: "all" (B, T, V), "last" (B, 1, V), or "none" for None. loss is the mean
+        cross-entropy in nats over the (B, T) targets, those of -1 left out; None without targets. With a cache the
+        ids continue what it holds; ValueError where they do not fit into it, or into block_size without one.
+        """
+        B, T = idx.shape
+        if cache is None:
+            if T > self.config.block_size:
+                raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}")
+            positions, mask = torch.arange(T, device=idx.device)[None], None
+        else:
+            positions = cache.positions(T)
+            mask = cache.mask(positions)
+        cos, sin = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
+        x = self.dropout(self.embed(idx))                               # (B, T, C)
+        for block in self.layers:
+            x = block(x, cos, sin, cache, mask)
+        if cache is not None:
+            cache.advance(T)
+        x = self.norm(x[:, -1:] if logits == "last" else x)
+        loss = None
+        if targets is not None or logits != "none":
+            out = F.linear(x, self.head_weight)
+        if targets is not None:
+            loss = F.cross_entropy(out.float().view(-1, out.size(-1)), targets.reshape(-1), ignore_index=-1)
+        return (None if logits == "none" else out), loss
+
+    @property
+    def head_weight(self):
+        """The (V, C) matrix that makes logits: the embedding table where they are tied."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+
+    def num_params(self, embedding=True):
+        """Number of parameters; embedding=False leaves out the embedding table and an untied head."""
+        tables = {id(self.embed.weight): self.embed.weight, id(self.head_weight): self.head_weight}
+        total = sum(p.numel() for p in self.parameters())
+        return total if embedding else total - sum(p.numel() for p in tables.values())
+
+    def flops_per_token(self, T=None):
+        """Training FLOPs for one token of a T-token sequence (block_size if None), forward and backward:
+        6 per matmul weight and 12 L H D T for attention, the causal half not taken off (PaLM, arXiv 2204.02311, app. B).
+        n_kv_head changes the first term only."""
+        c = self.config
+        matmul = sum(p.numel() for p in self.parameters() if p.dim() == 2)
+        if self.lm_head is not None:
+            matmul -= self.embed.weight.numel()  # a lookup, no product
+        return 6 * matmul + 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
+
+    def kv_bytes_per_token(self, dtype=torch.float32):
+        """Bytes that the cache holds for one token of one sequence: 2 (key and value) L K D elements."""
+        c = self.config
+        return 2 * c.n_layer * c.n_kv_head * c.head_dim * dtype.itemsize

@@ -1,0 +1,535 @@
+"""Trains a GPT on tokenized text, on one device or, under torchrun, on several.
+
+    python train.py [config.py ...] [--key=value ...]                              later settings win
+    torchrun --standalone --nproc_per_node=4 train.py config/gpt2_124m.py config/gqa.py
+"""
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+from configurator import UserError, build, parse, program
+from dataloader import DATA, Dataset, find, get_tokenizer, keyed, train_batch, val_batch, val_windows
+from model import GPT, GPTConfig
+
+
+@dataclass
+class TrainConfig(GPTConfig):
+    # files
+    out_dir: str = "out"          # folder that receives ckpt.pt and metrics.jsonl
+    overwrite: bool = False       # let a run from scratch replace the one in out_dir
+    init_from: str = "scratch"    # scratch, resume, auto (resume where out_dir has a checkpoint), or a folder whose weights to start from
+    dataset: str = "python"       # a folder below data/, or the path of a prepared one
+    # length and evaluation
+    max_steps: int = 1500         # optimizer steps in all
+    eval_interval: int = 250      # steps between evaluations; each one saves a checkpoint
+    eval_tokens: int | None = 2**17  # validation tokens, the same ones every time; None: the whole split
+    eval_only: bool = False       # evaluate the checkpoint in out_dir (or of init_from) and stop
+    log_interval: int = 10        # steps between log lines
+    # batch
+    batch_size: int = 8           # sequences per device and micro-step
+    tokens_per_step: int = 2**12  # tokens per optimizer step over all devices and micro-steps
+    # optimizer
+    optimizer: Literal["adamw"] = "adamw"  # adamw, fused
+    learning_rate: float = 3e-3   # peak, after the warm-up
+    min_lr: float = 0.0           # at max_steps, the end of the cosine
+    warmup_steps: int = 100       # steps of linear warm-up; may be more than max_steps
+    weight_decay: float = 0.1     # on matrices only
+    beta1: float = 0.9            # decay of AdamW's mean gradient
+    beta2: float = 0.95           # decay of AdamW's mean squared gradient
+    grad_clip: float = 1.0        # largest norm of the whole gradient; 0 is no limit
+    # where it runs
+    seed: int = 1337              # of the weights, the order of the data and dropout
+    device: str = "auto"          # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the products; the weights stay float32. auto: bfloat16 on CUDA
+    compile: Literal["auto", True, False] = "auto"  # torch.compile. auto: on CUDA
+    # Weights & Biases
+    wandb_log: bool = False       # also log to wandb (WANDB_MODE=offline needs no network)
+    wandb_project: str = "nanogqa"  # project there
+    wandb_run_name: str | None = None  # run there; None: out_dir
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("eval_interval", "log_interval", "batch_size", "tokens_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("max_steps", "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        if self.eval_tokens is not None and self.eval_tokens < 1:
+            raise ValueError(f"eval_tokens must be at least 1, or None for the whole split, not {self.eval_tokens}")
+        if self.tokens_per_step % self.block_size:
+            raise ValueError(f"tokens_per_step={self.tokens_per_step} is not a multiple of block_size={self.block_size}: "
+                             f"the nearest is {nearest(self.tokens_per_step, self.block_size)}")
+
+
+def nearest(value, unit):
+    """The multiples of unit around value, in words."""
+    below, above = value // unit * unit, -(-value // unit) * unit
+    return f"{below} or {above}" if below else f"{above}"
+
+
+# -- where it runs -----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Runtime:
+    """What the settings device, dtype and compile came to on this machine, and the place of this rank among others."""
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    why: str                      # one line that says so
+    rank: int = 0
+    ranks: int = 1
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def tensor(self, array):
+        return torch.from_numpy(array).to(self.device)
+
+    def describe(self):
+        """Plain values for a checkpoint."""
+        return dict(device=self.device.type, dtype=str(self.dtype).removeprefix("torch."), compile=self.compile,
+                    ranks=self.ranks)
+
+
+def pick_runtime(device, dtype, compile):
+    """The Runtime of the settings device, dtype and compile, each of which may be "auto". UserError if it is not here."""
+    rank, ranks, local_rank = (int(os.environ.get(name, default)) for name, default in
+                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    asked = device
+    if device == "auto":
+        device = "cuda" if cuda else "mps" if mps else "cpu"
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise UserError(f"there is no device {device!r}: choose auto, cpu, cuda, cuda:N or mps")
+    if not {"cpu": True, "cuda": cuda, "mps": mps}[kind]:
+        raise UserError(f"device {device!r} is not available here: choose --device=auto or --device=cpu")
+    if kind == "cuda":
+        index = int(index) if index else local_rank
+        if index >= torch.cuda.device_count():
+            raise UserError(f"there is no GPU {index}, this machine has {torch.cuda.device_count()}: start as many ranks "
+                            "as GPUs, or choose --device=cpu")
+        device = f"cuda:{index}"
+        torch.cuda.set_device(index)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    why = [f"device {device}" + ({"cpu": " (no GPU found)", "cuda": "", "mps": ""}[kind] if asked == "auto" else "")]
+    if dtype == "auto":
+        half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if half else "float32"
+        why.append(dtype + (" (this GPU has it)" if half else f" (the default on {kind})" if kind != "cuda" else
+                            " (this GPU has no bfloat16)"))
+    else:
+        why.append(dtype)
+    if compile == "auto":
+        compile = kind == "cuda"
+        why.append("compiled" if compile else f"eager (compile=True costs about a minute first on {kind})")
+    else:
+        why.append("compiled" if compile else "eager")
+    return Runtime(torch.device(device), getattr(torch, dtype), compile, ", ".join(why), rank, ranks)
+
+
+def compile_model(model, runtime, example):
+    """model compiled, after a try on example(model); or model itself, with one warning, where compiling fails."""
+    if not runtime.compile:
+        return model
+    compiled = torch.compile(model)
+    try:
+        example(compiled)
+        return compiled
+    except Exception as error:  # no compiler, no Triton, an unsupported Python: many kinds
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        print(f"warning: torch.compile does not work here ({reason[:200]}): going on in eager mode", file=sys.stderr)
+        runtime.compile = False
+        return model
+
+
+# peak dense bfloat16 FLOP/s by a part of the device's name (NVIDIA's data sheets), for model FLOPs utilisation
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def peak_flops(runtime):
+    """The peak FLOP/s of one device in bfloat16; None where it is not known."""
+    if runtime.device.type != "cuda" or runtime.dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(runtime.device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+# -- from settings to a checked plan -----------------------------------------------------------------------------------
+
+def prepare_default(name):
+    """Makes the default data set where it is not there yet: one rank of each machine does, the others wait."""
+    folder = DATA / "python"
+    if name != "python" or (folder / "meta.json").exists():
+        return
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print("data set python is not prepared yet: running python data/python/prepare.py", flush=True)
+        if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
+            raise UserError("data/python/prepare.py failed, as it says above: mend that, or choose another --dataset")
+    while not (folder / "meta.json").exists():
+        time.sleep(0.2)
+
+
+def plan(given):
+    """The checked (TrainConfig, Dataset, checkpoint to start from or None) of the settings that were given.
+
+    When resuming, what is not given is what the run had; from another run's weights only the model is.
+    """
+    config = build(TrainConfig, given)
+    out_dir, there = config.out_dir, (Path(config.out_dir) / checkpoint.NAME).exists()
+    if config.init_from == "auto":
+        given = dict(given, init_from="resume" if there else "scratch")
+        config = build(TrainConfig, given)
+    resume = config.init_from == "resume"
+    if there and not (resume or config.overwrite or config.eval_only):
+        raise UserError(f"{out_dir} holds a checkpoint: continue it with --init_from=resume, replace it with "
+                        "--overwrite=True, or choose another --out_dir")
+    state = None
+    if config.init_from != "scratch":
+        source = out_dir if resume else config.init_from
+        if not Path(source).is_dir():
+            raise UserError(f"{source} is no folder: init_from takes scratch, resume, auto or a folder that holds a checkpoint")
+        state = checkpoint.load(source)
+        known = {f.name for f in fields(TrainConfig)} - {"init_from", "overwrite", "eval_only", "out_dir"}
+        base = state["settings"] if resume else state["config"]
+        config = build(TrainConfig, {**{key: base[key] for key in base if key in known}, **given})
+    elif config.eval_only:
+        raise UserError("eval_only needs weights: add --init_from=resume, or --init_from=FOLDER with another run's checkpoint")
+
+    prepare_default(config.dataset)
+    dataset = Dataset(config.dataset)
+    meta = dataset.meta
+    if config.vocab_size is None:
+        config.vocab_size = meta["vocab_size"] if state is None else state["config"]["vocab_size"]
+    if state is not None:
+        for f in fields(GPTConfig):
+            here, before = getattr(config, f.name), state["config"].get(f.name)
+            if here != before and (resume or f.name not in ("block_size", "dropout")):
+                raise UserError(f"{f.name}={here}, but the model in {source} has {before}: leave {f.name} out, or start "
+                                "from scratch in another --out_dir")
+        if meta["tokenizer"] != state["tokenizer"]:
+            raise UserError(f"data set {config.dataset!r} is of tokenizer {meta['tokenizer']!r}, the model in {source} of "
+                            f"{state['tokenizer']!r}: prepare the data with --tokenizer={state['tokenizer']}")
+    if resume:
+        for name in ("seed", "tokens_per_step"):
+            if getattr(config, name) != base.get(name):
+                raise UserError(f"{name}={getattr(config, name)}, but the run in {out_dir} has {base.get(name)}: leave {name} "
+                                "out, or start another run with another --out_dir")
+        if meta["sha256"] != state["dataset_sha256"]:
+            raise UserError(f"data set {config.dataset!r} is not the one that the run in {out_dir} was trained on (another "
+                            "sha256): prepare that one again, or start another run with another --out_dir")
+        if state["step"] > config.max_steps:
+            raise UserError(f"the run in {out_dir} is at step {state['step']}, beyond max_steps={config.max_steps}: raise it")
+    if meta["vocab_size"] > config.vocab_size:
+        raise UserError(f"data set {config.dataset!r} has {meta['vocab_size']} token ids, more than vocab_size="
+                        f"{config.vocab_size}: raise vocab_size, or leave it out")
+    for split in (dataset.train, dataset.val):
+        if split.n_tokens <= config.block_size:
+            raise UserError(f"block_size={config.block_size} needs {config.block_size + 1} tokens in each split, data set "
+                            f"{config.dataset!r} has one of {split.n_tokens}: lower block_size, or use more text")
+    return config, dataset, state
+
+
+def micro_steps(config, ranks):
+    """Gradient accumulation: micro-steps of batch_size sequences per optimizer step and rank."""
+    at_once = config.batch_size * ranks * config.block_size
+    if config.tokens_per_step % at_once:
+        raise UserError(f"tokens_per_step={config.tokens_per_step} is not a multiple of batch_size {config.batch_size} x "
+                        f"{ranks} ranks x block_size {config.block_size} = {at_once}: the nearest is "
+                        f"{nearest(config.tokens_per_step, at_once)}, or choose another batch_size")
+    return config.tokens_per_step // at_once
+
+
+def check_writable(out_dir):
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        probe = Path(out_dir) / f".probe{os.getpid()}"
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {out_dir} ({error.strerror}): choose another --out_dir") from None
+
+
+# -- evaluation, learning rate, log ------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model, split, config, runtime):
+    """Mean loss in nats per token over the fixed validation windows, whatever the number of ranks."""
+    model.eval()
+    starts = val_windows(split, config.block_size, config.eval_tokens)
+    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of tokens
+    for first in range(runtime.rank * config.batch_size, len(starts), runtime.ranks * config.batch_size):
+        x, y = val_batch(split, starts[first:first + config.batch_size], config.batch_size, config.block_size)
+        with runtime.autocast():
+            loss = model(runtime.tensor(x), runtime.tensor(y), logits="none")[1]
+        n_tokens = int((y >= 0).sum())
+        total += torch.tensor([loss.item() * n_tokens, n_tokens], dtype=torch.float64)
+    model.train()
+    if runtime.ranks > 1:
+        dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def bits_per_byte(loss, split):
+    """Nats per token -> bits per byte of the split's text, which compares tokenizers."""
+    return loss / math.log(2) * split.n_tokens / split.n_bytes
+
+
+def learning_rate(step, config):
+    """Of the update that follows step updates: linear warm-up, then a cosine from learning_rate to min_lr at max_steps."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+class Log:
+    """metrics.jsonl, lines on the terminal (below them a progress bar, where it is one) and wandb. Rank 0 alone has one."""
+
+    def __init__(self, config, start):
+        self.path = Path(config.out_dir) / "metrics.jsonl"
+        rows = []
+        if start and self.path.exists():  # what a killed run wrote after its last checkpoint will be written again
+            for line in self.path.read_text().splitlines():
+                with contextlib.suppress(ValueError):
+                    rows += [line] if json.loads(line)["step"] <= start else []
+        self.path.write_text("".join(f"{line}\n" for line in rows))
+        self.bar = tqdm(total=config.max_steps, initial=start, desc=config.out_dir, unit="step", disable=None)
+        self.wandb = None
+        if config.wandb_log:
+            import wandb
+            self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.out_dir,
+                                    dir=config.out_dir, config=asdict(config))
+
+    def row(self, **row):
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+        if self.wandb:
+            self.wandb.log({key: value for key, value in row.items() if value is not None}, step=row["step"])
+        self.bar.update(row["step"] - self.bar.n)
+        text = f"step {row['step']:>6}"
+        for key, form in (("train_loss", ".4f"), ("val_loss", ".4f"), ("val_bpb", ".4f"), ("lr", ".2e"), ("grad_norm", ".2f"),
+                          ("tokens_per_sec", ",.0f"), ("mfu", ".1%")):
+            if row[key] is not None:
+                text += f"  {key} {row[key]:{form}}"
+        self.print(text)
+
+    def print(self, text):
+        self.bar.write(text)
+        sys.stdout.flush()
+
+    def close(self):
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+class StopSignal:
+    """While it is open, the first Ctrl-C or SIGTERM sets .number and no more: the loop stops at the next step boundary."""
+
+    def __enter__(self):
+        self.number = 0
+        self.before = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def catch(self, number, frame):
+        self.number = number
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def agreed(self, runtime):
+        """The signal that any rank has received: ranks receive it at different moments, and must stop at the same step."""
+        if runtime.ranks == 1:
+            return self.number
+        number = torch.tensor(self.number)
+        dist.all_reduce(number, dist.ReduceOp.MAX)  # on the CPU, so that the GPU is not waited for
+        return number.item()
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+@program
+def main(argv):
+    given = parse(TrainConfig, argv, __doc__)
+    config, dataset, state = plan(given)
+    runtime = pick_runtime(config.device, config.dtype, config.compile)
+    accumulation = micro_steps(config, runtime.ranks)
+    if not config.eval_only:
+        check_writable(config.out_dir)
+    # all input is checked; from here on ranks talk to each other
+    if runtime.ranks > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if runtime.device.type == "cuda" else "gloo")
+    try:
+        train(config, dataset, state, runtime, accumulation)
+    finally:
+        if runtime.ranks > 1:
+            dist.destroy_process_group()
+
+
+def train(config, dataset, state, runtime, accumulation):
+    """Runs the plan: evaluates and stops, or trains from state (a checkpoint, or None) to max_steps."""
+    master, ranks = runtime.rank == 0, runtime.ranks
+    say = print if master else lambda *args: None
+    resume = config.init_from == "resume"
+    start = state["step"] if resume else 0
+
+    # model and optimizer
+    model_config = checkpoint.model_config(config)
+    model = GPT(model_config, config.seed) if state is None else checkpoint.build_model(state, model_config)
+    model.to(runtime.device)
+    optimizer = make_optimizer(model, config)
+    if resume:
+        checkpoint.load_optimizer(optimizer, state)
+
+    def batch(step, micro_step):
+        """Inputs and targets of this rank: the ranks take turns through the sequences of the step."""
+        first = (step * accumulation + micro_step) * ranks * config.batch_size + runtime.rank * config.batch_size
+        x, y = train_batch(dataset.train, config.seed, first, config.batch_size, config.block_size)
+        return runtime.tensor(x), runtime.tensor(y)
+
+    def loss_of(forward, x, y):
+        with runtime.autocast():
+            return forward(x, y, logits="none")[1]
+
+    # one order: the plain model owns the weights and is saved, torch.compile wraps it, DDP wraps that
+    compiled = compile_model(model, runtime, lambda forward: loss_of(forward, *batch(0, 0)).backward())
+    optimizer.zero_grad(set_to_none=True)
+    ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if ranks > 1 else compiled
+
+    # what is about to happen
+    train_tokens, params = dataset.train.n_tokens, model.num_params()
+    say(f"{runtime.why}; {ranks} rank{'s' * (ranks > 1)}")
+    say(f"model: {params:,} parameters ({model.num_params(embedding=False):,} without the embedding table), n_head "
+        f"{config.n_head}, n_kv_head {config.n_kv_head}, KV cache {model.kv_bytes_per_token():,} bytes per token in float32")
+    say(f"data: {config.dataset}, {train_tokens:,} training tokens, tokenizer {dataset.meta['tokenizer']}, "
+        f"sha256 {dataset.meta['sha256'][:16]}")
+    say(f"batch: {config.tokens_per_step:,} tokens per step = {config.batch_size} sequences x {config.block_size} tokens x "
+        f"{ranks} ranks x {accumulation} micro-steps; {config.max_steps:,} steps are "
+        f"{config.tokens_per_step * config.max_steps / train_tokens:.2f} epochs")
+    if resume:
+        then = {**state["settings"], **state["runtime"]}
+        now = {**asdict(config), **runtime.describe()}
+        changed = [f"{key} {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]
+                   and key not in ("init_from", "overwrite", "eval_only")]
+        say(f"resuming at step {start}" + (", changed: " + ", ".join(changed) if changed else ""))
+    if config.eval_only:
+        val_loss = evaluate(compiled, dataset.val, config, runtime)
+        return say(f"val_loss {val_loss:.4f}, {bits_per_byte(val_loss, dataset.val):.4f} bits per byte")
+
+    log = Log(config, start) if master else None
+    peak, flops = peak_flops(runtime), model.flops_per_token(config.block_size)
+    began = interval_began = time.perf_counter()
+    interval_step = start                       # the step at which this interval of the clock began
+    loss = grad_norm = val_loss = None
+    finite = []                                 # of each step since the last look, still on the device
+
+    with StopSignal() as stop:
+        for step in range(start, config.max_steps + 1):  # step updates are done
+            last = step == config.max_steps
+            stopping = stop.agreed(runtime)
+            new = step > start or not resume or (last and state["val_loss"] is None)  # not yet logged by the resumed run
+            evaluating = new and (last or step % config.eval_interval == 0)
+            logging = new and (evaluating or step % config.log_interval == 0)
+
+            if (logging or stopping) and finite:
+                if not all(ok := torch.stack(finite).tolist()):
+                    bad = step - len(ok) + ok.index(False) + 1
+                    raise UserError(f"the loss or its gradient is not finite at step {bad} (lr {learning_rate(bad - 1, config):.2e}, "
+                                    f"{runtime.describe()['dtype']}): lower learning_rate and start again from the last good "
+                                    "checkpoint with --init_from=resume")
+                finite.clear()
+            if logging:
+                if loss is not None:
+                    if ranks > 1:
+                        dist.all_reduce(loss, dist.ReduceOp.SUM)
+                    loss = loss.item() / ranks  # waits for the device, so that the clock below is honest
+                seconds = time.perf_counter() - interval_began
+                rate = (step - interval_step) * config.tokens_per_step / seconds if step > interval_step else None
+                val_loss = evaluate(compiled, dataset.val, config, runtime) if evaluating else None
+                if master:
+                    log.row(step=step, tokens=step * config.tokens_per_step, train_loss=loss, val_loss=val_loss,
+                            val_bpb=bits_per_byte(val_loss, dataset.val) if evaluating else None,
+                            lr=learning_rate(step - 1, config) if step else None,
+                            grad_norm=grad_norm.item() if step > start else None, tokens_per_sec=rate,
+                            mfu=rate * flops / (peak * ranks) if rate and peak else None)
+            if master and (evaluating or (stopping and new)):
+                save(config, model, optimizer, step, val_loss if evaluating else None, dataset, runtime)
+            if logging:
+                interval_began, interval_step = time.perf_counter(), step
+            if last or stopping:
+                break
+
+            lr = learning_rate(step, config)
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = lr
+            loss = torch.zeros((), device=runtime.device)
+            for micro_step in range(accumulation):
+                x, y = batch(step, micro_step)
+                if config.dropout:              # drawn by place in the global batch, so that a resumed run draws the same
+                    torch.manual_seed(keyed(config.seed, step, micro_step * ranks + runtime.rank))
+                synchronize = ranks == 1 or micro_step == accumulation - 1
+                with contextlib.nullcontext() if synchronize else ddp.no_sync():  # around forward and backward
+                    micro_loss = loss_of(ddp, x, y) / accumulation
+                    micro_loss.backward()
+                loss += micro_loss.detach()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            finite.append(torch.isfinite(loss) & torch.isfinite(grad_norm))
+
+    if master:
+        log.close()
+    if stopping and not last:
+        say(f"stopped by {signal.Signals(stopping).name} after step {step}, saved; the same command with --init_from=resume goes on")
+        raise SystemExit(128 + stopping)
+    minutes, seconds = divmod(time.perf_counter() - began, 60)
+    if val_loss is not None:
+        say(f"done in {minutes:.0f} min {seconds:.0f} s: val_loss {val_loss:.4f}, {bits_per_byte(val_loss, dataset.val):.4f} bits per byte")
+    prompt = "def " if dataset.meta.get("python") else "\\n"
+    say(f'now try: python sample.py --out_dir={config.out_dir} --prompt="{prompt}"')
+
+
+def make_optimizer(model, config):
+    """Fused AdamW; weight decay on matrices, not on norms and biases."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate,
+                             betas=(config.beta1, config.beta2), fused=True)
+
+
+def save(config, model, optimizer, step, val_loss, dataset, runtime):
+    """Writes the checkpoint of this step."""
+    try:
+        checkpoint.save(config.out_dir, dict(
+            model=model.state_dict(), config=asdict(checkpoint.model_config(config)), optimizer=optimizer.state_dict(),
+            settings=asdict(config), runtime=runtime.describe(), step=step, val_loss=val_loss,
+            tokenizer=dataset.meta["tokenizer"], dataset_sha256=dataset.meta["sha256"]))
+    except OSError as error:
+        raise UserError(f"cannot save to {config.out_dir} ({error.strerror}): make room; the previous checkpoint is whole, "
+                        "continue it with --init_from=resume") from None
+
+
+if __name__ == "__main__":
+    main()
