@@ -141,7 +141,7 @@ def pick_runtime(device, dtype, compile):
         why.append(dtype)
     if compile == "auto":
         compile = kind == "cuda"
-        why.append("compiled" if compile else f"eager (compile=True costs about a minute first on {kind})")
+        why.append("compiled" if compile else "eager")
     else:
         why.append("compiled" if compile else "eager")
     return Runtime(torch.device(device), getattr(torch, dtype), compile, ", ".join(why), rank, ranks)
@@ -506,7 +506,7 @@ def train(config, dataset, state, runtime, accumulation):
     minutes, seconds = divmod(time.perf_counter() - began, 60)
     if val_loss is not None:
         say(f"done in {minutes:.0f} min {seconds:.0f} s: val_loss {val_loss:.4f}, {bits_per_byte(val_loss, dataset.val):.4f} bits per byte")
-    prompt = "def " if dataset.meta.get("python") else "\\n"
+    prompt = "def " if dataset.meta.get("python") else ""
     say(f'now try: python sample.py --out_dir={config.out_dir} --prompt="{prompt}"')
 
 

@@ -1,0 +1,205 @@
+"""Generates text from a checkpoint of train.py, decoding with a KV cache.
+
+    python sample.py --out_dir=out/gqa --prompt="def " --num_samples=3 --max_new_tokens=300 --temperature=0.8 --top_k=200
+
+Standard output carries the prompt and the text alone, everything else goes to standard error.
+"""
+import codecs
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import checkpoint
+from configurator import UserError, build, parse, program
+from dataloader import get_tokenizer
+from model import KVCache
+from train import compile_model, pick_runtime
+
+
+@dataclass
+class SampleConfig:
+    out_dir: str = "out"          # folder with the ckpt.pt of a run
+    prompt: str = ""              # text to continue, or FILE:path; empty: a new document; <|endoftext|> is understood
+    num_samples: int = 1          # texts to generate from the prompt, as one batch
+    max_new_tokens: int = 300     # tokens to generate in each
+    temperature: float = 0.8      # below 1 prefers the likely, above 1 flattens; 0 always takes the likeliest
+    top_k: int | None = 200       # draw among the k likeliest tokens; None or 0: among all
+    top_p: float | None = None    # draw among the fewest tokens whose probability reaches p; None or 1: among all
+    stop: str | None = None       # end a text before this string; \n means a newline. end-of-text always ends it
+    seed: int = 1337              # of the draws: the same seed, the same text
+    kv_cache: bool = True         # False recomputes the whole context for every token
+    device: str = "auto"          # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and cache. auto: bfloat16 on CUDA
+    compile: Literal["auto", True, False] = "auto"  # torch.compile. auto: no, it takes longer than a few texts do
+
+    def __post_init__(self):
+        for name in ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed"):
+            value, least = getattr(self, name), int(name == "num_samples")
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        if self.top_p is not None and self.top_p > 1:
+            raise ValueError(f"top_p is a probability, at most 1, not {self.top_p}")
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """(B, V) logits -> (B, 1) token ids, drawn among the top_k likeliest and, of these, the fewest that reach top_p."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    k = min(top_k or logits.size(-1), logits.size(-1))
+    logits, ids = logits.float().topk(k)                                # (B, k), likeliest first; exactly k on ties
+    probs = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)    # from 0 down, so that no temperature overflows
+    if top_p is not None and top_p < 1:
+        enough = probs.cumsum(dim=-1) - probs >= top_p                  # those before it already reach top_p
+        enough[:, 0] = False                                            # the likeliest always stays
+        probs = probs.masked_fill(enough, 0.0)
+    return ids.gather(1, torch.multinomial(probs, 1, generator=generator))
+
+
+def context_start(n_tokens, block_size):
+    """The first of n_tokens that the next one is predicted from: all are, up to block_size.
+
+    When the context is full its older half is dropped and the rest read again, from position 0. A function of the
+    count alone, so that decoding with and without a cache, and from any prompt length, sees the same context.
+    """
+    half = max(1, block_size // 2)
+    return max(0, -(-(n_tokens - block_size) // half)) * half
+
+
+@torch.inference_mode()
+def generate(model, prompt, max_new_tokens, num_samples=1, known=None, kv_cache=True, **sampling):
+    """Yields (num_samples, 1) new token ids, max_new_tokens times.
+
+    model maps (idx, cache=, logits=) as GPT.forward; prompt is a list of ids, at least one; known (V,) bool forbids
+    the ids that are False; sampling goes to sample_token. The prompt is read once for all samples.
+    """
+    config, weight = model.config, model.embed.weight
+    tokens = torch.tensor([prompt], device=weight.device)               # (1, n), from the first new token (B, n)
+    cache, cache_start = None, None
+    for left in range(max_new_tokens, 0, -1):
+        start = context_start(tokens.size(1), config.block_size)
+        context = tokens[:, start:]
+        if kv_cache and start == cache_start:
+            context = tokens[:, -1:]                                    # the cache has all before it
+        elif kv_cache:
+            length = min(config.block_size, context.size(1) + left)
+            cache, cache_start = KVCache(config, len(tokens), length, weight.device, weight.dtype), start
+        logits = model(context, cache=cache, logits="last")[0][:, -1].float()  # (1 or B, V)
+        if len(tokens) < num_samples:
+            tokens, logits = tokens.repeat(num_samples, 1), logits.repeat(num_samples, 1)
+            cache = cache.repeat(num_samples) if kv_cache else None
+        if known is not None:
+            logits = logits.masked_fill(~known, -torch.inf)
+        new = sample_token(logits, **sampling)
+        tokens = torch.cat((tokens, new), dim=1)
+        yield new
+
+
+class Text:
+    """One sample as text while it grows: whole characters, up to end-of-text or the stop string."""
+
+    def __init__(self, encoding, stop=None):
+        self.encoding, self.stop = encoding, stop
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.held = ""                # decoded, but it may be the beginning of the stop string
+        self.done = False
+
+    def add(self, token):
+        """Takes one more token id; returns the text that is certain now."""
+        if self.done:
+            return ""
+        if token == self.encoding.eot_token:
+            return self.finish()
+        self.held += self.decoder.decode(self.encoding.decode_single_token_bytes(token))
+        certain = len(self.held)
+        if self.stop:
+            if (found := self.held.find(self.stop)) >= 0:
+                self.held, self.done = self.held[:found], True
+                return self.finish()
+            tails = range(max(0, certain - len(self.stop) + 1), certain)
+            certain = next((i for i in tails if self.stop.startswith(self.held[i:])), certain)
+        text, self.held = self.held[:certain], self.held[certain:]
+        return text
+
+    def finish(self):
+        """The text that was held back; nothing comes after it."""
+        text, self.held = self.held + ("" if self.done else self.decoder.decode(b"", final=True)), ""
+        self.done = True
+        return text
+
+
+def known_ids(encoding, vocab_size):
+    """(vocab_size,) bool: the ids that the tokenizer can decode. A padded table has more rows than that."""
+    def known(i):
+        try:
+            return bool(encoding.decode_single_token_bytes(i))
+        except KeyError:
+            return False
+    return torch.tensor([i < encoding.n_vocab and known(i) for i in range(vocab_size)])
+
+
+def read_prompt(prompt):
+    """The text of --prompt, which is the content of path where it is FILE:path."""
+    if not prompt.startswith("FILE:"):
+        return prompt
+    try:
+        return Path(prompt[5:]).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the prompt {prompt[5:]} ({error.strerror}): name a text file behind FILE:") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the prompt {prompt[5:]} is not UTF-8 text: convert it first") from None
+
+
+@program
+def main(argv):
+    config = build(SampleConfig, parse(SampleConfig, argv, __doc__))
+    prompt = read_prompt(config.prompt)
+    runtime = pick_runtime(config.device, config.dtype, False if config.compile == "auto" else config.compile)
+    state = checkpoint.load(config.out_dir)
+    encoding = get_tokenizer(state["tokenizer"])
+    model = checkpoint.build_model(state).to(runtime.device, runtime.dtype).eval()
+    model = compile_model(model, runtime, lambda forward: forward(torch.zeros(1, 1, dtype=torch.long, device=runtime.device)))
+    ids = encoding.encode(prompt, allowed_special="all") or [encoding.eot_token]
+    known = known_ids(encoding, model.config.vocab_size).to(runtime.device)
+    kv_bytes = model.kv_bytes_per_token(runtime.dtype)
+    length = min(model.config.block_size, len(ids) + config.max_new_tokens)
+    print(f"{runtime.why}; {config.out_dir} at step {state['step']}, n_head {model.config.n_head}, n_kv_head "
+          f"{model.config.n_kv_head}; " + (f"KV cache {kv_bytes:,} bytes per token, {kv_bytes * length * config.num_samples:,} in all"
+                                           if config.kv_cache else "no KV cache"), file=sys.stderr)
+
+    tokens = generate(model, ids, config.max_new_tokens, config.num_samples, known, config.kv_cache,
+                      temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+                      generator=torch.Generator(runtime.device).manual_seed(config.seed))
+    stop = config.stop.replace("\\n", "\n") if config.stop else None
+    texts = [Text(encoding, stop) for _ in range(config.num_samples)]
+    samples = [prompt] * config.num_samples
+    stream = config.num_samples == 1
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 still gets its text
+    if stream:
+        print(prompt, end="", flush=True)
+    began, steps = time.perf_counter(), 0
+    for new in tokens:
+        steps += 1
+        for i, token in enumerate(new[:, 0].tolist()):
+            piece = texts[i].add(token)
+            samples[i] += piece
+            if stream:
+                print(piece, end="", flush=True)
+        if all(text.done for text in texts):
+            break
+    seconds = time.perf_counter() - began
+    for i, text in enumerate(texts):
+        rest = "" if text.done else text.finish()
+        print(rest if stream else samples[i] + rest)
+        if not stream and i + 1 < len(texts):
+            print("-" * 80, file=sys.stderr, flush=True)
+    print(f"{steps * config.num_samples / seconds:,.1f} tokens per second ({steps} steps of {config.num_samples}, reading the "
+          f"prompt of {len(ids)} tokens included)" if steps else "nothing to generate", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

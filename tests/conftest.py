@@ -1,0 +1,59 @@
+import random
+from dataclasses import fields
+
+import pytest
+import torch
+
+from dataloader import write_dataset
+from model import GPT, GPTConfig
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(params=[4, 2, 1], ids=["mha", "gqa", "mqa"])
+def n_kv_head(request):
+    return request.param
+
+
+def toy_config(**changes):
+    return GPTConfig(**{**dict(block_size=48, vocab_size=65, n_layer=2, n_head=4, n_embd=32, n_ff=64), **changes})
+
+
+def toy_model(**changes):
+    """A small model whose every parameter matters: larger weights than at the start of training, norms that are not 1."""
+    model = GPT(toy_config(**changes), seed=changes.get("n_kv_head") or 7)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            else:
+                parameter.mul_(10)
+    return model.eval()
+
+
+def toy_ids(batch=2, length=48, vocab=65, seed=0):
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory):
+    """A small byte data set of made-up sentences; its folder, as text."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 7))) for _ in range(60)]
+    text = [" ".join(rng.choices(words, k=12)) + ".\n" for _ in range(400)]
+    folder = tmp_path_factory.mktemp("toy")
+    write_dataset([("train", "".join(text[:360])), ("val", "".join(text[360:]))], folder, "byte")
+    return str(folder)
+
+
+@pytest.fixture
+def toy_run(toy_data, tmp_path):
+    """Arguments of a training run that takes a second."""
+    return [f"--dataset={toy_data}", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--n_layer=2", "--n_head=4",
+            "--n_kv_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--tokens_per_step=256", "--max_steps=20",
+            "--eval_interval=10", "--eval_tokens=1024", "--log_interval=5", "--warmup_steps=4"]
+
+
+def keys_of(cls):
+    return [f.name for f in fields(cls)]

@@ -1,0 +1,331 @@
+"""The model against references that share no code with it, and its properties."""
+import cmath
+import math
+
+import pytest
+import torch
+from conftest import toy_config, toy_ids, toy_model
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import GPT, GPTConfig, KVCache, apply_rope, attend, rope_cos_sin
+
+
+def reference_logits(model, ids):
+    """The whole forward of one sequence in float64, one head and one position at a time, RoPE by complex numbers."""
+    c, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
+    H, K, D = c.n_head, c.n_kv_head, c.head_dim
+
+    def norm(x, weight):
+        return x / torch.sqrt((x * x).mean() + c.norm_eps) * weight
+
+    def rotate(x, position):
+        out = x.clone()
+        for i in range(D // 2):
+            turned = complex(x[i], x[i + D // 2]) * cmath.exp(1j * position * c.rope_theta ** (-2 * i / D))
+            out[i], out[i + D // 2] = turned.real, turned.imag
+        return out
+
+    def heads(x, layer, name, n, position=None):
+        y = w[f"layers.{layer}.attn.{name}_proj.weight"] @ x + w.get(f"layers.{layer}.attn.{name}_proj.bias", 0)
+        parts = [y[h * D:(h + 1) * D] for h in range(n)]
+        if position is None:
+            return parts
+        if c.qk_norm:
+            parts = [norm(part, w[f"layers.{layer}.attn.{name}_norm.weight"]) for part in parts]
+        return [rotate(part, position) for part in parts]
+
+    xs = [w["embed.weight"][i] for i in ids.tolist()]
+    for layer in range(c.n_layer):
+        p = f"layers.{layer}."
+        normed = [norm(x, w[p + "attn_norm.weight"]) for x in xs]
+        q = [heads(x, layer, "q", H, t) for t, x in enumerate(normed)]
+        k = [heads(x, layer, "k", K, t) for t, x in enumerate(normed)]
+        v = [heads(x, layer, "v", K) for x in normed]
+        for t in range(len(xs)):
+            outs = []
+            for h in range(H):
+                kv = h // (H // K)
+                scores = torch.stack([q[t][h] @ k[s][kv] / math.sqrt(D) for s in range(t + 1)])
+                weights = scores.softmax(0)
+                outs.append(sum(weights[s] * v[s][kv] for s in range(t + 1)))
+            xs[t] = xs[t] + w[p + "attn.o_proj.weight"] @ torch.cat(outs)
+            y = norm(xs[t], w[p + "mlp_norm.weight"])
+            gate = w[p + "mlp.gate_proj.weight"] @ y
+            xs[t] = xs[t] + w[p + "mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * (w[p + "mlp.up_proj.weight"] @ y))
+    head = w["lm_head.weight"] if "lm_head.weight" in w else w["embed.weight"]
+    return torch.stack([head @ norm(x, w["norm.weight"]) for x in xs])
+
+
+@pytest.mark.parametrize("changes", [{}, dict(qk_norm=False, qkv_bias=True, tie_embeddings=False, head_dim=12)],
+                         ids=["qwen3", "biases-untied-head_dim"])
+def test_logits_equal_a_plain_reference(n_kv_head, changes):
+    model, ids = toy_model(n_kv_head=n_kv_head, **changes), toy_ids(1, 12)
+    logits = model(ids)[0][0].double()
+    expected = reference_logits(model, ids[0])
+    assert expected.std() > 0.5, "a model whose logits hardly differ would prove nothing"
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+CHUNKS = {"one-shot": [48], "chunked": [7, 16, 1, 9, 15], "token-by-token": [1] * 48, "prefill-decode": [40] + [1] * 8}
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_cached_logits_equal_full_logits(n_kv_head, chunks):
+    model, ids = toy_model(n_kv_head=n_kv_head), toy_ids(3, 48)
+    with torch.inference_mode():
+        full = model(ids)[0]
+        cache, parts, start = KVCache(model.config, 3, 48), [], 0
+        for n in chunks:
+            parts.append(model(ids[:, start:start + n], cache=cache)[0])
+            start += n
+    torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-4, rtol=1e-4)
+    assert cache.length == 48
+
+
+def test_the_model_keeps_no_state_between_caches():
+    model, a, b = toy_model(n_kv_head=2), toy_ids(1, 20, seed=1), toy_ids(1, 20, seed=2)
+    caches = KVCache(model.config, 1, 20), KVCache(model.config, 1, 30)
+    with torch.inference_mode():
+        for t in range(20):  # two texts take turns
+            outs = [model(ids[:, t:t + 1], cache=cache)[0] for ids, cache in zip((a, b), caches)]
+        for ids, out in zip((a, b), outs):
+            torch.testing.assert_close(out[:, 0], model(ids)[0][:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_the_cache_can_be_repeated_for_samples():
+    model, ids = toy_model(n_kv_head=2), toy_ids(1, 10)
+    more = toy_ids(3, 1, seed=3)
+    with torch.inference_mode():
+        cache = KVCache(model.config, 1, 12)
+        model(ids, cache=cache)
+        out = model(more, cache=cache.repeat(3))[0]
+        full = model(torch.cat((ids.expand(3, -1), more), 1))[0]
+    torch.testing.assert_close(out[:, 0], full[:, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["full", "chunked-cache"])
+def test_future_tokens_cannot_change_past_logits(n_kv_head, cached):
+    model, ids = toy_model(n_kv_head=n_kv_head), toy_ids(1, 24)
+    changed = ids.clone()
+    changed[0, 17] = (changed[0, 17] + 1) % 65
+
+    def logits(ids):
+        with torch.inference_mode():
+            if not cached:
+                return model(ids)[0][0]
+            cache = KVCache(model.config, 1, 24)
+            return torch.cat([model(part, cache=cache)[0][0] for part in ids.split(10, dim=1)])
+    before, after = logits(ids), logits(changed)
+    torch.testing.assert_close(before[:17], after[:17], atol=1e-6, rtol=0)
+    assert (before[17:] - after[17:]).abs().amax(dim=1).min() > 1e-2, "the change must show from there on"
+
+
+@pytest.mark.parametrize("kv", [2, 1])
+def test_gqa_is_mha_with_copied_heads(kv):
+    """Outputs and gradients: the gradient of a shared head is the sum over its copies."""
+    gqa, ids = toy_model(n_kv_head=kv), toy_ids(2, 24)
+    mha = GPT(toy_config(n_kv_head=4))
+    copies, D = 4 // kv, gqa.config.head_dim
+    weights = {}
+    for name, weight in gqa.state_dict().items():
+        shared = "k_proj" in name or "v_proj" in name
+        weights[name] = weight.view(kv, D, -1).repeat_interleave(copies, 0).flatten(0, 1) if shared else weight
+    mha.load_state_dict(weights)
+    losses = [model(ids, ids.roll(-1, 1))[1] for model in (gqa, mha)]
+    torch.testing.assert_close(gqa(ids)[0], mha(ids)[0], atol=1e-5, rtol=1e-5)
+    for loss in losses:
+        loss.backward()
+    for name, parameter in gqa.named_parameters():
+        grad = mha.get_parameter(name).grad
+        if "k_proj" in name or "v_proj" in name:
+            grad = grad.view(kv, copies, D, -1).sum(1).flatten(0, 1)
+        torch.testing.assert_close(parameter.grad, grad, atol=1e-5, rtol=1e-4)
+
+
+def plain_attention(q, k, v, visible):
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("T,S", [(9, 9), (1, 9), (4, 9)])
+def test_both_routes_of_attention_equal_plain_matmul(n_kv_head, T, S):
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, T, 8, generator=g)
+    k, v = torch.randn(2, 2, n_kv_head, S, 8, generator=g).unbind(0)
+    visible = torch.ones(S, S, dtype=torch.bool).tril()[S - T:]
+    expected = plain_attention(q, k, v, visible)
+    torch.testing.assert_close(attend(q, k, v, visible[None].expand(2, -1, -1)), expected, atol=1e-5, rtol=1e-5)
+    if T in (1, S):
+        torch.testing.assert_close(attend(q, k, v), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_may_see_different_lengths():
+    """The mask is per row, (B, T, S), so that rows of unequal prompts can share a batch."""
+    g = torch.Generator().manual_seed(0)
+    q, (k, v) = torch.randn(2, 4, 3, 8, generator=g), torch.randn(2, 2, 2, 9, 8, generator=g).unbind(0)
+    visible = torch.arange(9) <= torch.tensor([[3, 4, 5], [6, 7, 8]])[:, :, None]
+    torch.testing.assert_close(attend(q, k, v, visible), plain_attention(q, k, v, visible[:, None]), atol=1e-5, rtol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor with memory of its own that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for x in out if isinstance(out, tuple) else (out,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in inputs:
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("T", [1, 64, 300], ids=["decode", "chunk", "prefill"])
+def test_keys_and_values_are_never_expanded(T):
+    S, mask = 300, None
+    q, k, v = torch.randn(1, 16, T, 8), torch.randn(1, 1, S, 8), torch.randn(1, 1, S, 8)
+    k, v = k.expand(1, 1, S, 8), v.expand(1, 1, S, 8)
+    if T == 64:
+        mask = torch.ones(S, S, dtype=torch.bool).tril()[None, S - T:]
+    with Largest() as largest, torch.inference_mode():
+        attend(q, k, v, mask)
+    limit = max(16 * T * 8, 16 * T * S if mask is not None else 0)  # the output, and the mask of a chunk
+    assert 0 < largest.numel <= limit, "something of n_head x S x head_dim was made"
+
+
+def test_rope_depends_on_distance_only_and_turns():
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+
+    def score(m, n):
+        turned = [apply_rope(x, *rope_cos_sin(torch.tensor([[p]]), 16, 10000.0)) for x, p in ((q, m), (k, n))]
+        return (turned[0] * turned[1]).sum().item()
+    assert score(5, 2) == pytest.approx(score(105, 102), abs=1e-4)
+    assert score(3, 0) == pytest.approx(score(5, 2), abs=1e-4)
+    assert abs(score(5, 2) - score(2, 5)) > 1e-2, "not a rotation: direction does not matter"
+    assert abs(score(5, 2) - score(5, 4)) > 1e-2, "not a rotation: distance does not matter"
+
+
+def test_rope_stays_exact_in_a_bfloat16_model():
+    model = toy_model(n_kv_head=2).bfloat16()
+    assert all(b.dtype == torch.float32 for b in model.buffers())
+    cos, sin = rope_cos_sin(torch.tensor([[0, 1, 257, 8191]]), 16, 10000.0)
+    angle = torch.tensor([0, 1, 257, 8191], dtype=torch.float64)[:, None] * 10000.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
+    assert cos.dtype == torch.float32
+    torch.testing.assert_close(cos[0, 0].double(), angle.cos(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(sin[0, 0].double(), angle.sin(), atol=1e-3, rtol=0)
+
+
+def test_cache_bytes_equal_the_formula():
+    sizes = {}
+    for kv in (4, 2, 1):
+        model = toy_model(n_kv_head=kv)
+        for dtype in (torch.float32, torch.bfloat16):
+            cache = KVCache(model.config, 3, 40, dtype=dtype)
+            assert cache.nbytes == 3 * 40 * model.kv_bytes_per_token(dtype) == 2 * 2 * 3 * kv * 40 * 8 * dtype.itemsize
+        sizes[kv] = cache.nbytes
+    assert sizes[1] * 4 == sizes[2] * 2 == sizes[4]
+
+
+def test_running_past_the_end_of_the_cache_is_an_error():
+    model = toy_model(n_kv_head=2)
+    cache = KVCache(model.config, 1, 8)
+    model(toy_ids(1, 8), cache=cache)
+    with pytest.raises(ValueError, match="8 of at most 8 tokens: 1 more"):
+        model(toy_ids(1, 1), cache=cache)
+    with pytest.raises(ValueError, match="block_size=48"):
+        KVCache(model.config, 1, 49)
+    with pytest.raises(ValueError, match="49 tokens are more than block_size=48"):
+        model(toy_ids(1, 49))
+
+
+def test_which_logits_are_computed_is_an_argument():
+    model, ids = toy_model(n_kv_head=2), toy_ids(2, 10)
+    full, none = model(ids)
+    assert none is None and full.shape == (2, 10, 65)
+    torch.testing.assert_close(model(ids, logits="last")[0], full[:, -1:], atol=1e-5, rtol=1e-5)
+    targets = ids.roll(-1, 1)
+    targets[:, -1] = -1
+    logits, loss = model(ids, targets, logits="none")
+    assert logits is None
+    log_probs = full.double().log_softmax(-1)
+    expected = -torch.stack([log_probs[b, t, targets[b, t]] for b in range(2) for t in range(9)]).mean()
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_variants_share_every_weight_of_equal_shape():
+    base = dict(GPT(toy_config(), seed=5).named_parameters())
+    for changes in (dict(n_kv_head=1), dict(n_layer=5), dict(n_ff=128), dict(tie_embeddings=False), dict(qk_norm=False)):
+        same = 0
+        for name, parameter in GPT(toy_config(**changes), seed=5).named_parameters():
+            if name in base and base[name].shape == parameter.shape:
+                assert torch.equal(base[name], parameter), (changes, name)
+                same += parameter.dim() == 2
+        assert same >= 7
+    other = dict(GPT(toy_config(), seed=6).named_parameters())
+    assert not torch.equal(base["embed.weight"], other["embed.weight"])
+    assert not torch.equal(base["layers.0.attn.q_proj.weight"], base["layers.1.attn.q_proj.weight"])
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_costs_equal_a_hand_count(tied):
+    """2 layers, 4 heads of 8, 2 key/value heads, width 32, MLP 64, vocabulary 65, counted by hand."""
+    model = toy_model(n_kv_head=2, tie_embeddings=tied)
+    matrices = 2 * (32 * 32 + 32 * 16 + 32 * 16 + 32 * 32 + 3 * 32 * 64)
+    norms = 2 * (32 + 32 + 8 + 8) + 32
+    table = 65 * 32
+    assert model.num_params() == matrices + norms + table * (1 if tied else 2)
+    assert model.num_params(embedding=False) == matrices + norms
+    assert model.flops_per_token(10) == 6 * (matrices + table) + 12 * 2 * 4 * 8 * 10
+    assert model.kv_bytes_per_token() == 2 * 2 * 2 * 8 * 4
+
+
+def test_one_graph_for_training_and_one_for_decoding():
+    """fullgraph refuses graph breaks; the eager backend keeps it quick. torch.compile must give the same logits."""
+    torch._dynamo.reset()
+    model, ids = toy_model(n_kv_head=2), toy_ids(2, 16)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ids)[0], model(ids)[0])
+    with torch.inference_mode():
+        cache = KVCache(model.config, 2, 17)
+        compiled(ids[:, :15], cache=cache)
+        out = compiled(ids[:, 15:], cache=cache)[0]
+    torch.testing.assert_close(out[:, 0], model(ids)[0][:, -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(n_kv_head=3), "n_kv_head=3 does not divide n_head=4: choose one of [1, 2, 4]"),
+    (dict(n_kv_head=8), "n_kv_head=8 does not divide n_head=4"),
+    (dict(n_kv_head=0), "n_kv_head must be at least 1, not 0"),
+    (dict(n_embd=30), "n_embd=30 is not a multiple of n_head=4"),
+    (dict(head_dim=7), "head_dim=7 is odd"),
+    (dict(dropout=1.0), "dropout must be"),
+    (dict(norm_eps=0.0), "norm_eps must be above 0"),
+])
+def test_impossible_shapes_are_named(changes, words):
+    with pytest.raises(ValueError) as error:
+        toy_config(**changes)
+    assert words in str(error.value)
+
+
+def test_derived_defaults():
+    c = GPTConfig(n_embd=768, n_head=12)
+    assert (c.n_kv_head, c.head_dim, c.n_ff) == (12, 64, 2048)
+
+
+def test_dropout_acts_in_training_only():
+    model, ids = toy_model(n_kv_head=2, dropout=0.5), toy_ids(1, 8)
+    assert torch.equal(model(ids)[0], model(ids)[0])
+    model.train()
+    assert not torch.equal(model(ids)[0], model(ids)[0])
+
+
+def test_loss_of_an_untrained_model_is_that_of_a_uniform_guess():
+    ids = toy_ids(4, 48)
+    loss = GPT(toy_config())(ids, ids.roll(-1, 1))[1].item()
+    assert loss == pytest.approx(math.log(65), abs=0.1)
+    assert F.cross_entropy(torch.zeros(1, 65), torch.zeros(1, dtype=torch.long)).item() == pytest.approx(math.log(65))
