@@ -13,7 +13,7 @@ NAME = "ckpt.pt"
 KEYS = {"model": dict,        # the model's state dict, with the names of model.py
         "config": dict,       # of GPTConfig
         "optimizer": dict,    # the optimizer's state dict
-        "settings": dict,     # of train.py, as asked for: "auto" stays "auto"
+        "settings": dict,     # of train.py beside the model's, as asked for: "auto" stays "auto"
         "runtime": dict,      # what they came to: device, dtype, compile, ranks
         "step": int,          # optimizer steps done
         "val_loss": (float, type(None)),  # nats per token, if this step was evaluated
@@ -47,10 +47,10 @@ def load(out_dir):
     return state
 
 
-def build_model(state, config=None):
-    """The GPT of a loaded checkpoint, in float32 on the CPU; config changes what its weights leave open (dropout, ...)."""
+def build_model(state, settings=None):
+    """The GPT of a loaded checkpoint, in float32 on the CPU; settings change what its weights leave open (dropout, ...)."""
     try:
-        model = GPT(config or GPTConfig(**state["config"]))
+        model = GPT(model_config(settings) if settings else GPTConfig(**state["config"]))
         model.load_state_dict(state["model"])
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).replace("\n", " ")[:200]

@@ -66,7 +66,7 @@ def build(cls, values):
     """cls(**values), with a failed check of its __post_init__ as a UserError."""
     try:
         return cls(**values)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: a checkpoint of another version brought unknown keys or types
         raise UserError(str(error)) from None
 
 

@@ -235,7 +235,7 @@ class GPT(nn.Module):
                 continue
             key = hashlib.sha256(f"{seed} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-            std = 0.02
+            std = 0.02 if name == "embed.weight" else parameter.size(1) ** -0.5  # of the shape alone: see above
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
     def forward(self, idx, targets=None, cache=None, logits="all"):

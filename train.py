@@ -209,9 +209,8 @@ def plan(given):
         if not Path(source).is_dir():
             raise UserError(f"{source} is no folder: init_from takes scratch, resume, auto or a folder that holds a checkpoint")
         state = checkpoint.load(source)
-        known = {f.name for f in fields(TrainConfig)} - {"init_from", "overwrite", "eval_only", "out_dir"}
-        base = state["settings"] if resume else state["config"]
-        config = build(TrainConfig, {**{key: base[key] for key in base if key in known}, **given})
+        base = {**state["config"], **(state["settings"] if resume else {})}
+        config = build(TrainConfig, {**base, **given, "init_from": config.init_from})
     elif config.eval_only:
         raise UserError("eval_only needs weights: add --init_from=resume, or --init_from=FOLDER with another run's checkpoint")
 
@@ -377,27 +376,24 @@ def main(argv):
     accumulation = micro_steps(config, runtime.ranks)
     if not config.eval_only:
         check_writable(config.out_dir)
+    model = checkpoint.build_model(state, config) if state else GPT(checkpoint.model_config(config), config.seed)
+    model.to(runtime.device)
     # all input is checked; from here on ranks talk to each other
     if runtime.ranks > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if runtime.device.type == "cuda" else "gloo")
     try:
-        train(config, dataset, state, runtime, accumulation)
+        train(config, model, dataset, state, runtime, accumulation)
     finally:
         if runtime.ranks > 1:
             dist.destroy_process_group()
 
 
-def train(config, dataset, state, runtime, accumulation):
+def train(config, model, dataset, state, runtime, accumulation):
     """Runs the plan: evaluates and stops, or trains from state (a checkpoint, or None) to max_steps."""
     master, ranks = runtime.rank == 0, runtime.ranks
     say = print if master else lambda *args: None
     resume = config.init_from == "resume"
     start = state["step"] if resume else 0
-
-    # model and optimizer
-    model_config = checkpoint.model_config(config)
-    model = GPT(model_config, config.seed) if state is None else checkpoint.build_model(state, model_config)
-    model.to(runtime.device)
     optimizer = make_optimizer(model, config)
     if resume:
         checkpoint.load_optimizer(optimizer, state)
@@ -428,10 +424,8 @@ def train(config, dataset, state, runtime, accumulation):
         f"{ranks} ranks x {accumulation} micro-steps; {config.max_steps:,} steps are "
         f"{config.tokens_per_step * config.max_steps / train_tokens:.2f} epochs")
     if resume:
-        then = {**state["settings"], **state["runtime"]}
-        now = {**asdict(config), **runtime.describe()}
-        changed = [f"{key} {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]
-                   and key not in ("init_from", "overwrite", "eval_only")]
+        then, now = {**state["settings"], **state["runtime"]}, {**run_settings(config), **runtime.describe()}
+        changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
         say(f"resuming at step {start}" + (", changed: " + ", ".join(changed) if changed else ""))
     if config.eval_only:
         val_loss = evaluate(compiled, dataset.val, config, runtime)
@@ -519,12 +513,18 @@ def make_optimizer(model, config):
                              betas=(config.beta1, config.beta2), fused=True)
 
 
+def run_settings(config):
+    """What a resumed run goes on with: the settings that are not the model's, and not about this one call."""
+    once = {"init_from", "overwrite", "eval_only", *(f.name for f in fields(GPTConfig))}
+    return {key: value for key, value in asdict(config).items() if key not in once}
+
+
 def save(config, model, optimizer, step, val_loss, dataset, runtime):
     """Writes the checkpoint of this step."""
     try:
         checkpoint.save(config.out_dir, dict(
-            model=model.state_dict(), config=asdict(checkpoint.model_config(config)), optimizer=optimizer.state_dict(),
-            settings=asdict(config), runtime=runtime.describe(), step=step, val_loss=val_loss,
+            model=model.state_dict(), config=asdict(model.config), optimizer=optimizer.state_dict(),
+            settings=run_settings(config), runtime=runtime.describe(), step=step, val_loss=val_loss,
             tokenizer=dataset.meta["tokenizer"], dataset_sha256=dataset.meta["sha256"]))
     except OSError as error:
         raise UserError(f"cannot save to {config.out_dir} ({error.strerror}): make room; the previous checkpoint is whole, "

@@ -1,0 +1,277 @@
+"""Bad input: one sentence that names cause and remedy, exit code 2, nothing overwritten."""
+import json
+import shutil
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import sample
+import train
+from configurator import UserError, parse
+from dataloader import write_dataset
+from train import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def program(name):
+    """The main of data/NAME/prepare.py."""
+    spec = spec_from_file_location(f"prepare_{name}", ROOT / "data" / name / "prepare.py")
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def fails(main, args, capsys):
+    """Runs main(args), which must exit with 2 after one sentence; returns it."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        main(args)
+    error = capsys.readouterr().err.strip()
+    assert exit.value.code == 2 and error and "\n" not in error and "Traceback" not in error, error
+    return error
+
+
+@pytest.fixture(scope="module")
+def trained(toy_data, tmp_path_factory):
+    """A finished run of the toy data; read only."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train.main([f"--dataset={toy_data}", f"--out_dir={folder}", "--device=cpu", "--n_layer=1", "--n_head=4", "--n_kv_head=2",
+                "--n_embd=32", "--block_size=32", "--batch_size=4", "--tokens_per_step=128", "--max_steps=2", "--eval_tokens=64"])
+    return folder
+
+
+@pytest.mark.parametrize("args,words", [
+    (["--n_kv_heads=2"], "there is no setting 'n_kv_heads', did you mean n_kv_head?"),
+    (["--qqqq=2"], "--help lists them"),
+    (["--n_layer"], "--n_layer needs a value: write --n_layer=VALUE"),
+    (["--n_layer=two"], "n_layer must be a whole number, not 'two'"),
+    (["--n_layer=2.5"], "n_layer must be a whole number, not '2.5'"),
+    (["--learning_rate=fast"], "learning_rate must be a number, not 'fast'"),
+    (["--learning_rate=nan"], "learning_rate must be a number"),
+    (["--qk_norm=maybe"], "qk_norm must be True or False, not 'maybe'"),
+    (["--dtype=float16"], "dtype must be auto or float32 or bfloat16, not 'float16'"),
+    (["--optimizer=sgd"], "optimizer must be adamw"),
+    (["--compile=yes"], "compile must be auto or True or False"),
+    (["config/none.py"], "cannot read config/none.py"),
+    (["--n_kv_head=3"], "n_kv_head=3 does not divide n_head=4: choose one of [1, 2, 4]"),
+    (["--n_embd=30"], "n_embd=30 is not a multiple of n_head=4"),
+    (["--n_layer=0"], "n_layer must be at least 1"),
+    (["--max_steps=-1"], "max_steps must not be negative"),
+    (["--beta1=1"], "beta1 must be at least 0 and below 1"),
+    (["--tokens_per_step=100"], "not a multiple of block_size=32: the nearest is 96 or 128"),
+    (["--tokens_per_step=160"], "batch_size 4 x 1 ranks x block_size 32 = 128: the nearest is 128 or 256"),
+    (["--block_size=100000", "--tokens_per_step=100000", "--batch_size=1"], "block_size=100000 needs 100001 tokens in each split"),
+    (["--vocab_size=200"], "has 257 token ids, more than vocab_size=200"),
+    (["--device=tpu"], "there is no device 'tpu': choose auto, cpu, cuda"),
+    (["--device=cuda:99"], "--device=cpu"),
+    (["--dataset=none"], "there is no data set 'none': choose one of python, shakespeare, text"),
+    (["--init_from=resume"], "init_from takes scratch"),
+    (["--init_from=nowhere"], "init_from takes scratch, resume, auto or a folder"),
+    (["--eval_only=True"], "eval_only needs weights"),
+    (["--eval_tokens=0"], "eval_tokens must be at least 1"),
+])
+def test_bad_settings_of_train(toy_run, tmp_path, capsys, args, words):
+    assert words in fails(train.main, [*toy_run, *args], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text,words", [
+    ("n_layer = __import__('os').system('true')", "must be a literal or constant arithmetic"),
+    ("import os", "only assignments like n_kv_head = 2 are read"),
+    ("n_layer = n_head", "must be a literal"),
+    ("n_layer = 9**9**9", "too large"),
+    ("n_layer = 1 / 0", "must be a literal"),
+    ("n_layer = 'four'", "n_layer must be a whole number"),
+    ("n_layer = True", "n_layer must be a whole number"),
+    ("n_layer = [1", "is not a config file"),
+    ("nlayer = 1", "did you mean n_layer?"),
+    ("(" * 5000, "is not a config file"),
+    ("\0", "is not a config file"),
+])
+def test_bad_config_files(toy_run, tmp_path, capsys, text, words):
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    error = fails(train.main, [*toy_run, str(path)], capsys)
+    assert words in error and "bad.py" in error
+
+
+def test_config_files_are_read_as_data(tmp_path):
+    path = tmp_path / "good.py"
+    path.write_text('"""doc"""\nn_layer = 2**3 - 1  # why\nlearning_rate = 1\nmin_lr = -(-3e-4)\nn_kv_head = None\n'
+                    'out_dir = "{out_dir}/x"\ncompile = False\nwandb_run_name = "a=b"\n')
+    got = parse(TrainConfig, ["--out_dir=base", str(path), "--n_layer=3", "--wandb_project=p=q"], "")
+    assert got == dict(out_dir="base/x", n_layer=3, learning_rate=1.0, min_lr=3e-4, n_kv_head=None, compile=False,
+                       wandb_run_name="a=b", wandb_project="p=q")
+    assert isinstance(got["learning_rate"], float) and got["compile"] is False
+
+
+def damage(folder, kind):
+    """Breaks one thing about the data set or checkpoint in folder."""
+    train_bin, meta, ckpt = folder / "train.bin", folder / "meta.json", folder / "ckpt.pt"
+    if kind == "no meta":
+        meta.unlink()
+    elif kind == "no train.bin":
+        train_bin.unlink()
+    elif kind == "truncated":
+        train_bin.write_bytes(train_bin.read_bytes()[:-10])
+    elif kind == "ids":
+        train_bin.write_bytes(train_bin.read_bytes()[:-2] + b"\xff\xff")
+    elif kind in ("not json", "not a meta"):
+        meta.write_text("{" if kind == "not json" else "[]")
+    elif kind == "escape":
+        meta.write_text(meta.read_text().replace("train.bin", "../train.bin"))
+    elif kind == "empty":
+        ckpt.write_bytes(b"")
+    elif kind == "cut":
+        ckpt.write_bytes(ckpt.read_bytes()[:-1000])
+    elif kind == "noise":
+        ckpt.write_bytes(b"\x80\x04noise")
+    elif kind == "foreign":
+        torch.save({"model_args": {"n_layer": 1}, "model": {}}, ckpt)
+    elif kind == "other weights":
+        state = torch.load(ckpt)
+        state["config"]["n_embd"] = 64
+        torch.save(state, ckpt)
+
+
+@pytest.mark.parametrize("kind,words", [
+    ("no meta", "is not prepared"), ("no train.bin", "train.bin is missing"), ("truncated", "bytes where meta.json promises"),
+    ("ids", "holds token id 65535, but its vocabulary ends at 256"), ("not json", "is not the meta.json of a data set"),
+    ("not a meta", "is not the meta.json of a data set"), ("escape", "is not the meta.json of a data set")])
+def test_damaged_data(toy_data, toy_run, tmp_path, capsys, kind, words):
+    folder = tmp_path / "data"
+    shutil.copytree(toy_data, folder)
+    damage(folder, kind)
+    error = fails(train.main, [*toy_run, f"--dataset={folder}"], capsys)
+    assert words in error and "prepare.py" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_data_set_that_is_not_prepared_names_its_command(toy_run, tmp_path, capsys, monkeypatch):
+    import dataloader
+    (tmp_path / "data/shakespeare").mkdir(parents=True)
+    (tmp_path / "data/shakespeare/prepare.py").touch()
+    monkeypatch.setattr(dataloader, "DATA", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    error = fails(train.main, [*toy_run, "--dataset=shakespeare"], capsys)
+    assert "data set 'shakespeare' is not prepared: run python data/shakespeare/prepare.py" in error
+
+
+@pytest.mark.parametrize("kind,words", [
+    ("empty", "damaged or not a checkpoint"), ("cut", "damaged or not a checkpoint"), ("noise", "damaged or not a checkpoint"),
+    ("foreign", "is not a checkpoint of this program"), ("other weights", "do not fit")])
+@pytest.mark.parametrize("who", ["resume", "weights", "sample"])
+def test_damaged_checkpoints(trained, tmp_path, toy_data, capsys, kind, words, who):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    damage(folder, kind)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    main, args = {"resume": (train.main, [f"--out_dir={folder}", "--init_from=resume"]),
+                  "weights": (train.main, [f"--out_dir={tmp_path / 'new'}", f"--init_from={folder}", f"--dataset={toy_data}"]),
+                  "sample": (sample.main, [f"--out_dir={folder}"])}[who]
+    assert words in fails(main, [*args, "--device=cpu"], capsys)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("args,words", [
+    ([], "holds a checkpoint: continue it with --init_from=resume, replace it with --overwrite=True"),
+    (["--init_from=resume", "--seed=2"], "seed=2, but the run in"),
+    (["--init_from=resume", "--tokens_per_step=256"], "tokens_per_step=256, but the run in"),
+    (["--init_from=resume", "--n_kv_head=1"], "n_kv_head=1, but the model in"),
+    (["--init_from=resume", "--n_layer=2"], "n_layer=2, but the model in"),
+    (["--init_from=resume", "--max_steps=1"], "is at step 2, beyond max_steps=1"),
+])
+def test_a_finished_run_is_not_overwritten(trained, toy_data, capsys, args, words):
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    base = [f"--out_dir={trained}", f"--dataset={toy_data}", "--device=cpu"]
+    assert words in fails(train.main, [*base, *args], capsys)
+    assert before == {path.name: path.read_bytes() for path in trained.iterdir()}
+
+
+def test_overwrite_replaces_the_run(toy_run, tmp_path, capsys):
+    train.main([*toy_run, "--max_steps=5"])
+    fails(train.main, [*toy_run, "--max_steps=3"], capsys)
+    train.main([*toy_run, "--max_steps=3", "--overwrite=True"])
+    assert checkpoint.load(tmp_path / "run")["step"] == 3
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_another_data_set_or_tokenizer(trained, toy_data, tmp_path, capsys):
+    write_dataset([("train", "other text " * 50), ("val", "more of it " * 50)], tmp_path / "other", "byte")
+    error = fails(train.main, [f"--out_dir={trained}", "--init_from=resume", f"--dataset={tmp_path / 'other'}"], capsys)
+    assert "is not the one that the run in" in error
+    meta = json.loads((tmp_path / "other/meta.json").read_text())
+    (tmp_path / "other/meta.json").write_text(json.dumps(dict(meta, tokenizer="gpt2")))
+    for how in ("resume", str(trained)):
+        folder = trained if how == "resume" else tmp_path / "new"
+        error = fails(train.main, [f"--out_dir={folder}", f"--init_from={how}", f"--dataset={tmp_path / 'other'}"], capsys)
+        assert "is of tokenizer 'gpt2'" in error and "--tokenizer=byte" in error
+
+
+def test_an_out_dir_that_cannot_be_written(toy_run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    error = fails(train.main, [*toy_run, f"--out_dir={tmp_path / 'file' / 'run'}"], capsys)
+    assert "cannot write to" in error and "choose another --out_dir" in error
+
+
+@pytest.mark.parametrize("args,words", [
+    (["--temperature=-1"], "temperature must be at least 0"), (["--top_k=-1"], "top_k must be at least 0"),
+    (["--top_p=1.5"], "top_p is a probability"), (["--num_samples=0"], "num_samples must be at least 1"),
+    (["--max_new_tokens=-5"], "max_new_tokens must be at least 0"), (["--prompt=FILE:/no/such"], "cannot read the prompt /no/such"),
+    (["--out_dir=/no/run"], "there is no checkpoint /no/run/ckpt.pt: train one"), (["--device=abc"], "there is no device 'abc'"),
+    (["--temprature=1"], "did you mean temperature?")])
+def test_bad_settings_of_sample(trained, capsys, args, words):
+    assert words in fails(sample.main, [f"--out_dir={trained}", *args], capsys)
+
+
+@pytest.mark.parametrize("name,args,words", [
+    ("python", ["--tokenizer=nonsense"], "there is no tokenizer 'nonsense'"),
+    ("python", ["--input=EMPTY"], "holds no Python source"),
+    ("shakespeare", ["--input=OTHER"], "is not tiny Shakespeare"),
+    ("shakespeare", ["--input=MISSING"], "pass it as --input=FILE"),
+    ("text", [], "name a text file or a folder with --input=PATH"),
+    ("text", ["--input=MISSING"], "name a text file or a folder"),
+    ("text", ["--input=BINARY"], "is not UTF-8 text"),
+    ("text", ["--input=EMPTY"], "no text for the"),
+    ("text", ["--inptu=x"], "did you mean input?"),
+])
+def test_bad_settings_of_the_prepare_scripts(tmp_path, capsys, name, args, words):
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "OTHER").write_text("To be")
+    (tmp_path / "BINARY").write_bytes(b"\xff\xfe\0")
+    args = [arg.replace("=", f"={tmp_path}/") if arg.startswith("--input=") else arg for arg in args]
+    assert words in fails(program(name), [*args, f"--data_dir={tmp_path / 'data'}"], capsys)
+    assert not list(tmp_path.glob("data/*"))
+
+
+def test_a_data_set_of_another_tokenizer_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("0123456789" * 10)
+    program("text")([f"--input={tmp_path / 'a.txt'}", f"--data_dir={tmp_path / 'data'}"])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    args = [f"--input={tmp_path / 'a.txt'}", f"--data_dir={tmp_path / 'data'}", "--tokenizer=gpt2"]
+    assert "pass another --data_dir, or --overwrite=True" in fails(program("text"), args, capsys)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+
+
+def test_a_prepare_script_downloads_and_checks(tmp_path, capsys, monkeypatch):
+    """The download is of a file:// address here; its hash must be the stated one."""
+    program("shakespeare")
+    module = sys.modules["prepare_shakespeare"]
+    (tmp_path / "input.txt").write_text("ab" * 50)
+    monkeypatch.setattr(module, "URL", f"file://{tmp_path}/input.txt")
+    assert "another sha256" in fails(module.main, [f"--data_dir={tmp_path / 'data'}"], capsys)
+    monkeypatch.setattr(module, "SHA256", "2d4d3e3ba41a8c3ee2b7b9ee1dfb45a2a9d4f8c2")
+    assert "another sha256" in fails(module.main, [f"--data_dir={tmp_path / 'data'}"], capsys)
+    import hashlib
+    monkeypatch.setattr(module, "SHA256", hashlib.sha256(b"ab" * 50).hexdigest())
+    module.main([f"--data_dir={tmp_path / 'data'}"])
+    assert (tmp_path / "data/train.bin").stat().st_size == 2 * 91 and (tmp_path / "data/val.bin").stat().st_size == 2 * 11
+
+
+def test_user_errors_are_sentences():
+    assert str(UserError("x")) == "x"

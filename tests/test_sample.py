@@ -1,0 +1,150 @@
+"""Drawing tokens, keeping the context, ending texts, and sample.py as a program."""
+import pytest
+import torch
+from conftest import toy_ids, toy_model
+
+import sample
+import train
+from dataloader import get_tokenizer
+from sample import Text, context_start, generate, known_ids, sample_token
+
+
+def test_temperature_zero_is_argmax():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, -1.0, -2.0]])
+    assert sample_token(logits, temperature=0).tolist() == [[1], [0]]
+
+
+def draws(logits, n=2000, **kwargs):
+    generator = torch.Generator().manual_seed(0)
+    return torch.bincount(sample_token(torch.tensor([logits] * n), generator=generator, **kwargs)[:, 0], minlength=len(logits)) / n
+
+
+@pytest.mark.parametrize("kwargs,expected", [
+    (dict(), [0.1, 0.2, 0.3, 0.4]),
+    (dict(top_k=0), [0.1, 0.2, 0.3, 0.4]),
+    (dict(top_k=99), [0.1, 0.2, 0.3, 0.4]),
+    (dict(top_k=2), [0, 0, 3 / 7, 4 / 7]),
+    (dict(top_k=1), [0, 0, 0, 1]),
+    (dict(top_p=1.0), [0.1, 0.2, 0.3, 0.4]),
+    (dict(top_p=0.5), [0, 0, 3 / 7, 4 / 7]),
+    (dict(top_p=0.75), [0, 2 / 9, 3 / 9, 4 / 9]),
+    (dict(top_p=0.0), [0, 0, 0, 1]),
+    (dict(top_k=3, top_p=0.99), [0, 2 / 9, 3 / 9, 4 / 9]),
+    (dict(temperature=0.5), [1 / 30, 4 / 30, 9 / 30, 16 / 30]),
+    (dict(temperature=1e-9), [0, 0, 0, 1]),
+])
+def test_draws_have_the_stated_distribution(kwargs, expected):
+    shares = draws(torch.tensor([0.1, 0.2, 0.3, 0.4]).log().tolist(), **kwargs)
+    assert shares.tolist() == pytest.approx(expected, abs=0.04)
+    assert all(share == 0 for share, p in zip(shares.tolist(), expected) if p == 0)
+
+
+def test_top_k_keeps_exactly_k_on_ties():
+    assert (draws([1.0, 1.0, 1.0, 0.0], top_k=2) > 0).sum() == 2
+
+
+def test_forbidden_ids_are_never_drawn():
+    encoding = get_tokenizer("byte")
+    known = known_ids(encoding, 300)
+    assert known[:257].all() and not known[257:].any()
+    model = toy_model(n_kv_head=2, vocab_size=300)
+    with torch.no_grad():
+        model.embed.weight[257:] *= 20  # the padding rows would win
+    for options in (dict(temperature=0), dict(temperature=5.0), dict(temperature=5.0, top_k=290), dict(temperature=1.0, top_p=0.99)):
+        drawn = [new.max().item() for new in generate(model, [65], 40, 4, known, **options)]
+        assert max(drawn) <= 256
+    assert max(new.max().item() for new in generate(model, [65], 40, 4, None, temperature=5.0)) > 256
+
+
+def test_context_rule():
+    """With room for 8: everything up to 8 tokens, then the older half goes whenever it is full."""
+    assert [context_start(n, 8) for n in range(1, 18)] == [0] * 8 + [4] * 4 + [8] * 4 + [12]
+    for block_size in (1, 2, 3, 8, 9):
+        for n in range(1, 40):
+            assert 1 <= n - context_start(n, block_size) <= block_size
+    assert context_start(100, 1) == 99
+
+
+@pytest.mark.parametrize("prompt", [1, 11, 12, 13, 40], ids=["1", "block_size-1", "block_size", "block_size+1", "longer"])
+def test_greedy_text_with_cache_is_the_text_of_full_forwards(n_kv_head, prompt):
+    """The oracle is the plain forward over the context that the rule states, one call per token."""
+    model, ids = toy_model(n_kv_head=n_kv_head, block_size=12, tie_embeddings=False), toy_ids(1, prompt)[0].tolist()
+    cached = [new.item() for new in generate(model, ids, 30, temperature=0)]
+    plain = [new.item() for new in generate(model, ids, 30, kv_cache=False, temperature=0)]
+    oracle = list(ids)
+    with torch.inference_mode():
+        for _ in range(30):
+            context = torch.tensor([oracle[context_start(len(oracle), 12):]])
+            oracle.append(model(context)[0][0, -1].argmax().item())
+    assert cached == plain == oracle[prompt:]
+    assert len(set(cached)) > 5, "a text of one token would prove nothing"
+
+
+def test_samples_of_one_batch_are_continuations_of_one_prefill():
+    model, calls = toy_model(n_kv_head=2), []
+    forward = model.forward
+    model.forward = lambda idx, **kwargs: calls.append(tuple(idx.shape)) or forward(idx, **kwargs)
+    rows = torch.cat(list(generate(model, [1, 2, 3, 4, 5], 6, 3, temperature=1.0, generator=torch.Generator().manual_seed(0))), 1)
+    assert calls == [(1, 5)] + [(3, 1)] * 5
+    assert rows.shape == (3, 6) and len({tuple(row) for row in rows.tolist()}) == 3
+    greedy = torch.cat(list(generate(model, [1, 2, 3, 4, 5], 6, 3, temperature=0)), 1)
+    alone = torch.cat(list(generate(model, [1, 2, 3, 4, 5], 6, temperature=0)), 1)
+    assert greedy.tolist() == alone.tolist() * 3
+
+
+def feed(text, data):
+    return "".join(text.add(token) for token in data) + text.finish()
+
+
+def test_text_ends_at_end_of_text_and_before_the_stop_string():
+    encoding = get_tokenizer("byte")
+    assert feed(Text(encoding), [*b"ab", 256, *b"cd"]) == "ab"
+    for stop, raw, expected in (("\n\n", b"a\nb\n\nc", "a\nb"), ("aab", b"aaab", "a"), ("xyz", b"xyxy", "xyxy"),
+                                ("b", b"abc", "a"), ("END", b"EENEND", "EEN")):
+        assert feed(Text(encoding, stop), raw) == expected
+    text = Text(encoding, "stop")
+    assert text.add(ord("s")) == "" and text.add(ord("o")) == "so", "held back only while it may be the stop string"
+
+
+def test_text_replaces_what_is_not_utf8_and_waits_for_whole_characters():
+    text = Text(get_tokenizer("byte"))
+    first, second, third, fourth = "🙂".encode()
+    assert [text.add(b) for b in (first, second, third)] == ["", "", ""] and text.add(fourth) == "🙂"
+    assert feed(Text(get_tokenizer("byte")), [97, 0xFF, 98, first]) == "a\ufffdb\ufffd"
+
+
+@pytest.fixture(scope="module")
+def run_dir(toy_data, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("run"))
+    train.main([f"--dataset={toy_data}", f"--out_dir={folder}", "--device=cpu", "--n_layer=2", "--n_head=4", "--n_kv_head=1",
+                "--n_embd=32", "--block_size=32", "--batch_size=8", "--tokens_per_step=256", "--max_steps=60",
+                "--eval_interval=60", "--eval_tokens=1024", "--warmup_steps=4", "--learning_rate=1e-2"])
+    return folder
+
+
+def say(capsys, run_dir, *args):
+    capsys.readouterr()
+    sample.main([f"--out_dir={run_dir}", "--device=cpu", *args])
+    return capsys.readouterr()
+
+
+def test_standard_output_is_prompt_and_text_alone(run_dir, capsys):
+    one = say(capsys, run_dir, "--prompt=the ", "--max_new_tokens=50", "--temperature=0")
+    assert one.out.startswith("the ") and len(one.out) == 4 + 50 + 1
+    assert "KV cache" in one.err and "tokens per second" in one.err
+    plain = say(capsys, run_dir, "--prompt=the ", "--max_new_tokens=50", "--temperature=0", "--kv_cache=False")
+    assert plain.out == one.out and "no KV cache" in plain.err
+    three = say(capsys, run_dir, "--prompt=the ", "--max_new_tokens=50", "--temperature=0", "--num_samples=3")
+    assert three.out == one.out * 3
+
+
+def test_seed_decides_the_text(run_dir, capsys):
+    texts = [say(capsys, run_dir, "--max_new_tokens=40", f"--seed={seed}", "--temperature=1.5").out for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_prompt_from_a_file_and_stop_with_a_newline(run_dir, capsys, tmp_path):
+    (tmp_path / "prompt.txt").write_text("a line\nand ")
+    out = say(capsys, run_dir, f"--prompt=FILE:{tmp_path / 'prompt.txt'}", "--stop=\\n", "--max_new_tokens=400").out
+    assert out.startswith("a line\nand ") and out.count("\n") == 2 and out.endswith("\n")
+    assert say(capsys, run_dir, "--prompt=abc", "--max_new_tokens=0").out == "abc\n"

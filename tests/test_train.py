@@ -1,0 +1,279 @@
+"""The training loop: the same numbers however a step is cut up, interrupted or resumed."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import keys_of
+
+import checkpoint
+import train
+from dataloader import Dataset
+from train import TrainConfig, learning_rate
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMING = ("tokens_per_sec", "mfu")
+
+
+def rows(out_dir):
+    """metrics.jsonl without what depends on the clock."""
+    lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMING} for line in lines]
+
+
+def weights(out_dir):
+    return checkpoint.load(out_dir)["model"]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def out(args, folder):
+    return [*args, f"--out_dir={folder}"]
+
+
+def torchrun(args, ranks=2, **kwargs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train.py", *args]
+    return subprocess.Popen(command, cwd=ROOT, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"), **kwargs)
+
+
+def test_learning_rate_is_warm_up_and_cosine():
+    config = TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
+    assert [learning_rate(step, config) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert learning_rate(60, config) == pytest.approx(0.55) and learning_rate(85, config) == pytest.approx(0.1 + 0.9 * (1 - 2**-0.5) / 2)
+    assert learning_rate(110, config) == learning_rate(500, config) == pytest.approx(0.1)
+    longer = TrainConfig(learning_rate=1.0, warmup_steps=1000, max_steps=10)
+    assert learning_rate(9, longer) == pytest.approx(0.01)
+    assert learning_rate(0, TrainConfig(learning_rate=1.0, warmup_steps=0, max_steps=0)) == 1.0
+
+
+def test_metrics_and_checkpoint(toy_run, tmp_path, capsys):
+    train.main(toy_run)
+    got = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in got] == [0, 5, 10, 15, 20]
+    assert all(list(row) == ["step", "tokens", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_sec", "mfu"]
+               for row in got)
+    assert [row["step"] for row in got if row["val_loss"] is not None] == [0, 10, 20]
+    assert got[0]["val_loss"] == pytest.approx(math.log(257), abs=0.1) and got[-1]["val_loss"] < 4.5
+    assert got[-1]["tokens"] == 20 * 256 and got[-1]["lr"] == pytest.approx(learning_rate(19, TrainConfig(max_steps=20, warmup_steps=4)))
+    assert all(row["mfu"] is None for row in got) and all(row["tokens_per_sec"] > 0 for row in got[1:])
+    val = Dataset(toy_run[0].partition("=")[2]).val
+    assert got[-1]["val_bpb"] == pytest.approx(got[-1]["val_loss"] / math.log(2) * val.n_tokens / val.n_bytes)
+
+    state = checkpoint.load(tmp_path / "run")
+    assert (state["step"], state["tokenizer"], state["val_loss"]) == (20, "byte", got[-1]["val_loss"])
+    assert state["config"]["n_embd"] == 32 and state["settings"]["max_steps"] == 20 and state["config"]["vocab_size"] == 257
+    assert set(state["model"]) == set(checkpoint.build_model(state).state_dict())
+    assert "sample.py --out_dir=" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_loss_in_the_log_is_that_of_the_model(toy_run, tmp_path):
+    """Validation recomputed by hand from the checkpoint, one window at a time."""
+    train.main([*toy_run, "--eval_tokens=None"])
+    state = checkpoint.load(tmp_path / "run")
+    model, val = checkpoint.build_model(state).eval(), Dataset(toy_run[0].partition("=")[2]).val
+    tokens = torch.from_numpy(val.read(0, val.n_tokens))
+    total = 0.0
+    with torch.inference_mode():
+        for start in range(0, val.n_tokens - 1, 32):
+            x, y = tokens[start:start + 32][:len(tokens) - 1 - start], tokens[start + 1:start + 33]
+            total -= model(x[None])[0][0].double().log_softmax(-1).gather(1, y[:, None]).sum().item()
+    assert state["val_loss"] == pytest.approx(total / (val.n_tokens - 1), abs=1e-5)
+
+
+def test_micro_batches_make_the_same_step(toy_run, tmp_path):
+    for name, size in (("one", 8), ("four", 2)):
+        train.main(out([*toy_run, f"--batch_size={size}"], tmp_path / name))
+    one, four = rows(tmp_path / "one"), rows(tmp_path / "four")
+    for a, b in zip(one, four, strict=True):
+        for key in ("train_loss", "val_loss", "grad_norm"):
+            assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=2e-4)
+    differ = out([*toy_run, "--batch_size=8", "--seed=2"], tmp_path / "other")
+    train.main(differ)
+    assert rows(tmp_path / "other")[-1]["train_loss"] != pytest.approx(one[-1]["train_loss"], abs=1e-3)
+
+
+class StopAt(train.StopSignal):
+    """A SIGTERM that comes at a known step boundary."""
+    step = None
+
+    def agreed(self, runtime):
+        self.calls = getattr(self, "calls", -1) + 1
+        if self.calls == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().agreed(runtime)
+
+
+@pytest.mark.parametrize("changes", [[], ["--dropout=0.2", "--n_kv_head=1"]], ids=["gqa", "mqa-dropout"])
+@pytest.mark.parametrize("stop", [7, 10])
+def test_resume_is_bit_identical(toy_run, tmp_path, monkeypatch, capsys, stop, changes):
+    whole, parts = out([*toy_run, *changes], tmp_path / "whole"), out([*toy_run, *changes], tmp_path / "parts")
+    train.main(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StopSignal", StopAt)
+        patch.setattr(StopAt, "step", stop)
+        with pytest.raises(SystemExit) as exit:
+            train.main(parts)
+    assert exit.value.code == 128 + signal.SIGTERM and checkpoint.load(tmp_path / "parts")["step"] == stop
+    assert f"stopped by SIGTERM after step {stop}" in capsys.readouterr().out
+    with open(tmp_path / "parts/metrics.jsonl", "a") as f:  # as of a run that was killed after its last checkpoint
+        f.write(json.dumps(dict(step=stop + 5)) + '\n{"step": 1')
+    train.main([*parts, "--init_from=auto"])
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+
+
+def test_two_ranks_make_the_same_losses_and_resume_bit_for_bit(toy_run, tmp_path):
+    """One process with 4 micro-steps, 2 ranks with 2, and 2 ranks that are stopped by a SIGTERM and resumed."""
+    args = [*toy_run, "--batch_size=2", "--max_steps=120", "--eval_interval=60", "--learning_rate=1e-3"]
+    train.main(out(args, tmp_path / "one"))
+    whole = torchrun(out(args, tmp_path / "whole"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    text = whole.communicate(timeout=100)[0]
+    assert whole.returncode == 0, text
+    assert text.count("step    120") == 1 and "2 ranks x 2 micro-steps" in text
+    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "whole"), strict=True):
+        for key in ("train_loss", "val_loss"):
+            assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=2e-4), a["step"]
+    assert rows(tmp_path / "whole")[-1]["val_loss"] < 3.6
+
+    parts = torchrun(out(args, tmp_path / "parts"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    log = tmp_path / "parts/metrics.jsonl"
+    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 6):
+        time.sleep(0.01)
+    parts.send_signal(signal.SIGTERM)  # torchrun passes it on to its workers
+    parts.wait(timeout=60)
+    stopped = checkpoint.load(tmp_path / "parts")["step"]
+    assert 0 < stopped < 120, stopped
+    again = torchrun([*out(args, tmp_path / "parts"), "--init_from=resume"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    text = again.communicate(timeout=100)[0]
+    assert again.returncode == 0 and f"resuming at step {stopped}" in text, text
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+
+
+def test_under_torchrun_one_rank_says_what_is_wrong(toy_run):
+    run = torchrun([*toy_run, "--n_head=5"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    text = run.communicate(timeout=60)[0]
+    assert run.returncode == 1 and text.count("train.py: n_kv_head=2 does not divide n_head=5") == 1
+    assert text.count("Traceback") == 1, "torchrun's own report and no other"
+
+
+def test_resume_prints_changes_and_takes_the_rest_from_the_checkpoint(toy_run, tmp_path, capsys):
+    train.main([*toy_run, "--learning_rate=1e-3"])
+    capsys.readouterr()
+    train.main([f"--out_dir={tmp_path / 'run'}", "--init_from=resume", "--max_steps=25", "--batch_size=8"])
+    text = capsys.readouterr().out
+    assert "resuming at step 20, changed: max_steps 20 -> 25, batch_size 4 -> 8" in text
+    assert rows(tmp_path / "run")[-1]["step"] == 25 and checkpoint.load(tmp_path / "run")["settings"]["learning_rate"] == 1e-3
+
+
+def test_init_from_another_run_takes_its_weights_and_starts_at_step_0(toy_run, tmp_path, capsys):
+    train.main(toy_run)
+    before = weights(tmp_path / "run")
+    data = toy_run[0]
+    train.main([data, f"--init_from={tmp_path / 'run'}", f"--out_dir={tmp_path / 'tuned'}", "--max_steps=0", "--device=cpu",
+                "--batch_size=4", "--tokens_per_step=256", "--eval_tokens=1024"])
+    assert equal(before, weights(tmp_path / "tuned")) and checkpoint.load(tmp_path / "tuned")["step"] == 0
+    assert rows(tmp_path / "tuned")[0]["val_loss"] == pytest.approx(rows(tmp_path / "run")[-1]["val_loss"], abs=1e-6)
+
+
+def test_eval_only_prints_the_loss_of_the_log_and_writes_nothing(toy_run, tmp_path, capsys):
+    train.main(toy_run)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    capsys.readouterr()
+    train.main([*toy_run, "--init_from=resume", "--eval_only=True"])
+    assert f"val_loss {rows(tmp_path / 'run')[-1]['val_loss']:.4f}" in capsys.readouterr().out
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(toy_run, tmp_path, capsys):
+    train.main([*toy_run, "--max_steps=10"])
+    good = weights(tmp_path / "run")
+    with pytest.raises(SystemExit) as exit:
+        train.main([*toy_run, "--init_from=resume", "--learning_rate=1e30", "--max_steps=40"])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and "not finite at step 12 (lr " in error and "float32" in error
+    assert equal(good, weights(tmp_path / "run")) and checkpoint.load(tmp_path / "run")["step"] == 10
+
+
+def test_a_checkpoint_cannot_run_code(toy_run, tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+    train.main(toy_run)
+    state = checkpoint.load(tmp_path / "run")
+    torch.save(dict(state, step=Evil()), tmp_path / "run" / "ckpt.pt")
+    with pytest.raises(SystemExit) as exit:
+        train.main([*toy_run, "--init_from=resume"])
+    assert exit.value.code == 2 and "damaged or not a checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_failed_save_leaves_the_checkpoint_whole(toy_run, tmp_path, monkeypatch, capsys):
+    train.main(toy_run)
+    good = (tmp_path / "run/ckpt.pt").read_bytes()
+
+    def full(state, f):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as exit:
+        train.main([*toy_run, "--init_from=resume", "--max_steps=25"])
+    assert exit.value.code == 2 and "No space left on device" in capsys.readouterr().err
+    assert (tmp_path / "run/ckpt.pt").read_bytes() == good
+
+
+def test_compile_falls_back_to_eager_with_one_warning(toy_run, tmp_path, monkeypatch, capsys):
+    def broken(model):
+        def fail(*args, **kwargs):
+            raise RuntimeError("no compiler here")
+        return fail
+    monkeypatch.setattr(torch, "compile", broken)
+    train.main([*toy_run, "--compile=True"])
+    assert capsys.readouterr().err.count("torch.compile does not work here (no compiler here)") == 1
+    train.main(out([*toy_run, "--compile=False"], tmp_path / "eager"))
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "eager"))
+    assert not any("_orig_mod" in name or "module." in name for name in weights(tmp_path / "run"))
+
+
+def test_wandb_receives_the_rows(toy_run, tmp_path, monkeypatch):
+    logged = []
+
+    class Run:
+        def log(self, row, step):
+            logged.append((step, row))
+
+        def finish(self):
+            logged.append("finished")
+    import wandb
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: logged.append(kwargs) or Run())
+    train.main([*toy_run, "--wandb_log=True", "--wandb_project=p", "--wandb_run_name=r"])
+    assert (logged[0]["project"], logged[0]["name"], logged[0]["config"]["n_embd"]) == ("p", "r", 32)
+    assert [step for step, _ in logged[1:-1]] == [0, 5, 10, 15, 20] and logged[-1] == "finished"
+    assert "val_loss" in logged[1][1] and "val_loss" not in logged[2][1]
+
+
+def test_weight_decay_is_on_matrices_only(toy_run):
+    model = train.GPT(train.GPTConfig(vocab_size=65, n_embd=32, n_head=4, n_layer=1, qkv_bias=True))
+    groups = train.make_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert all(p.dim() == 2 for p in groups[0]["params"]) and all(p.dim() == 1 for p in groups[1]["params"])
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_loss_falls_to_its_band_on_the_embedded_data(tmp_path):
+    """The Python standard library itself, prepared by train.py where it is not yet: a tenth of config/gqa.py's steps."""
+    assert "out_dir" in keys_of(TrainConfig)
+    train.main(["config/gqa.py", f"--out_dir={tmp_path}", "--device=cpu", "--block_size=128", "--batch_size=16",
+                "--tokens_per_step=2048", "--max_steps=150", "--eval_interval=150", "--eval_tokens=16384", "--warmup_steps=20"])
+    first, last = rows(tmp_path)[0], rows(tmp_path)[-1]
+    assert first["val_loss"] == pytest.approx(math.log(257), abs=0.3)
+    assert 1.6 < last["val_loss"] < 2.6, "bigrams of bytes reach about 2.4"
