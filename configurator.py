@@ -35,6 +35,11 @@ def program(main):
                 time.sleep(20)
             print(f"{os.path.basename(sys.modules[main.__module__].__file__)}: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        except BrokenPipeError:  # whoever reads our output has had enough, as in `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise SystemExit(141) from None
     return run
 
 

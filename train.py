@@ -41,8 +41,8 @@ class TrainConfig(GPTConfig):
     eval_only: bool = False       # evaluate the checkpoint in out_dir (or of init_from) and stop
     log_interval: int = 10        # steps between log lines
     # batch
-    batch_size: int = 8           # sequences per device and micro-step
-    tokens_per_step: int = 2**12  # tokens per optimizer step over all devices and micro-steps
+    tokens_per_step: int = 2**11  # tokens per optimizer step over all devices and micro-steps
+    batch_size: int | None = None  # sequences per device and micro-step; None: a device's share of the step at once
     # optimizer
     optimizer: Literal["adamw"] = "adamw"  # adamw, fused
     learning_rate: float = 3e-3   # peak, after the warm-up
@@ -64,8 +64,8 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("eval_interval", "log_interval", "batch_size", "tokens_per_step"):
-            if getattr(self, name) < 1:
+        for name in ("eval_interval", "log_interval", "batch_size", "tokens_per_step", "eval_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("max_steps", "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"):
             if getattr(self, name) < 0:
@@ -73,8 +73,6 @@ class TrainConfig(GPTConfig):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
-        if self.eval_tokens is not None and self.eval_tokens < 1:
-            raise ValueError(f"eval_tokens must be at least 1, or None for the whole split, not {self.eval_tokens}")
         if self.tokens_per_step % self.block_size:
             raise ValueError(f"tokens_per_step={self.tokens_per_step} is not a multiple of block_size={self.block_size}: "
                              f"the nearest is {nearest(self.tokens_per_step, self.block_size)}")
@@ -248,14 +246,15 @@ def plan(given):
     return config, dataset, state
 
 
-def micro_steps(config, ranks):
-    """Gradient accumulation: micro-steps of batch_size sequences per optimizer step and rank."""
-    at_once = config.batch_size * ranks * config.block_size
+def batch_shape(config, ranks):
+    """(batch_size, gradient accumulation): sequences per micro-step, and micro-steps per optimizer step, of each rank."""
+    at_once = (config.batch_size or 1) * ranks * config.block_size
     if config.tokens_per_step % at_once:
-        raise UserError(f"tokens_per_step={config.tokens_per_step} is not a multiple of batch_size {config.batch_size} x "
+        raise UserError(f"tokens_per_step={config.tokens_per_step} is not a multiple of batch_size {config.batch_size or 1} x "
                         f"{ranks} ranks x block_size {config.block_size} = {at_once}: the nearest is "
                         f"{nearest(config.tokens_per_step, at_once)}, or choose another batch_size")
-    return config.tokens_per_step // at_once
+    accumulation = config.tokens_per_step // at_once
+    return (config.batch_size, accumulation) if config.batch_size else (accumulation, 1)
 
 
 def check_writable(out_dir):
@@ -271,13 +270,13 @@ def check_writable(out_dir):
 # -- evaluation, learning rate, log ------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, split, config, runtime):
+def evaluate(model, split, config, runtime, batch_size):
     """Mean loss in nats per token over the fixed validation windows, whatever the number of ranks."""
     model.eval()
     starts = val_windows(split, config.block_size, config.eval_tokens)
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of tokens
-    for first in range(runtime.rank * config.batch_size, len(starts), runtime.ranks * config.batch_size):
-        x, y = val_batch(split, starts[first:first + config.batch_size], config.batch_size, config.block_size)
+    for first in range(runtime.rank * batch_size, len(starts), runtime.ranks * batch_size):
+        x, y = val_batch(split, starts[first:first + batch_size], batch_size, config.block_size)
         with runtime.autocast():
             loss = model(runtime.tensor(x), runtime.tensor(y), logits="none")[1]
         n_tokens = int((y >= 0).sum())
@@ -373,7 +372,7 @@ def main(argv):
     given = parse(TrainConfig, argv, __doc__)
     config, dataset, state = plan(given)
     runtime = pick_runtime(config.device, config.dtype, config.compile)
-    accumulation = micro_steps(config, runtime.ranks)
+    batch_size, accumulation = batch_shape(config, runtime.ranks)
     if not config.eval_only:
         check_writable(config.out_dir)
     model = checkpoint.build_model(state, config) if state else GPT(checkpoint.model_config(config), config.seed)
@@ -382,13 +381,16 @@ def main(argv):
     if runtime.ranks > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if runtime.device.type == "cuda" else "gloo")
     try:
-        train(config, model, dataset, state, runtime, accumulation)
+        train(config, model, dataset, state, runtime, batch_size, accumulation)
+    except torch.OutOfMemoryError:
+        raise UserError(f"the device is out of memory: lower batch_size (now {batch_size}; tokens_per_step may stay) or "
+                        "block_size") from None
     finally:
         if runtime.ranks > 1:
             dist.destroy_process_group()
 
 
-def train(config, model, dataset, state, runtime, accumulation):
+def train(config, model, dataset, state, runtime, batch_size, accumulation):
     """Runs the plan: evaluates and stops, or trains from state (a checkpoint, or None) to max_steps."""
     master, ranks = runtime.rank == 0, runtime.ranks
     say = print if master else lambda *args: None
@@ -400,8 +402,8 @@ def train(config, model, dataset, state, runtime, accumulation):
 
     def batch(step, micro_step):
         """Inputs and targets of this rank: the ranks take turns through the sequences of the step."""
-        first = (step * accumulation + micro_step) * ranks * config.batch_size + runtime.rank * config.batch_size
-        x, y = train_batch(dataset.train, config.seed, first, config.batch_size, config.block_size)
+        first = ((step * accumulation + micro_step) * ranks + runtime.rank) * batch_size
+        x, y = train_batch(dataset.train, config.seed, first, batch_size, config.block_size)
         return runtime.tensor(x), runtime.tensor(y)
 
     def loss_of(forward, x, y):
@@ -420,7 +422,7 @@ def train(config, model, dataset, state, runtime, accumulation):
         f"{config.n_head}, n_kv_head {config.n_kv_head}, KV cache {model.kv_bytes_per_token():,} bytes per token in float32")
     say(f"data: {config.dataset}, {train_tokens:,} training tokens, tokenizer {dataset.meta['tokenizer']}, "
         f"sha256 {dataset.meta['sha256'][:16]}")
-    say(f"batch: {config.tokens_per_step:,} tokens per step = {config.batch_size} sequences x {config.block_size} tokens x "
+    say(f"batch: {config.tokens_per_step:,} tokens per step = {batch_size} sequences x {config.block_size} tokens x "
         f"{ranks} ranks x {accumulation} micro-steps; {config.max_steps:,} steps are "
         f"{config.tokens_per_step * config.max_steps / train_tokens:.2f} epochs")
     if resume:
@@ -428,7 +430,7 @@ def train(config, model, dataset, state, runtime, accumulation):
         changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
         say(f"resuming at step {start}" + (", changed: " + ", ".join(changed) if changed else ""))
     if config.eval_only:
-        val_loss = evaluate(compiled, dataset.val, config, runtime)
+        val_loss = evaluate(compiled, dataset.val, config, runtime, batch_size)
         return say(f"val_loss {val_loss:.4f}, {bits_per_byte(val_loss, dataset.val):.4f} bits per byte")
 
     log = Log(config, start) if master else None
@@ -460,7 +462,7 @@ def train(config, model, dataset, state, runtime, accumulation):
                     loss = loss.item() / ranks  # waits for the device, so that the clock below is honest
                 seconds = time.perf_counter() - interval_began
                 rate = (step - interval_step) * config.tokens_per_step / seconds if step > interval_step else None
-                val_loss = evaluate(compiled, dataset.val, config, runtime) if evaluating else None
+                val_loss = evaluate(compiled, dataset.val, config, runtime, batch_size) if evaluating else None
                 if master:
                     log.row(step=step, tokens=step * config.tokens_per_step, train_loss=loss, val_loss=val_loss,
                             val_bpb=bits_per_byte(val_loss, dataset.val) if evaluating else None,
@@ -505,12 +507,13 @@ def train(config, model, dataset, state, runtime, accumulation):
 
 
 def make_optimizer(model, config):
-    """Fused AdamW; weight decay on matrices, not on norms and biases."""
+    """The optimizer of the setting of that name; weight decay on matrices, not on norms and biases."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate,
-                             betas=(config.beta1, config.beta2), fused=True)
+    match config.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
 def run_settings(config):

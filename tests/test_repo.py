@@ -1,0 +1,113 @@
+"""The repository as a whole: its configs, its settings, its README and the direction of its imports."""
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import keys_of
+
+from checkpoint import model_config
+from configurator import build, help_text, parse
+from dataloader import PrepareConfig
+from model import GPT, GPTConfig
+from sample import SampleConfig
+from train import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = {"train.py": TrainConfig, "sample.py": SampleConfig, **{f"data/{name}/prepare.py": PrepareConfig
+                                                                  for name in ("python", "shakespeare", "text")}}
+CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds_a_model_that_runs(name):
+    config = build(TrainConfig, parse(TrainConfig, [f"config/{name}"], ""))
+    config.vocab_size = config.vocab_size or 257
+    model = GPT(model_config(config))
+    with torch.inference_mode():
+        logits = model(torch.zeros(1, 4, dtype=torch.long))[0]
+    assert logits.shape == (1, 4, config.vocab_size) and logits.isfinite().all()
+    if name == "gpt2_124m.py":  # SwiGLU's three matrices at 8/3 weigh what GPT-2's two at 4 do
+        assert 120e6 < model.num_params() < 130e6
+
+
+def test_variants_differ_in_n_kv_head_and_out_dir_alone():
+    base = TrainConfig()
+    for name, kv in (("mha", base.n_head), ("gqa", 2), ("mqa", 1)):
+        given = parse(TrainConfig, [f"config/{name}.py"], "")
+        assert set(given) == {"n_kv_head", "out_dir"} and given["out_dir"] == f"out/{name}"
+        assert build(TrainConfig, given).n_kv_head == kv
+    composed = build(TrainConfig, parse(TrainConfig, ["config/gpt2_124m.py", "config/gqa.py"], ""))
+    assert (composed.n_layer, composed.n_head, composed.n_kv_head, composed.out_dir) == (12, 12, 2, "out/gpt2_124m/gqa")
+
+
+def test_model_settings_have_one_set_of_defaults():
+    for key in keys_of(GPTConfig):
+        assert key in keys_of(TrainConfig) and key not in TrainConfig.__dict__.get("__annotations__", {}), key
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig, PrepareConfig], ids=lambda cls: cls.__name__)
+def test_every_setting_is_in_the_help_and_is_read(cls):
+    text = help_text(cls, "doc")
+    for key in keys_of(cls):
+        assert re.search(rf"^  --{key}={re.escape(str(getattr(cls, key)))} +\S", text, re.M), key
+    read = set()
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*/prepare.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:  # config.n_head, c.n_head, model.config.n_head
+                case ast.Attribute(value=ast.Name(id="config" | "c") | ast.Attribute(attr="config"), attr=attr, ctx=ast.Load()):
+                    read.add(attr)
+    assert set(keys_of(cls)) <= read
+
+
+def test_imports_flow_one_way():
+    order = ["configurator", "model", "dataloader", "checkpoint", "train", "sample"]
+    for i, name in enumerate(order):
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not set(names) & set(order[i:]), f"{name}.py imports {names}"
+    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(order)
+
+
+def readme_commands():
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def test_readme_opens_with_two_commands_of_their_own():
+    train, test = readme_commands()[:2]
+    for command, end in ((train, "torchrun train.py config/gqa.py"), (test, "python -m pytest")):
+        assert command == f"python3 -m venv .venv && . .venv/bin/activate && pip install -q -r requirements.txt && {end}"
+
+
+def test_readme_commands_name_what_exists():
+    seen = set()
+    for command in readme_commands()[2:]:
+        words = [word for word in shlex.split(command, comments=True) if "=" not in word or word.startswith("--")]
+        if words[0] not in ("python", "torchrun"):
+            continue
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        assert words[at] in PROGRAMS, command
+        build(PROGRAMS[words[at]], parse(PROGRAMS[words[at]], words[at + 1:], ""))
+        seen.add(words[at])
+    assert seen == set(PROGRAMS)
+
+
+def test_readme_links_name_what_exists():
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / target).exists(), target
+
+
+def test_requirements_pin_what_pyproject_allows():
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M))
+    ranges = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    assert pins.keys() == ranges.keys() >= {"torch", "numpy", "tiktoken", "tqdm", "wandb"}
+    for name, pin in pins.items():
+        assert [int(n) for n in pin.split(".")] >= [int(n) for n in ranges[name].split(".")]
