@@ -287,6 +287,15 @@ def evaluate(model, split, config, runtime, batch_size):
     return (total[0] / total[1]).item()
 
 
+def check_finite(finite, step, config, runtime):
+    """UserError unless all of finite, flags of the steps up to step, are True: no bad weights reach a checkpoint."""
+    if not all(finite):
+        bad = step - len(finite) + finite.index(False) + 1
+        raise UserError(f"the loss is not finite at step {bad} (lr {learning_rate(max(0, bad - 1), config):.2e}, "
+                        f"{runtime.describe()['dtype']}): lower learning_rate and go on from the last good checkpoint with "
+                        "--init_from=resume")
+
+
 def bits_per_byte(loss, split):
     """Nats per token -> bits per byte of the split's text, which compares tokenizers."""
     return loss / math.log(2) * split.n_tokens / split.n_bytes
@@ -423,7 +432,7 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
     say(f"data: {config.dataset}, {train_tokens:,} training tokens, tokenizer {dataset.meta['tokenizer']}, "
         f"sha256 {dataset.meta['sha256'][:16]}")
     say(f"batch: {config.tokens_per_step:,} tokens per step = {batch_size} sequences x {config.block_size} tokens x "
-        f"{ranks} ranks x {accumulation} micro-steps; {config.max_steps:,} steps are "
+        f"{ranks} rank{'s' * (ranks > 1)} x {accumulation} micro-step{'s' * (accumulation > 1)}; {config.max_steps:,} steps are "
         f"{config.tokens_per_step * config.max_steps / train_tokens:.2f} epochs")
     if resume:
         then, now = {**state["settings"], **state["runtime"]}, {**run_settings(config), **runtime.describe()}
@@ -449,11 +458,7 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
             logging = new and (evaluating or step % config.log_interval == 0)
 
             if (logging or stopping) and finite:
-                if not all(ok := torch.stack(finite).tolist()):
-                    bad = step - len(ok) + ok.index(False) + 1
-                    raise UserError(f"the loss or its gradient is not finite at step {bad} (lr {learning_rate(bad - 1, config):.2e}, "
-                                    f"{runtime.describe()['dtype']}): lower learning_rate and start again from the last good "
-                                    "checkpoint with --init_from=resume")
+                check_finite(torch.stack(finite).tolist(), step, config, runtime)
                 finite.clear()
             if logging:
                 if loss is not None:
@@ -463,6 +468,7 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
                 seconds = time.perf_counter() - interval_began
                 rate = (step - interval_step) * config.tokens_per_step / seconds if step > interval_step else None
                 val_loss = evaluate(compiled, dataset.val, config, runtime, batch_size) if evaluating else None
+                check_finite([math.isfinite(val_loss or 0.0)], step, config, runtime)
                 if master:
                     log.row(step=step, tokens=step * config.tokens_per_step, train_loss=loss, val_loss=val_loss,
                             val_bpb=bits_per_byte(val_loss, dataset.val) if evaluating else None,
@@ -470,6 +476,7 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
                             grad_norm=grad_norm.item() if step > start else None, tokens_per_sec=rate,
                             mfu=rate * flops / (peak * ranks) if rate and peak else None)
             if master and (evaluating or (stopping and new)):
+                check_finite([all(p.isfinite().all() for p in model.parameters())], step, config, runtime)
                 save(config, model, optimizer, step, val_loss if evaluating else None, dataset, runtime)
             if logging:
                 interval_began, interval_step = time.perf_counter(), step
@@ -500,8 +507,8 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
         say(f"stopped by {signal.Signals(stopping).name} after step {step}, saved; the same command with --init_from=resume goes on")
         raise SystemExit(128 + stopping)
     minutes, seconds = divmod(time.perf_counter() - began, 60)
-    if val_loss is not None:
-        say(f"done in {minutes:.0f} min {seconds:.0f} s: val_loss {val_loss:.4f}, {bits_per_byte(val_loss, dataset.val):.4f} bits per byte")
+    val_loss = state["val_loss"] if val_loss is None else val_loss  # resumed where it had ended
+    say(f"done in {minutes:.0f} min {seconds:.0f} s: val_loss {val_loss:.4f}, {bits_per_byte(val_loss, dataset.val):.4f} bits per byte")
     prompt = "def " if dataset.meta.get("python") else ""
     say(f'now try: python sample.py --out_dir={config.out_dir} --prompt="{prompt}"')
 
