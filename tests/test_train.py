@@ -194,12 +194,12 @@ def test_eval_only_prints_the_loss_of_the_log_and_writes_nothing(toy_run, tmp_pa
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
 
 
-@pytest.mark.parametrize("eval_interval,step", [(10, 12), (1, 11)], ids=["seen-in-training", "seen-in-validation"])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(toy_run, tmp_path, capsys, eval_interval, step):
+@pytest.mark.parametrize("eval_interval,lr,step", [(10, "1e30", 12), (1, "1e39", 11)], ids=["seen-in-training", "seen-in-validation"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(toy_run, tmp_path, capsys, eval_interval, lr, step):
     train.main([*toy_run, "--max_steps=10", f"--eval_interval={eval_interval}"])
     good = weights(tmp_path / "run")
     with pytest.raises(SystemExit) as exit:
-        train.main([*toy_run, "--init_from=resume", "--learning_rate=1e30", "--max_steps=40", f"--eval_interval={eval_interval}"])
+        train.main([*toy_run, "--init_from=resume", f"--learning_rate={lr}", "--max_steps=40", f"--eval_interval={eval_interval}"])
     error = capsys.readouterr().err
     assert exit.value.code == 2 and f"not finite at step {step} (lr " in error and "float32" in error
     assert equal(good, weights(tmp_path / "run")) and checkpoint.load(tmp_path / "run")["step"] == 10
