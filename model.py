@@ -21,7 +21,7 @@ class GPTConfig:
     block_size: int = 256         # longest context, in tokens
     vocab_size: int | None = None  # rows of the embedding table; None: as many as the data set's tokenizer has ids
     n_layer: int = 4              # transformer blocks
-    n_head: int = 8               # query heads
+    n_head: int = 4               # query heads
     n_kv_head: int | None = None  # key/value heads: None is n_head (MHA), 1 is MQA, a divisor of n_head between is GQA
     n_embd: int = 128             # width of the residual stream
     head_dim: int | None = None   # width of a head; None: n_embd / n_head

@@ -35,9 +35,9 @@ class TrainConfig(GPTConfig):
     init_from: str = "scratch"    # scratch, resume, auto (resume where out_dir has a checkpoint), or a folder whose weights to start from
     dataset: str = "python"       # a folder below data/, or the path of a prepared one
     # length and evaluation
-    max_steps: int = 1500         # optimizer steps in all
-    eval_interval: int = 250      # steps between evaluations; each one saves a checkpoint
-    eval_tokens: int | None = 2**17  # validation tokens, the same ones every time; None: the whole split
+    max_steps: int = 1200         # optimizer steps in all
+    eval_interval: int = 300      # steps between evaluations; each one saves a checkpoint
+    eval_tokens: int | None = 2**16  # validation tokens, the same ones every time; None: the whole split
     eval_only: bool = False       # evaluate the checkpoint in out_dir (or of init_from) and stop
     log_interval: int = 10        # steps between log lines
     # batch
@@ -112,34 +112,34 @@ def pick_runtime(device, dtype, compile):
     """The Runtime of the settings device, dtype and compile, each of which may be "auto". UserError if it is not here."""
     rank, ranks, local_rank = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    asked = device
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    why = []
     if device == "auto":
-        device = "cuda" if cuda else "mps" if mps else "cpu"
+        device = next(kind for kind in here if here[kind])
+        why.append(f"device {device} (no GPU found)" if device == "cpu" else f"device {device} (found)")
+    else:
+        why.append(f"device {device}")
     kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
+    if kind not in here or (index and not (kind == "cuda" and index.isdecimal())):
         raise UserError(f"there is no device {device!r}: choose auto, cpu, cuda, cuda:N or mps")
-    if not {"cpu": True, "cuda": cuda, "mps": mps}[kind]:
+    if not here[kind]:
         raise UserError(f"device {device!r} is not available here: choose --device=auto or --device=cpu")
     if kind == "cuda":
-        index = int(index) if index else local_rank
+        index = local_rank if ranks > 1 or not index else int(index)
         if index >= torch.cuda.device_count():
-            raise UserError(f"there is no GPU {index}, this machine has {torch.cuda.device_count()}: start as many ranks "
-                            "as GPUs, or choose --device=cpu")
+            raise UserError(f"there is no GPU {index}, this machine has {torch.cuda.device_count()}: start at most as many "
+                            "ranks as GPUs, or choose --device=cpu")
         device = f"cuda:{index}"
         torch.cuda.set_device(index)
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-    why = [f"device {device}" + ({"cpu": " (no GPU found)", "cuda": "", "mps": ""}[kind] if asked == "auto" else "")]
     if dtype == "auto":
         half = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if half else "float32"
-        why.append(dtype + (" (this GPU has it)" if half else f" (the default on {kind})" if kind != "cuda" else
-                            " (this GPU has no bfloat16)"))
+        why.append(f"{dtype} ({'this GPU has it' if half else 'auto takes bfloat16 on GPUs that have it'})")
     else:
         why.append(dtype)
     if compile == "auto":
         compile = kind == "cuda"
-        why.append("compiled" if compile else "eager")
+        why.append("compiled" if compile else f"eager (on {kind} a short run ends before compiling has paid off)")
     else:
         why.append("compiled" if compile else "eager")
     return Runtime(torch.device(device), getattr(torch, dtype), compile, ", ".join(why), rank, ranks)
