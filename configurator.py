@@ -28,19 +28,32 @@ def program(main):
     def run(argv=None):
         try:
             return main(sys.argv[1:] if argv is None else list(argv))
-        except UserError as error:
+        except (UserError, OSError) as error:
+            if isinstance(error, BrokenPipeError):  # whoever reads our output has had enough, as in `| head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                raise SystemExit(141) from None
+            if isinstance(error, OSError):  # those with a better remedy are UserErrors where they arise
+                error = f"cannot use {str(error.filename)[:100]!r} ({error.strerror}): check the path, its permissions and the disk"
             # torchrun ends every rank as soon as one exits: the others wait, so that rank 0 gets to say it, once.
             # A rank whose trouble is its own (a missing disk, say) speaks after the wait.
-            if os.environ.get("RANK", "0") != "0":
+            if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
                 time.sleep(20)
             print(f"{os.path.basename(sys.modules[main.__module__].__file__)}: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
-        except BrokenPipeError:  # whoever reads our output has had enough, as in `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            raise SystemExit(141) from None
     return run
+
+
+def world():
+    """(rank, ranks, local rank) of this process, as torchrun sets them; (0, 1, 0) without it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    values = [os.environ.get(name, default) for name, default in zip(names, ("0", "1", "0"))]
+    if not all(value.isdecimal() for value in values) or not int(values[0]) < int(values[1]) or int(values[2]) >= int(values[1]) \
+            or (int(values[1]) > 1 and "MASTER_ADDR" not in os.environ):
+        found = ", ".join(f"{name}={value}" for name, value in zip(names, values))
+        raise UserError(f"{found} is not what torchrun sets: unset these variables, or start with torchrun")
+    return tuple(int(value) for value in values)
 
 
 def parse(cls, argv, doc):
@@ -108,6 +121,8 @@ def literal(node):
     """The value of a literal or of arithmetic over numbers."""
     match node:
         case ast.Constant(value=bool() | int() | float() | str() | None as value):
+            if isinstance(value, int) and value >= 2**63:
+                raise ValueError("it does not fit into 64 bits")
             return value
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -number(operand)
@@ -115,7 +130,10 @@ def literal(node):
             a, b = number(left), number(right)
             if isinstance(op, ast.Pow) and max(abs(a), abs(b)) > 1000:
                 raise ValueError(f"{a}**{b} is too large")
-            return OPERATORS[type(op)](a, b)
+            value = OPERATORS[type(op)](a, b)
+            if isinstance(value, complex) or abs(value) >= 2**63 and isinstance(value, int):
+                raise ValueError("its value does not fit into 64 bits")
+            return value
     raise ValueError(f"found {ast.unparse(node)[:40]!r}")
 
 
@@ -150,14 +168,14 @@ def convert(cls, key, value, where):
         elif kind in (int, float) and not isinstance(value, bool):
             try:
                 result = kind(value)
+                if math.isfinite(result) and (kind is float or abs(result) < 2**63) and (isinstance(value, str) or result == value):
+                    return result
             except (TypeError, ValueError, OverflowError):
                 continue
-            if math.isfinite(result) and (isinstance(value, str) or result == value):
-                return result
-        elif kind is str and isinstance(value, str):
+        elif kind is str and isinstance(value, str) and "\0" not in value:
             return value
     wanted = " or ".join(describe(kind) for kind in kinds)
-    raise UserError(f"{where}: {key} must be {wanted}, not {value!r}")
+    raise UserError(f"{where[:100]}: {key} must be {wanted}, not {value!r:.100}")
 
 
 def describe(kind):

@@ -82,7 +82,7 @@ def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
             splits[split][0]["bytes"] += len(text.encode())
         for split, file in files.items():
             file.close()
-            if not splits[split][0]["tokens"]:
+            if not splits[split][0]["bytes"]:
                 raise UserError(f"no text for the {split} split: give more text with --input")
         meta = dict(about, tokenizer=tokenizer, vocab_size=encoding.n_vocab, dtype=dtype.name, sha256=digest.hexdigest(),
                     splits=splits)
@@ -106,13 +106,17 @@ def read_meta(folder):
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text())
-        assert meta["dtype"] in ("uint16", "uint32") and meta["vocab_size"] > 0 and isinstance(meta["tokenizer"], str)
-        assert isinstance(meta["sha256"], str)
+        sound = meta["dtype"] in ("uint16", "uint32") and type(meta["vocab_size"]) is int and 0 < meta["vocab_size"] <= 2**32
+        sound &= meta["tokenizer"] in ("byte", *tiktoken.list_encoding_names()) and isinstance(meta["sha256"], str)
         for split in ("train", "val"):
             for file in meta["splits"][split]:
-                assert file["tokens"] >= 0 and file["bytes"] >= 0 and file["name"] == os.path.basename(file["name"])
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise UserError(f"{path} is not the meta.json of a data set: {mend(folder)}") from None
+                sound &= file["name"] == os.path.basename(file["name"]) and all(
+                    type(file[count]) is int and 0 <= file[count] < 2**62 for count in ("tokens", "bytes"))
+            sound &= sum(file["bytes"] for file in meta["splits"][split]) > 0
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path} is not the meta.json of a data set: {mend(folder)}")
     return meta
 
 

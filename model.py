@@ -59,6 +59,16 @@ class GPTConfig:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467), in x's dtype.
+
+    Autocast would widen the result to float32 on CUDA, and queries and keys in float32 have no fused attention kernel.
+    """
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
+
+
 def rope_cos_sin(positions, head_dim, theta):
     """(B, T) absolute positions -> cos and sin of their angles, each (B, 1, T, D/2) in float32.
 
@@ -140,10 +150,10 @@ def attend(q, k, v, mask=None):
         key/value head   0 0 0 0  1 1 1 1
 
     K and V are never copied out to H heads, by one of two routes:
-    native  for training and prefill: the fused kernel reads each key/value head for all of its queries. It exists on
-            CPU, and on CUDA in half precision without a mask; elsewhere enable_gqa silently copies (CUDA float32).
-    folded  for decoding and wherever there is a mask or no native kernel: the H / K queries that share a head become
-            rows of one query matrix, so that every kernel can run it. On CPU this is also the fastest way to decode.
+    native  for training and prefill: the fused kernel reads each key/value head for all of its queries. Only where one
+            exists, on CPU and in half precision on CUDA: anywhere else, or with a mask, enable_gqa makes the copy.
+    folded  for decoding and for the rest: the H / K queries that share a head become rows of one query matrix, so
+            that any kernel can run it. On CPU this is also the fastest way to decode.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
@@ -169,8 +179,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=False)
-        self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, cos, sin, cache, mask):
         B, T, C = x.shape
@@ -201,9 +211,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.attn_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.attn = Attention(config, layer)
-        self.mlp_norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -221,7 +231,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights(seed)
 

@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
-from configurator import UserError, build, parse, program
-from dataloader import DATA, Dataset, find, get_tokenizer, keyed, train_batch, val_batch, val_windows
-from model import GPT, GPTConfig
+from configurator import UserError, build, parse, program, world
+from dataloader import DATA, Dataset, keyed, train_batch, val_batch, val_windows
+from model import GPTConfig
 
 
 @dataclass
@@ -32,7 +31,7 @@ class TrainConfig(GPTConfig):
     # files
     out_dir: str = "out"          # folder that receives ckpt.pt and metrics.jsonl
     overwrite: bool = False       # let a run from scratch replace the one in out_dir
-    init_from: str = "scratch"    # scratch, resume, auto (resume where out_dir has a checkpoint), or a folder whose weights to start from
+    init_from: str = "scratch"    # scratch, resume, auto (resume if out_dir has a checkpoint), or a folder with weights
     dataset: str = "python"       # a folder below data/, or the path of a prepared one
     # length and evaluation
     max_steps: int = 1200         # optimizer steps in all
@@ -55,7 +54,7 @@ class TrainConfig(GPTConfig):
     # where it runs
     seed: int = 1337              # of the weights, the order of the data and dropout
     device: str = "auto"          # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the products; the weights stay float32. auto: bfloat16 on CUDA
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the products; weights stay float32. auto: bfloat16 on CUDA
     compile: Literal["auto", True, False] = "auto"  # torch.compile. auto: on CUDA
     # Weights & Biases
     wandb_log: bool = False       # also log to wandb (WANDB_MODE=offline needs no network)
@@ -110,8 +109,7 @@ class Runtime:
 
 def pick_runtime(device, dtype, compile):
     """The Runtime of the settings device, dtype and compile, each of which may be "auto". UserError if it is not here."""
-    rank, ranks, local_rank = (int(os.environ.get(name, default)) for name, default in
-                               (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, ranks, local_rank = world()
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     why = []
     if device == "auto":
@@ -119,8 +117,8 @@ def pick_runtime(device, dtype, compile):
         why.append(f"device {device} (no GPU found)" if device == "cpu" else f"device {device} (found)")
     else:
         why.append(f"device {device}")
-    kind, _, index = device.partition(":")
-    if kind not in here or (index and not (kind == "cuda" and index.isdecimal())):
+    kind, colon, index = device.partition(":")
+    if kind not in here or (colon and not (kind == "cuda" and index.isdecimal() and len(index) < 4)):
         raise UserError(f"there is no device {device!r}: choose auto, cpu, cuda, cuda:N or mps")
     if not here[kind]:
         raise UserError(f"device {device!r} is not available here: choose --device=auto or --device=cpu")
@@ -153,9 +151,12 @@ def compile_model(model, runtime, example):
     try:
         example(compiled)
         return compiled
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # no compiler, no Triton, an unsupported Python: many kinds
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        print(f"warning: torch.compile does not work here ({reason[:200]}): going on in eager mode", file=sys.stderr)
+        if runtime.rank == 0:
+            print(f"warning: torch.compile does not work here ({reason[:200]}): going on in eager mode", file=sys.stderr)
         runtime.compile = False
         return model
 
@@ -179,7 +180,7 @@ def prepare_default(name):
     folder = DATA / "python"
     if name != "python" or (folder / "meta.json").exists():
         return
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if world()[2] == 0:
         print("data set python is not prepared yet: running python data/python/prepare.py", flush=True)
         if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
             raise UserError("data/python/prepare.py failed, as it says above: mend that, or choose another --dataset")
@@ -187,30 +188,31 @@ def prepare_default(name):
         time.sleep(0.2)
 
 
+CALL = {"out_dir", "init_from", "overwrite", "eval_only"}  # settings of one call, which no checkpoint keeps
+
+
 def plan(given):
     """The checked (TrainConfig, Dataset, checkpoint to start from or None) of the settings that were given.
 
     When resuming, what is not given is what the run had; from another run's weights only the model is.
     """
-    config = build(TrainConfig, given)
-    out_dir, there = config.out_dir, (Path(config.out_dir) / checkpoint.NAME).exists()
-    if config.init_from == "auto":
-        given = dict(given, init_from="resume" if there else "scratch")
-        config = build(TrainConfig, given)
-    resume = config.init_from == "resume"
-    if there and not (resume or config.overwrite or config.eval_only):
+    call = build(TrainConfig, {key: given[key] for key in given if key in CALL})  # the rest may need the checkpoint's
+    out_dir, init_from, there = call.out_dir, call.init_from, (Path(call.out_dir) / checkpoint.NAME).exists()
+    if init_from == "auto":
+        init_from = "resume" if there else "scratch"
+    resume = init_from == "resume"
+    if there and not (resume or call.overwrite or call.eval_only):
         raise UserError(f"{out_dir} holds a checkpoint: continue it with --init_from=resume, replace it with "
                         "--overwrite=True, or choose another --out_dir")
-    state = None
-    if config.init_from != "scratch":
-        source = out_dir if resume else config.init_from
+    if call.eval_only and init_from == "scratch":
+        raise UserError("eval_only needs weights: add --init_from=resume, or --init_from=FOLDER with another run's checkpoint")
+    state, base, source = None, {}, out_dir if resume else init_from
+    if init_from != "scratch":
         if not Path(source).is_dir():
             raise UserError(f"{source} is no folder: init_from takes scratch, resume, auto or a folder that holds a checkpoint")
         state = checkpoint.load(source)
-        base = {**state["config"], **(state["settings"] if resume else {})}
-        config = build(TrainConfig, {**base, **given, "init_from": config.init_from})
-    elif config.eval_only:
-        raise UserError("eval_only needs weights: add --init_from=resume, or --init_from=FOLDER with another run's checkpoint")
+        base = {**state["config"], **(checkpoint.typed(TrainConfig, state["settings"], source) if resume else {})}
+    config = build(TrainConfig, {**base, **given, "init_from": init_from})
 
     prepare_default(config.dataset)
     dataset = Dataset(config.dataset)
@@ -313,19 +315,26 @@ class Log:
     """metrics.jsonl, lines on the terminal (below them a progress bar, where it is one) and wandb. Rank 0 alone has one."""
 
     def __init__(self, config, start):
-        self.path = Path(config.out_dir) / "metrics.jsonl"
-        rows = []
-        if start and self.path.exists():  # what a killed run wrote after its last checkpoint will be written again
-            for line in self.path.read_text().splitlines():
-                with contextlib.suppress(ValueError):
-                    rows += [line] if json.loads(line)["step"] <= start else []
-        self.path.write_text("".join(f"{line}\n" for line in rows))
-        self.bar = tqdm(total=config.max_steps, initial=start, desc=config.out_dir, unit="step", disable=None)
+        """Keeps the rows up to step start, -1 for none: what a killed run wrote after its last checkpoint comes again."""
         self.wandb = None
         if config.wandb_log:
-            import wandb
-            self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.out_dir,
-                                    dir=config.out_dir, config=asdict(config))
+            try:
+                import wandb
+                self.wandb = wandb.init(project=config.wandb_project, name=config.wandb_run_name or config.out_dir,
+                                        dir=config.out_dir, config=asdict(config))
+            except Exception as error:  # not installed, not logged in, no network
+                raise UserError(f"wandb does not start ({' '.join(str(error).split())[:200]}): log in with wandb login, set "
+                                "WANDB_MODE=offline, or leave wandb_log out") from None
+        self.path = Path(config.out_dir) / "metrics.jsonl"
+        rows = []
+        if start >= 0 and self.path.exists():
+            for line in self.path.read_text(errors="replace").splitlines():
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a line cut short, say
+                    rows += [line] if json.loads(line)["step"] <= start else []
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(f"{line}\n" for line in rows))
+        os.replace(part, self.path)
+        self.bar = tqdm(total=config.max_steps, initial=max(0, start), desc=config.out_dir, unit="step", disable=None)
 
     def row(self, **row):
         with open(self.path, "a") as f:
@@ -344,14 +353,17 @@ class Log:
         self.bar.write(text)
         sys.stdout.flush()
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         self.bar.close()
         if self.wandb:
             self.wandb.finish()
 
 
 class StopSignal:
-    """While it is open, the first Ctrl-C or SIGTERM sets .number and no more: the loop stops at the next step boundary."""
+    """While it is open, Ctrl-C and SIGTERM set .number: the loop stops at the next step boundary. A second Ctrl-C ends it."""
 
     def __enter__(self):
         self.number = 0
@@ -360,6 +372,8 @@ class StopSignal:
 
     def catch(self, number, frame):
         self.number = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -384,7 +398,10 @@ def main(argv):
     batch_size, accumulation = batch_shape(config, runtime.ranks)
     if not config.eval_only:
         check_writable(config.out_dir)
-    model = checkpoint.build_model(state, config) if state else GPT(checkpoint.model_config(config), config.seed)
+    if state is None:
+        model = checkpoint.new_model(checkpoint.model_config(config), config.seed)
+    else:
+        model = checkpoint.build_model(state, config)
     model.to(runtime.device)
     # all input is checked; from here on ranks talk to each other
     if runtime.ranks > 1:
@@ -442,18 +459,19 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
         val_loss = evaluate(compiled, dataset.val, config, runtime, batch_size)
         return say(f"val_loss {val_loss:.4f}, {bits_per_byte(val_loss, dataset.val):.4f} bits per byte")
 
-    log = Log(config, start) if master else None
+    redo = resume and start == config.max_steps and state["val_loss"] is None  # stopped at its last step, not evaluated
+    log = Log(config, start - redo if resume else -1) if master else None
     peak, flops = peak_flops(runtime), model.flops_per_token(config.block_size)
     began = interval_began = time.perf_counter()
     interval_step = start                       # the step at which this interval of the clock began
     loss = grad_norm = val_loss = None
     finite = []                                 # of each step since the last look, still on the device
 
-    with StopSignal() as stop:
+    with StopSignal() as stop, log or contextlib.nullcontext():
         for step in range(start, config.max_steps + 1):  # step updates are done
             last = step == config.max_steps
             stopping = stop.agreed(runtime)
-            new = step > start or not resume or (last and state["val_loss"] is None)  # not yet logged by the resumed run
+            new = step > start or not resume or redo  # not yet logged and saved
             evaluating = new and (last or step % config.eval_interval == 0)
             logging = new and (evaluating or step % config.log_interval == 0)
 
@@ -501,14 +519,14 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
             optimizer.zero_grad(set_to_none=True)
             finite.append(torch.isfinite(loss) & torch.isfinite(grad_norm))
 
-    if master:
-        log.close()
     if stopping and not last:
-        say(f"stopped by {signal.Signals(stopping).name} after step {step}, saved; the same command with --init_from=resume goes on")
+        say(f"stopped by {signal.Signals(stopping).name} after step {step} and saved: the same command with "
+            "--init_from=resume goes on")
         raise SystemExit(128 + stopping)
     minutes, seconds = divmod(time.perf_counter() - began, 60)
     val_loss = state["val_loss"] if val_loss is None else val_loss  # resumed where it had ended
-    say(f"done in {minutes:.0f} min {seconds:.0f} s: val_loss {val_loss:.4f}, {bits_per_byte(val_loss, dataset.val):.4f} bits per byte")
+    say(f"done in {minutes:.0f} min {seconds:.0f} s: val_loss {val_loss:.4f}, {bits_per_byte(val_loss, dataset.val):.4f} bits "
+        "per byte")
     prompt = "def " if dataset.meta.get("python") else ""
     say(f'now try: python sample.py --out_dir={config.out_dir} --prompt="{prompt}"')
 
@@ -524,9 +542,9 @@ def make_optimizer(model, config):
 
 
 def run_settings(config):
-    """What a resumed run goes on with: the settings that are not the model's, and not about this one call."""
-    once = {"init_from", "overwrite", "eval_only", *(f.name for f in fields(GPTConfig))}
-    return {key: value for key, value in asdict(config).items() if key not in once}
+    """What a resumed run goes on with beside its model."""
+    left_out = CALL | {f.name for f in fields(GPTConfig)}
+    return {key: value for key, value in asdict(config).items() if key not in left_out}
 
 
 def save(config, model, optimizer, step, val_loss, dataset, runtime):

@@ -11,7 +11,7 @@ import torch
 import checkpoint
 import sample
 import train
-from configurator import UserError, parse
+from configurator import parse
 from dataloader import write_dataset
 from train import TrainConfig
 
@@ -273,5 +273,64 @@ def test_a_prepare_script_downloads_and_checks(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "data/train.bin").stat().st_size == 2 * 91 and (tmp_path / "data/val.bin").stat().st_size == 2 * 11
 
 
-def test_user_errors_are_sentences():
-    assert str(UserError("x")) == "x"
+@pytest.mark.parametrize("env,words", [
+    (dict(RANK="abc"), "RANK=abc, WORLD_SIZE=1, LOCAL_RANK=0 is not what torchrun sets"), (dict(WORLD_SIZE="0"), "is not what"),
+    (dict(RANK="1"), "is not what"), (dict(WORLD_SIZE="2"), "is not what"), (dict(LOCAL_RANK=""), "is not what")])
+def test_bad_environments(toy_run, trained, capsys, monkeypatch, env, words):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert words in fails(train.main, toy_run, capsys)
+    assert words in fails(sample.main, [f"--out_dir={trained}"], capsys)
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)), "optimizer's state in the checkpoint does not fit"),
+    (lambda s: s["optimizer"]["state"][0].pop("exp_avg"), "optimizer's state in the checkpoint does not fit"),
+    (lambda s: s["optimizer"].update(state={}), "optimizer's state in the checkpoint does not fit"),
+    (lambda s: s["optimizer"].update(state=3), "optimizer's state in the checkpoint does not fit"),
+    (lambda s: s["config"].pop("vocab_size"), "has no vocab_size"),
+    (lambda s: s["config"].update(block_size=32.5), "block_size must be a whole number"),
+    (lambda s: s["config"].update(colour=1), "there is no setting 'colour'"),
+    (lambda s: s["settings"].update(dtype="float99"), "dtype must be auto or float32"),
+    (lambda s: s["settings"].update(device=3), "device must be text"),
+    (lambda s: s["model"].update({3: torch.zeros(1)}), "do not fit its config"),
+    (lambda s: s["model"]["norm.weight"].fill_(torch.nan), "are not finite"),
+    (lambda s: s.update(step=-5), "negative step"),
+])
+def test_checkpoints_of_odd_content(trained, tmp_path, capsys, change, words):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    state = torch.load(folder / "ckpt.pt")
+    change(state)
+    torch.save(state, folder / "ckpt.pt")
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    assert words in fails(train.main, [f"--out_dir={folder}", "--init_from=resume"], capsys)
+    assert metrics == (folder / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m.update(vocab_size=257.0), lambda m: m.update(vocab_size=10**30), lambda m: m.update(tokenizer="unheard-of"),
+    lambda m: m["splits"]["train"][0].update(tokens=1.5), lambda m: m["splits"]["val"][0].update(bytes=0), lambda m: m.pop("splits")])
+def test_odd_meta_files(toy_data, toy_run, tmp_path, capsys, change):
+    shutil.copytree(toy_data, tmp_path / "data")
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    change(meta)
+    (tmp_path / "data/meta.json").write_text(json.dumps(meta))
+    assert "is not the meta.json of a data set" in fails(train.main, [*toy_run, f"--dataset={tmp_path / 'data'}"], capsys)
+
+
+@pytest.mark.parametrize("args,words", [
+    ([f"--n_layer={'9' * 400}"], "n_layer must be a whole number"), (["--n_layer=9223372036854775808"], "n_layer must be a whole"),
+    (["--vocab_size=17592186044416"], "cannot be made here"), (["--n_ff=4611686018427387904"], "cannot be made here"),
+    ([f"--out_dir={'x' * 300}"], "cannot use"), (["--device=cpu:"], "there is no device 'cpu:'"), (["--out_dir=a\0b"], "out_dir must be text")])
+def test_huge_and_odd_values(toy_run, capsys, args, words):
+    error = fails(train.main, [*toy_run, *args], capsys)
+    assert words in error and len(error) < 500
+
+
+def test_source_that_cannot_be_read(tmp_path, capsys):
+    (tmp_path / "lib/x.py").mkdir(parents=True)
+    (tmp_path / "lib/a.py").write_text("a = 1\n")
+    (tmp_path / "lib/b.py").write_text("# coding: nonsense\n")
+    error = fails(program("python"), [f"--input={tmp_path / 'lib'}", f"--data_dir={tmp_path / 'data'}"], capsys)
+    assert "b.py" in error and "--input" in error

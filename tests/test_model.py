@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 from conftest import toy_config, toy_ids, toy_model
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPT, GPTConfig, KVCache, apply_rope, attend, rope_cos_sin
+from model import GPT, GPTConfig, KVCache, RMSNorm, apply_rope, attend, rope_cos_sin
 
 
 def reference_logits(model, ids):
@@ -169,33 +168,35 @@ def test_rows_may_see_different_lengths():
     torch.testing.assert_close(attend(q, k, v, visible), plain_attention(q, k, v, visible[:, None]), atol=1e-5, rtol=1e-5)
 
 
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor with memory of its own that any operation makes."""
+class Made(TorchDispatchMode):
+    """Notes the shape of every tensor that an operation makes with memory of its own, and of what SDPA's kernel is given."""
 
     def __init__(self):
         super().__init__()
-        self.numel = 0
+        self.numels, self.kernel_keys = [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        if "scaled_dot_product" in str(func):
+            self.kernel_keys.append(tuple(args[1].shape))
         inputs = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
         for x in out if isinstance(out, tuple) else (out,):
             if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in inputs:
-                self.numel = max(self.numel, x.numel())
+                self.numels.append(x.numel())
         return out
 
 
-@pytest.mark.parametrize("T", [1, 64, 300], ids=["decode", "chunk", "prefill"])
-def test_keys_and_values_are_never_expanded(T):
-    S, mask = 300, None
-    q, k, v = torch.randn(1, 16, T, 8), torch.randn(1, 1, S, 8), torch.randn(1, 1, S, 8)
-    k, v = k.expand(1, 1, S, 8), v.expand(1, 1, S, 8)
-    if T == 64:
-        mask = torch.ones(S, S, dtype=torch.bool).tril()[None, S - T:]
-    with Largest() as largest, torch.inference_mode():
+@pytest.mark.parametrize("T", [1, 5, 300], ids=["decode", "chunk", "prefill"])
+def test_keys_and_values_are_never_expanded(n_kv_head, T):
+    """The kernel itself gets n_kv_head heads, and nothing as large as an expanded key is made on the way."""
+    S, D = 300, 64
+    q, k, v = torch.randn(1, 4, T, D), torch.randn(1, n_kv_head, S, D), torch.randn(1, n_kv_head, S, D)
+    mask = torch.ones(S, S, dtype=torch.bool).tril()[None, S - T:] if T == 5 else None
+    with Made() as made, torch.inference_mode():
         attend(q, k, v, mask)
-    limit = max(16 * T * 8, 16 * T * S if mask is not None else 0)  # the output, and the mask of a chunk
-    assert 0 < largest.numel <= limit, "something of n_head x S x head_dim was made"
+    assert made.kernel_keys == [(1, n_kv_head, S, D)]
+    if T < S:
+        assert max(made.numels) < S * D, "something as large as one head's keys was made"
 
 
 def test_rope_depends_on_distance_only_and_turns():
@@ -212,7 +213,12 @@ def test_rope_depends_on_distance_only_and_turns():
 
 def test_rope_stays_exact_in_a_bfloat16_model():
     model = toy_model(n_kv_head=2).bfloat16()
-    assert all(b.dtype == torch.float32 for b in model.buffers())
+    assert not list(model.buffers()), "nothing of RoPE for .bfloat16() to round"
+    positions = []
+    handle = model.layers[0].attn.register_forward_pre_hook(lambda module, args: positions.append(args[1].dtype))
+    model(toy_ids(1, 4))
+    handle.remove()
+    assert positions == [torch.float32]
     cos, sin = rope_cos_sin(torch.tensor([[0, 1, 257, 8191]]), 16, 10000.0)
     angle = torch.tensor([0, 1, 257, 8191], dtype=torch.float64)[:, None] * 10000.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
     assert cos.dtype == torch.float32
@@ -317,6 +323,15 @@ def test_derived_defaults():
     assert (c.n_kv_head, c.head_dim, c.n_ff) == (12, 64, 2048)
 
 
+def test_norms_keep_the_type_of_their_input():
+    """Queries and keys that autocast widened to float32 would lose the fused attention kernel on CUDA."""
+    norm, x = RMSNorm(16, 1e-5), torch.randn(3, 16)
+    expected = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(norm(x).double(), expected, atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x.bfloat16()).dtype == torch.bfloat16 and norm(x).dtype == torch.float32
+
+
 def test_dropout_acts_in_training_only():
     model, ids = toy_model(n_kv_head=2, dropout=0.5), toy_ids(1, 8)
     assert torch.equal(model(ids)[0], model(ids)[0])
@@ -328,4 +343,3 @@ def test_loss_of_an_untrained_model_is_that_of_a_uniform_guess():
     ids = toy_ids(4, 48)
     loss = GPT(toy_config())(ids, ids.roll(-1, 1))[1].item()
     assert loss == pytest.approx(math.log(65), abs=0.1)
-    assert F.cross_entropy(torch.zeros(1, 65), torch.zeros(1, dtype=torch.long)).item() == pytest.approx(math.log(65))

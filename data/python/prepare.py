@@ -18,14 +18,18 @@ SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__py
 
 
 def documents(root):
-    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py") if path.is_file()}
     names = sorted(name for name in paths if not SKIPPED & set(name.split("/")))
     if not names:
         raise UserError(f"{root} holds no Python source: name a folder that does with --input")
     val = held_out(names)
     for name in names:
-        with tokenize.open(paths[name]) as f:  # reads the encoding that the file declares
-            yield "val" if name in val else "train", f.read()
+        try:
+            with tokenize.open(paths[name]) as f:  # reads the encoding that the file declares
+                text = f.read()
+        except (OSError, SyntaxError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {paths[name]} ({error}): mend or remove it, or name another --input") from None
+        yield "val" if name in val else "train", text
 
 
 @program

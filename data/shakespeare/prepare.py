@@ -23,7 +23,7 @@ def read(path):
         if path is not None:
             return Path(path).read_bytes()
         with urllib.request.urlopen(URL, timeout=30) as response:
-            size = int(response.headers["Content-Length"])
+            size = int(response.headers["Content-Length"] or 0) or None
             with tqdm.wrapattr(response, "read", total=size, desc="downloading", disable=None) as stream:
                 return stream.read()
     except OSError as error:  # of which a failed download is one

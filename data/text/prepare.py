@@ -28,9 +28,13 @@ def documents(source):
     skipped = []
     for name in sorted(paths):
         try:
-            yield "val" if name in val else "train", paths[name].read_bytes().decode()
+            text = paths[name].read_bytes().decode()
         except UnicodeDecodeError:
             skipped.append(name)
+            continue
+        except OSError as error:
+            raise UserError(f"cannot read {paths[name]} ({error.strerror}): mend or remove it") from None
+        yield "val" if name in val else "train", text
     if skipped:
         print(f"left out, because they are not UTF-8: {len(skipped)} files ({skipped[0]}, ...)")
 
