@@ -140,28 +140,33 @@ class Split:
             if size != wanted:
                 state = f"has {size:,} bytes where meta.json promises {wanted:,}" if size >= 0 else "is missing"
                 raise UserError(f"{path} {state}: {mend(folder)}")
-            self.map(file, 0, min(file["tokens"], SCANNED))
+            self.check(self.map(file)[:SCANNED])
 
-    def map(self, file, start, count):
-        """Tokens [start, start + count) of one file, memory-mapped for this window alone and checked."""
-        if not count:
-            return np.zeros(0, dtype=self.dtype)
-        ids = np.memmap(self.folder / file["name"], self.dtype, "r", start * self.dtype.itemsize, (count,))
-        if ids.max() >= self.vocab_size:
-            raise UserError(f"{self.folder / file['name']} holds token id {ids.max()}, but its vocabulary ends at "
-                            f"{self.vocab_size - 1}: {mend(self.folder)}")
+    def map(self, file):
+        """The tokens of one file, memory-mapped for one call: a map that stays open seems to eat memory."""
+        return np.memmap(self.folder / file["name"], self.dtype, "r") if file["tokens"] else np.zeros(0, dtype=self.dtype)
+
+    def check(self, ids):
+        """ids, none of which may lie beyond the vocabulary."""
+        if ids.size and ids.max() >= self.vocab_size:
+            raise UserError(f"{self.folder} holds token id {ids.max()}, but its vocabulary ends at {self.vocab_size - 1}: "
+                            f"{mend(self.folder)}")
         return ids
 
-    def read(self, start, count):
-        """Tokens [start, start + count) of the split as int64, across its files."""
-        parts = []
-        for file in self.files:
-            stop = min(start + count, file["tokens"])
-            if start < stop:
-                parts.append(self.map(file, start, stop - start).astype(np.int64))
-                count -= stop - start
-            start = max(0, start - file["tokens"])
-        return np.concatenate(parts)
+    def windows(self, starts, length):
+        """Tokens [start, start + length) of the split for each start, across its files: int64 (len(starts), length)."""
+        out = np.empty((len(starts), length), dtype=np.int64)
+        maps = {}
+        for row, start in zip(out, starts):
+            filled = 0
+            for i, file in enumerate(self.files):
+                if filled < length and start < file["tokens"]:
+                    maps[i] = maps[i] if i in maps else self.map(file)
+                    part = maps[i][start:start + length - filled]
+                    row[filled:filled + len(part)] = part
+                    filled, start = filled + len(part), start + len(part)
+                start -= file["tokens"]
+        return self.check(out)
 
 
 class Dataset:
@@ -215,13 +220,13 @@ def train_batch(split, seed, first, count, block_size):
     """
     n_blocks = max(1, (split.n_tokens - block_size) // block_size)
     spare = min(block_size, split.n_tokens - n_blocks * block_size)  # offsets at which n_blocks blocks still fit
-    windows = []
+    starts = []
     for sequence in range(first, first + count):
         epoch, index = divmod(sequence, n_blocks)
         offset = keyed(seed, epoch, "offset") % spare
         block = shuffled(index, n_blocks, keyed(seed, epoch, "order"))
-        windows.append(split.read(offset + block * block_size, block_size + 1))
-    windows = np.stack(windows)
+        starts.append(offset + block * block_size)
+    windows = split.windows(starts, block_size + 1)
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -237,6 +242,7 @@ def val_batch(split, starts, rows, block_size):
     x = np.zeros((rows, block_size), dtype=np.int64)
     y = np.full((rows, block_size), -1, dtype=np.int64)
     for row, start in enumerate(starts):
-        window = split.read(start, min(block_size + 1, split.n_tokens - start))
-        x[row, :len(window) - 1], y[row, :len(window) - 1] = window[:-1], window[1:]
+        n = min(block_size, split.n_tokens - 1 - start)
+        window = split.windows([start], n + 1)[0]
+        x[row, :n], y[row, :n] = window[:-1], window[1:]
     return x, y

@@ -9,6 +9,7 @@ Dimension letters, used in every shape comment:
 """
 import hashlib
 import math
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,64 @@ class GPTConfig:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
 
+# Two operations that torch makes slow in float32 on CPUs, where they are most of a training step. Its products go to MKL,
+# which leaves AVX-512 unused on AMD (oneDNN, which ships with torch as well, is 1.2 to 2.2 x as fast on an EPYC), and its
+# RMSNorm is a chain of a dozen small operations. Elsewhere, and in other types, both are torch's own.
+ONEDNN = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+
+
+def on_cpu_in_float32(x):
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """F.linear and its gradients by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_x = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
+        grad_weight = torch.ops.mkldnn._linear_pointwise(rows.t(), x.flatten(0, -2).t(), None, "none", [], "")
+        return grad_x, grad_weight, rows.sum(0) if ctx.has_bias else None
+
+
+def linear(x, weight, bias=None):
+    """x @ weight.T + bias over the last dimension."""
+    if ONEDNN and on_cpu_in_float32(x):
+        return OneDNNLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """y = n w with n = r x and r = (mean(x^2) + eps)^-1/2; then dx = r (g w - n mean(g w n)) and dw = sum(g n)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        n = x * r
+        ctx.save_for_backward(n, r, weight)
+        return n * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        n, r, weight = ctx.saved_tensors
+        gn = grad * n
+        mean = (gn @ weight).div_(weight.numel()).unsqueeze(-1)
+        return (grad * weight).addcmul_(n, mean, value=-1).mul_(r), gn.flatten(0, -2).sum(0), None
+
+
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467), in x's dtype.
 
@@ -66,24 +125,29 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x):
+        if on_cpu_in_float32(x):
+            return RMSNormFunction.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
 def rope_cos_sin(positions, head_dim, theta):
-    """(B, T) absolute positions -> cos and sin of their angles, each (B, 1, T, D/2) in float32.
+    """(B, T) absolute positions -> cos and signed sin of their angles for apply_rope, each (B, 1, T, D) in float32.
 
     Pair i turns by position * theta^(-2i/D) (Su et al. 2021, arXiv 2104.09864). Computed once per forward from the
     positions, so there is no buffer that model.bfloat16() could round: in bfloat16 position 257 is position 256.
     """
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angle = positions[:, None, :, None].float() * (1.0 / theta**exponent)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rope(x, cos, sin):
-    """Turns each pair (x[i], x[i + D/2]) of (B, heads, T, D) by its angle: the half-split convention of Hugging Face."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Turns each pair (x[i], x[i + D/2]) of (B, heads, T, D) by its angle: the half-split convention of Hugging Face.
+
+    (a, b) becomes (a cos - b sin, b cos + a sin): rolling by D/2 swaps the halves, and sin brings the signs.
+    """
+    return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).to(x.dtype)
 
 
 class KVCache:
@@ -175,10 +239,10 @@ class Attention(nn.Module):
         super().__init__()
         H, K, D, C = config.n_head, config.n_kv_head, config.head_dim, config.n_embd
         self.layer, self.head_dim = layer, D
-        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.q_proj = Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = Linear(C, K * D, bias=config.qkv_bias)
+        self.v_proj = Linear(C, K * D, bias=config.qkv_bias)
+        self.o_proj = Linear(H * D, C, bias=False)
         self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -200,9 +264,9 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.n_ff, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.n_ff, bias=False)
-        self.down_proj = nn.Linear(config.n_ff, config.n_embd, bias=False)
+        self.gate_proj = Linear(config.n_embd, config.n_ff, bias=False)
+        self.up_proj = Linear(config.n_embd, config.n_ff, bias=False)
+        self.down_proj = Linear(config.n_ff, config.n_embd, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -232,7 +296,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_embeddings else Linear(config.n_embd, config.vocab_size, bias=False)
         self.init_weights(seed)
 
     @torch.no_grad()
@@ -272,7 +336,7 @@ class GPT(nn.Module):
         x = self.norm(x[:, -1:] if logits == "last" else x)
         loss = None
         if targets is not None or logits != "none":
-            out = F.linear(x, self.head_weight)
+            out = linear(x, self.head_weight)
         if targets is not None:
             loss = F.cross_entropy(out.float().view(-1, out.size(-1)), targets.reshape(-1), ignore_index=-1)
         return (None if logits == "none" else out), loss

@@ -38,7 +38,7 @@ class TrainConfig(GPTConfig):
     eval_interval: int = 300      # steps between evaluations; each one saves a checkpoint
     eval_tokens: int | None = 2**16  # validation tokens, the same ones every time; None: the whole split
     eval_only: bool = False       # evaluate the checkpoint in out_dir (or of init_from) and stop
-    log_interval: int = 10        # steps between log lines
+    log_interval: int = 20        # steps between log lines
     # batch
     tokens_per_step: int = 2**11  # tokens per optimizer step over all devices and micro-steps
     batch_size: int | None = None  # sequences per device and micro-step; None: a device's share of the step at once

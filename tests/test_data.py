@@ -40,7 +40,7 @@ def test_large_vocabularies_are_written_as_uint32(tmp_path, monkeypatch):
     monkeypatch.setattr(dataloader, "get_tokenizer", lambda name: big)
     write_dataset([("train", "a"), ("val", "b")], tmp_path, "cl100k_base")
     data = Dataset(tmp_path)
-    assert data.meta["dtype"] == "uint32" and data.train.read(0, 2).tolist() == [97, 70000]
+    assert data.meta["dtype"] == "uint32" and data.train.windows([0], 2)[0].tolist() == [97, 70000]
 
 
 def test_hash_tells_contents_apart(tmp_path):
@@ -64,7 +64,7 @@ def test_a_split_of_many_files_reads_as_one(tmp_path):
     split = Dataset(tmp_path).train
     assert split.n_tokens == 200
     for start, count in ((0, 200), (0, 50), (49, 2), (48, 60), (52, 1), (53, 147), (199, 1)):
-        assert split.read(start, count).tolist() == list(range(start, start + count))
+        assert split.windows([start], count)[0].tolist() == list(range(start, start + count))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 63, 64, 65, 1000])
@@ -94,8 +94,9 @@ def counting(tmp_path):
 
 
 def test_an_epoch_visits_each_block_once(counting, monkeypatch):
-    windows, read = [], counting.train.read
-    monkeypatch.setattr(counting.train, "read", lambda start, count: windows.append((start, count)) or read(start, count))
+    windows, read = [], counting.train.windows
+    monkeypatch.setattr(counting.train, "windows",
+                        lambda starts, n: windows.extend((start, n) for start in starts) or read(starts, n))
     T = 16
     n_blocks = (1003 - T) // T
     offsets = set()
@@ -154,7 +155,7 @@ def test_python_data_set_is_the_standard_library(tmp_path):
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     data = Dataset(out)
     encoding = get_tokenizer("byte")
-    read = {split: encoding.decode(s.read(0, s.n_tokens).tolist()).split("<|endoftext|>")[:-1]
+    read = {split: encoding.decode(s.windows([0], s.n_tokens)[0].tolist()).split("<|endoftext|>")[:-1]
             for split, s in (("train", data.train), ("val", data.val))}
     assert len(read["train"]) == 19 and len(read["val"]) == 2
     assert "# coding: latin-1\ny = 'é'\n" in read["train"] + read["val"] and "no\n" not in read["train"] + read["val"]
@@ -180,7 +181,7 @@ def test_text_data_set_of_a_file_and_of_a_folder(tmp_path, capsys):
     (folder / "image.png").write_bytes(b"\x89\xff\xfe")
     prepare.main([f"--input={folder}", f"--data_dir={tmp_path / 'out'}"])
     assert "not UTF-8: 1 files (image.png" in capsys.readouterr().out
-    tokens = Dataset(tmp_path / "out").val.read(0, Dataset(tmp_path / "out").val.n_tokens)
+    tokens = Dataset(tmp_path / "out").val.windows([0], Dataset(tmp_path / "out").val.n_tokens)[0]
     assert (tokens == 256).sum() in (2, 3)
 
 

@@ -79,7 +79,7 @@ def test_loss_in_the_log_is_that_of_the_model(toy_run, tmp_path):
     train.main([*toy_run, "--eval_tokens=None"])
     state = checkpoint.load(tmp_path / "run")
     model, val = checkpoint.build_model(state).eval(), Dataset(toy_run[0].partition("=")[2]).val
-    tokens = torch.from_numpy(val.read(0, val.n_tokens))
+    tokens = torch.from_numpy(val.windows([0], val.n_tokens)[0])
     total = 0.0
     with torch.inference_mode():
         for start in range(0, val.n_tokens - 1, 32):
