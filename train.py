@@ -34,8 +34,8 @@ class TrainConfig(GPTConfig):
     init_from: str = "scratch"    # scratch, resume, auto (resume if out_dir has a checkpoint), or a folder with weights
     dataset: str = "python"       # a folder below data/, or the path of a prepared one
     # length and evaluation
-    max_steps: int = 1200         # optimizer steps in all
-    eval_interval: int = 300      # steps between evaluations; each one saves a checkpoint
+    max_steps: int = 1600         # optimizer steps in all
+    eval_interval: int = 400      # steps between evaluations; each one saves a checkpoint
     eval_tokens: int | None = 2**16  # validation tokens, the same ones every time; None: the whole split
     eval_only: bool = False       # evaluate the checkpoint in out_dir (or of init_from) and stop
     log_interval: int = 20        # steps between log lines
