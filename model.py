@@ -63,7 +63,7 @@ class GPTConfig:
 # Two operations that torch makes slow in float32 on CPUs, where they are most of a training step. Its products go to MKL,
 # which leaves AVX-512 unused on AMD (oneDNN, which ships with torch as well, is 1.2 to 2.2 x as fast on an EPYC), and its
 # RMSNorm is a chain of a dozen small operations. Elsewhere, and in other types, both are torch's own.
-ONEDNN = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+ONEDNN = platform.machine() in ("x86_64", "AMD64") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def on_cpu_in_float32(x):

@@ -441,20 +441,8 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
     optimizer.zero_grad(set_to_none=True)
     ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if ranks > 1 else compiled
 
-    # what is about to happen
-    train_tokens, params = dataset.train.n_tokens, model.num_params()
-    say(f"{runtime.why}; {ranks} rank{'s' * (ranks > 1)}")
-    say(f"model: {params:,} parameters ({model.num_params(embedding=False):,} without the embedding table), n_head "
-        f"{config.n_head}, n_kv_head {config.n_kv_head}, KV cache {model.kv_bytes_per_token():,} bytes per token in float32")
-    say(f"data: {config.dataset}, {train_tokens:,} training tokens, tokenizer {dataset.meta['tokenizer']}, "
-        f"sha256 {dataset.meta['sha256'][:16]}")
-    say(f"batch: {config.tokens_per_step:,} tokens per step = {batch_size} sequences x {config.block_size} tokens x "
-        f"{ranks} rank{'s' * (ranks > 1)} x {accumulation} micro-step{'s' * (accumulation > 1)}; {config.max_steps:,} steps are "
-        f"{config.tokens_per_step * config.max_steps / train_tokens:.2f} epochs")
-    if resume:
-        then, now = {**state["settings"], **state["runtime"]}, {**run_settings(config), **runtime.describe()}
-        changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
-        say(f"resuming at step {start}" + (", changed: " + ", ".join(changed) if changed else ""))
+    for line in announcement(config, model, dataset, state, runtime, batch_size, accumulation):
+        say(line)
     if config.eval_only:
         val_loss = evaluate(compiled, dataset.val, config, runtime, batch_size)
         return say(f"val_loss {val_loss:.4f}, {bits_per_byte(val_loss, dataset.val):.4f} bits per byte")
@@ -529,6 +517,24 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
         "per byte")
     prompt = "def " if dataset.meta.get("python") else ""
     say(f'now try: python sample.py --out_dir={config.out_dir} --prompt="{prompt}"')
+
+
+def announcement(config, model, dataset, state, runtime, batch_size, accumulation):
+    """Lines that say what is about to happen, and what a resumed run does otherwise than before."""
+    def count(n, noun):
+        return f"{n:,} {noun}{'' if n == 1 else 's'}"
+    meta, epochs = dataset.meta, config.tokens_per_step * config.max_steps / dataset.train.n_tokens
+    yield f"{runtime.why}; {count(runtime.ranks, 'rank')}"
+    yield (f"model: {model.num_params():,} parameters ({model.num_params(embedding=False):,} without the embedding table), n_head "
+           f"{config.n_head}, n_kv_head {config.n_kv_head}, KV cache {model.kv_bytes_per_token():,} bytes per token in float32")
+    yield (f"data: {config.dataset}, {dataset.train.n_tokens:,} training tokens, tokenizer {meta['tokenizer']}, "
+           f"sha256 {meta['sha256'][:16]}")
+    yield (f"batch: {config.tokens_per_step:,} tokens per step = {count(batch_size, 'sequence')} x {config.block_size} tokens x "
+           f"{count(runtime.ranks, 'rank')} x {count(accumulation, 'micro-step')}; {count(config.max_steps, 'step')} = {epochs:.2f} epochs")
+    if config.init_from == "resume":
+        then, now = {**state["settings"], **state["runtime"]}, {**run_settings(config), **runtime.describe()}
+        changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
+        yield f"resuming at step {state['step']}" + (", changed: " + ", ".join(changed) if changed else "")
 
 
 def make_optimizer(model, config):
