@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import math
 import operator
 import os
@@ -56,10 +57,10 @@ def world():
     return tuple(int(value) for value in values)
 
 
-def parse(cls, argv, doc):
+def parse(cls, argv, doc, axes=False):
     """The settings that argv (config files and --key=value) names for the dataclass cls, as {key: value}.
 
-    doc, the program's docstring, heads the --help.
+    doc, the program's docstring, heads the --help. With axes, --key=1,2,4 is a list of values.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, doc))
@@ -71,13 +72,20 @@ def parse(cls, argv, doc):
             check_key(cls, key, arg)
             if not equals:
                 raise UserError(f"{arg} needs a value: write --{key}=VALUE")
-            values[key] = convert(cls, key, text, arg)
+            parts = [convert(cls, key, part, arg) for part in (text.split(",") if axes else [text])]
+            values[key] = parts if len(parts) > 1 else parts[0]
         else:
             for key, value in read_config(cls, arg):
                 if isinstance(value, str):  # "{out_dir}/gqa" extends the out_dir that is set so far
                     value = value.replace("{" + key + "}", str(values.get(key, getattr(cls, key))))
                 values[key] = value
     return values
+
+
+def combinations(values):
+    """Every choice of one value from each list in values, the last list varying fastest."""
+    axes = [key for key in values if isinstance(values[key], list)]
+    return [{**values, **dict(zip(axes, choice))} for choice in itertools.product(*(values[key] for key in axes))]
 
 
 def build(cls, values):

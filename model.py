@@ -180,11 +180,11 @@ class KVCache:
         return positions.expand(self.k.size(1), T)
 
     def mask(self, positions):
-        """Which of the S cached and new tokens each new one may see, (B, T, S) bool; None: all up to itself."""
+        """Which of the S cached and new tokens each new one may see, (1, T, S) bool; None: all up to itself."""
         T = positions.size(1)
         if T == 1 or self.length == 0:  # one token sees everything, a first chunk is plainly causal
             return None
-        return positions[:, :, None] >= torch.arange(self.length + T, device=positions.device)
+        return positions[:1, :, None] >= torch.arange(self.length + T, device=positions.device)  # all rows are as long
 
     def append(self, layer, k, v):
         """Writes the new (B, K, T, D) keys and values of a layer; returns all it has, (B, K, S, D) views."""
@@ -336,7 +336,7 @@ class GPT(nn.Module):
         x = self.norm(x[:, -1:] if logits == "last" else x)
         loss = None
         if targets is not None or logits != "none":
-            out = linear(x, self.head_weight)
+            out = linear(x, self.embed.weight) if self.lm_head is None else self.lm_head(x)
         if targets is not None:
             loss = F.cross_entropy(out.float().view(-1, out.size(-1)), targets.reshape(-1), ignore_index=-1)
         return (None if logits == "none" else out), loss

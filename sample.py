@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 import checkpoint
 from configurator import UserError, build, parse, program
 from dataloader import get_tokenizer
-from model import KVCache
+from model import ONEDNN, KVCache, on_cpu_in_float32
 from train import compile_model, pick_runtime
 
 
@@ -45,6 +46,33 @@ class SampleConfig:
             raise ValueError(f"top_p is a probability, at most 1, not {self.top_p}")
 
 
+class PackedLinear(nn.Module):
+    """A linear layer for float32 inference on a CPU, its weight in the blocked layout that oneDNN reads fastest."""
+
+    def __init__(self, weight, bias, rows):
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), bias
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def prepare_for_decoding(model, rows):
+    """model with its weights packed for products of that many rows, where that is faster; it can no longer be trained.
+
+    The plain weights are freed, but for an embedding table that is also the head: it is read in both ways.
+    """
+    if not (ONEDNN and on_cpu_in_float32(model.embed.weight)):
+        return model
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child.weight, child.bias, rows))
+    if model.lm_head is None:
+        model.lm_head = PackedLinear(model.embed.weight, None, rows)
+    return model
+
+
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """(B, V) logits -> (B, 1) token ids, drawn among the top_k likeliest and, of these, the fewest that reach top_p."""
     if temperature == 0:
@@ -69,6 +97,20 @@ def context_start(n_tokens, block_size):
     return max(0, -(-(n_tokens - block_size) // half)) * half
 
 
+PREFILL_CHUNK = 512  # tokens of each row that are read at once
+
+
+def prefill(model, idx, cache):
+    """Reads (B, T) ids into cache, a chunk at a time; returns the logits behind the last one, (B, 1, V).
+
+    Beside weights and cache, at most about B x chunk x (4C + 3 n_ff + (2H + 4K) D) elements are alive at a time, and
+    from the second chunk on 5 x H/K x chunk x S bytes of mask, whatever the length of the prompt.
+    """
+    for part in idx.split(PREFILL_CHUNK, dim=1):
+        logits = model(part, cache=cache, logits="last")[0]
+    return logits
+
+
 @torch.inference_mode()
 def generate(model, prompt, max_new_tokens, num_samples=1, known=None, kv_cache=True, **sampling):
     """Yields (num_samples, 1) new token ids, max_new_tokens times.
@@ -87,7 +129,8 @@ def generate(model, prompt, max_new_tokens, num_samples=1, known=None, kv_cache=
         elif kv_cache:
             length = min(config.block_size, context.size(1) + left)
             cache, cache_start = KVCache(config, len(tokens), length, weight.device, weight.dtype), start
-        logits = model(context, cache=cache, logits="last")[0][:, -1].float()  # (1 or B, V)
+        logits = prefill(model, context, cache) if kv_cache else model(context, logits="last")[0]
+        logits = logits[:, -1].float()                                  # (1 or B, V)
         if len(tokens) < num_samples:
             tokens, logits = tokens.repeat(num_samples, 1), logits.repeat(num_samples, 1)
             cache = cache.repeat(num_samples) if kv_cache else None
@@ -161,10 +204,11 @@ def main(argv):
     state = checkpoint.load(config.out_dir)
     encoding = get_tokenizer(state["tokenizer"])
     model = checkpoint.build_model(state).to(runtime.device, runtime.dtype).eval()
+    kv_bytes = model.kv_bytes_per_token(runtime.dtype)
+    model = prepare_for_decoding(model, config.num_samples)
     model = compile_model(model, runtime, lambda forward: forward(torch.zeros(1, 1, dtype=torch.long, device=runtime.device)))
     ids = encoding.encode(prompt, allowed_special="all") or [encoding.eot_token]
     known = known_ids(encoding, model.config.vocab_size).to(runtime.device)
-    kv_bytes = model.kv_bytes_per_token(runtime.dtype)
     length = min(model.config.block_size, len(ids) + config.max_new_tokens)
     print(f"{runtime.why}; {config.out_dir} at step {state['step']}, n_head {model.config.n_head}, n_kv_head "
           f"{model.config.n_kv_head}; " + (f"KV cache {kv_bytes:,} bytes per token, {kv_bytes * length * config.num_samples:,} in all"

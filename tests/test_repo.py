@@ -8,15 +8,16 @@ import pytest
 import torch
 from conftest import keys_of
 
+from bench import BenchConfig
 from checkpoint import model_config
-from configurator import build, help_text, parse
+from configurator import build, combinations, help_text, parse
 from dataloader import PrepareConfig
 from model import GPT, GPTConfig
 from sample import SampleConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = {"train.py": TrainConfig, "sample.py": SampleConfig, **{f"data/{name}/prepare.py": PrepareConfig
+PROGRAMS = {"train.py": TrainConfig, "sample.py": SampleConfig, "bench.py": BenchConfig, **{f"data/{name}/prepare.py": PrepareConfig
                                                                   for name in ("python", "shakespeare", "text")}}
 CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
 
@@ -53,7 +54,7 @@ def test_model_settings_have_one_set_of_defaults():
         assert key in keys_of(TrainConfig) and key not in TrainConfig.__dict__.get("__annotations__", {}), key
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig, PrepareConfig], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig, BenchConfig, PrepareConfig], ids=lambda cls: cls.__name__)
 def test_every_setting_is_in_the_help_and_is_read(cls):
     text = help_text(cls, "doc")
     for key in keys_of(cls):
@@ -68,7 +69,7 @@ def test_every_setting_is_in_the_help_and_is_read(cls):
 
 
 def test_imports_flow_one_way():
-    order = ["configurator", "model", "dataloader", "checkpoint", "train", "sample"]
+    order = ["configurator", "model", "dataloader", "checkpoint", "train", "sample", "bench"]
     for i, name in enumerate(order):
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -95,7 +96,7 @@ def test_readme_commands_name_what_exists():
             continue
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         assert words[at] in PROGRAMS, command
-        build(PROGRAMS[words[at]], parse(PROGRAMS[words[at]], words[at + 1:], ""))
+        build(PROGRAMS[words[at]], combinations(parse(PROGRAMS[words[at]], words[at + 1:], "", axes=words[at] == "bench.py"))[0])
         seen.add(words[at])
     assert seen == set(PROGRAMS)
 
