@@ -60,76 +60,6 @@ class GPTConfig:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
 
-# Two operations that torch makes slow in float32 on CPUs, where they are most of a training step. Its products go to MKL,
-# which leaves AVX-512 unused on AMD (oneDNN, which ships with torch as well, is 1.2 to 2.2 x as fast on an EPYC), and its
-# RMSNorm is a chain of a dozen small operations. Elsewhere, and in other types, both are torch's own.
-ONEDNN = platform.machine() in ("x86_64", "AMD64") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def on_cpu_in_float32(x):
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-
-
-class OneDNNLinear(torch.autograd.Function):
-    """F.linear and its gradients by oneDNN."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        grad_x = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
-        grad_weight = torch.ops.mkldnn._linear_pointwise(rows.t(), x.flatten(0, -2).t(), None, "none", [], "")
-        return grad_x, grad_weight, rows.sum(0) if ctx.has_bias else None
-
-
-def linear(x, weight, bias=None):
-    """x @ weight.T + bias over the last dimension."""
-    if ONEDNN and on_cpu_in_float32(x):
-        return OneDNNLinear.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
-
-class RMSNormFunction(torch.autograd.Function):
-    """y = n w with n = r x and r = (mean(x^2) + eps)^-1/2; then dx = r (g w - n mean(g w n)) and dw = sum(g n)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
-        n = x * r
-        ctx.save_for_backward(n, r, weight)
-        return n * weight
-
-    @staticmethod
-    def backward(ctx, grad):
-        n, r, weight = ctx.saved_tensors
-        gn = grad * n
-        mean = (gn @ weight).div_(weight.numel()).unsqueeze(-1)
-        return (grad * weight).addcmul_(n, mean, value=-1).mul_(r), gn.flatten(0, -2).sum(0), None
-
-
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467), in x's dtype.
-
-    Autocast would widen the result to float32 on CUDA, and queries and keys in float32 have no fused attention kernel.
-    """
-
-    def forward(self, x):
-        if on_cpu_in_float32(x):
-            return RMSNormFunction.apply(x, self.weight, self.eps)
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
-
-
 def rope_cos_sin(positions, head_dim, theta):
     """(B, T) absolute positions -> cos and signed sin of their angles for apply_rope, each (B, 1, T, D) in float32.
 
@@ -156,16 +86,20 @@ class KVCache:
     Allocated by the caller and passed to GPT.forward; the model keeps no state between calls. It holds n_kv_head
     heads and never n_head. It owns the position: GPT.forward asks where the new tokens stand, each layer appends
     its keys and values there, and GPT.forward advances once after the last layer.
+
+    Rows of different length end together: padding, (batch_size,), says how many of the first tokens of each row are
+    fillers, which nothing looks at. Tokens are written at the same place in all rows, positions count from the first
+    real one.
     """
 
-    def __init__(self, config, batch_size, max_length, device=None, dtype=None):
+    def __init__(self, config, batch_size, max_length, device=None, dtype=None, padding=None):
         if not 1 <= max_length <= config.block_size:
             raise ValueError(f"a cache of {max_length} tokens: it must be 1 to block_size={config.block_size}")
         shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.max_length = max_length
-        self.length = 0  # tokens held, the same in every row
+        self.max_length, self.padding = max_length, padding
+        self.length = 0  # tokens held, fillers included, the same in every row
 
     @property
     def nbytes(self):
@@ -176,15 +110,16 @@ class KVCache:
         if self.length + T > self.max_length:
             # a slice assignment past the end would drop the tokens without a word
             raise ValueError(f"the cache holds {self.length} of at most {self.max_length} tokens: {T} more do not fit")
-        positions = torch.arange(self.length, self.length + T, device=self.k.device)
-        return positions.expand(self.k.size(1), T)
+        places = torch.arange(self.length, self.length + T, device=self.k.device).expand(self.k.size(1), T)
+        return places if self.padding is None else (places - self.padding[:, None]).clamp(min=0)
 
-    def mask(self, positions):
-        """Which of the S cached and new tokens each new one may see, (1, T, S) bool; None: all up to itself."""
-        T = positions.size(1)
-        if T == 1 or self.length == 0:  # one token sees everything, a first chunk is plainly causal
+    def mask(self, T):
+        """Which of the S cached and new tokens each of the T new ones may see, (1 or B, T, S) bool; None: all up to itself."""
+        if self.padding is None and (T == 1 or self.length == 0):  # one token sees all, a first chunk is plainly causal
             return None
-        return positions[:1, :, None] >= torch.arange(self.length + T, device=positions.device)  # all rows are as long
+        places = torch.arange(self.length + T, device=self.k.device)
+        mask = (places[-T:, None] >= places)[None]
+        return mask if self.padding is None else mask & (places >= self.padding[:, None, None])
 
     def append(self, layer, k, v):
         """Writes the new (B, K, T, D) keys and values of a layer; returns all it has, (B, K, S, D) views."""
@@ -196,10 +131,12 @@ class KVCache:
     def advance(self, T):
         self.length += T
 
-    def repeat(self, n):
-        """A cache whose rows are these, n times each: one prefilled prompt for n samples."""
+    def rows(self, index):
+        """A cache of the rows that index, a list, names: one prefilled prompt repeated for samples, or those not finished."""
+        index = torch.tensor(index, device=self.k.device)
         other = object.__new__(KVCache)
-        other.k, other.v = self.k.repeat_interleave(n, dim=1), self.v.repeat_interleave(n, dim=1)
+        other.k, other.v = self.k.index_select(1, index), self.v.index_select(1, index)
+        other.padding = None if self.padding is None else self.padding[index]
         other.max_length, other.length = self.max_length, self.length
         return other
 
@@ -325,8 +262,7 @@ class GPT(nn.Module):
                 raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}")
             positions, mask = torch.arange(T, device=idx.device)[None], None
         else:
-            positions = cache.positions(T)
-            mask = cache.mask(positions)
+            positions, mask = cache.positions(T), cache.mask(T)
         cos, sin = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
         x = self.dropout(self.embed(idx))                               # (B, T, C)
         for block in self.layers:
@@ -366,3 +302,75 @@ class GPT(nn.Module):
         """Bytes that the cache holds for one token of one sequence: 2 (key and value) L K D elements."""
         c = self.config
         return 2 * c.n_layer * c.n_kv_head * c.head_dim * dtype.itemsize
+
+
+# -- linear layers and norms ---------------------------------------------------------------------------------------------
+
+# Torch's own, but for float32 on CPUs, where they are most of a training step: torch's products go to MKL, and oneDNN, which
+# it ships as well, was 1.2 to 2.2 x as fast on an AMD EPYC (results/cpu_float32.py times a step with both), and its RMSNorm
+# is a chain of a dozen small operations. ONEDNN = False goes back.
+ONEDNN = platform.machine() in ("x86_64", "AMD64") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def on_cpu_in_float32(x):
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """F.linear and its gradients by oneDNN."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_x = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
+        grad_weight = torch.ops.mkldnn._linear_pointwise(rows.t(), x.flatten(0, -2).t(), None, "none", [], "")
+        return grad_x, grad_weight, rows.sum(0) if ctx.has_bias else None
+
+
+def linear(x, weight, bias=None):
+    """x @ weight.T + bias over the last dimension."""
+    if ONEDNN and on_cpu_in_float32(x):
+        return OneDNNLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """y = n w with n = r x and r = (mean(x^2) + eps)^-1/2; then dx = r (g w - n mean(g w n)) and dw = sum(g n)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        n = x * r
+        ctx.save_for_backward(n, r, weight)
+        return n * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        n, r, weight = ctx.saved_tensors
+        gn = grad * n
+        mean = (gn @ weight).div_(weight.numel()).unsqueeze(-1)
+        return (grad * weight).addcmul_(n, mean, value=-1).mul_(r), gn.flatten(0, -2).sum(0), None
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467), in x's dtype.
+
+    Autocast would widen the result to float32 on CUDA, and queries and keys in float32 have no fused attention kernel.
+    """
+
+    def forward(self, x):
+        if on_cpu_in_float32(x):
+            return RMSNormFunction.apply(x, self.weight, self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)

@@ -5,6 +5,7 @@
 Standard output carries the prompt and the text alone, everything else goes to standard error.
 """
 import codecs
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -25,13 +26,15 @@ from train import compile_model, pick_runtime
 class SampleConfig:
     out_dir: str = "out"          # folder with the ckpt.pt of a run
     prompt: str = ""              # text to continue, or FILE:path; empty: a new document; <|endoftext|> is understood
-    num_samples: int = 1          # texts to generate from the prompt, as one batch
+    prompts: str | None = None    # a file of prompts to continue as one batch: one a line, JSON lines if named .jsonl
+    num_samples: int = 1          # texts to generate from each prompt
     max_new_tokens: int = 300     # tokens to generate in each
     temperature: float = 0.8      # below 1 prefers the likely, above 1 flattens; 0 always takes the likeliest
     top_k: int | None = 200       # draw among the k likeliest tokens; None or 0: among all
     top_p: float | None = None    # draw among the fewest tokens whose probability reaches p; None or 1: among all
     stop: str | None = None       # end a text before this string; \n means a newline. end-of-text always ends it
     seed: int = 1337              # of the draws: the same seed, the same text
+    output: Literal["text", "jsonl"] = "text"  # jsonl: {"prompt": ..., "text": ...}, a line for each text
     kv_cache: bool = True         # False recomputes the whole context for every token
     device: str = "auto"          # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and cache. auto: bfloat16 on CUDA
@@ -112,33 +115,48 @@ def prefill(model, idx, cache):
 
 
 @torch.inference_mode()
-def generate(model, prompt, max_new_tokens, num_samples=1, known=None, kv_cache=True, **sampling):
-    """Yields (num_samples, 1) new token ids, max_new_tokens times.
+def generate(model, prompts, max_new_tokens, num_samples=1, known=None, kv_cache=True, stopped=lambda row: False, **sampling):
+    """Continues num_samples copies of each of the prompts, lists of at least one id, as one batch.
 
-    model maps (idx, cache=, logits=) as GPT.forward; prompt is a list of ids, at least one; known (V,) bool forbids
-    the ids that are False; sampling goes to sample_token. The prompt is read once for all samples.
+    Yields (rows, ids) max_new_tokens times: ids[i] is the next token of text rows[i], where text p * num_samples + s is
+    sample s of prompt p. A row of which stopped(row) is true costs nothing from then on. model maps (idx, cache=,
+    logits=) as GPT.forward; known (V,) bool forbids the ids that are False; sampling goes to sample_token.
     """
     config, weight = model.config, model.embed.weight
-    tokens = torch.tensor([prompt], device=weight.device)               # (1, n), from the first new token (B, n)
-    cache, cache_start = None, None
+    texts, rows = [list(prompt) for prompt in prompts], None
+    cache, cache_starts = None, None
     for left in range(max_new_tokens, 0, -1):
-        start = context_start(tokens.size(1), config.block_size)
-        context = tokens[:, start:]
-        if kv_cache and start == cache_start:
-            context = tokens[:, -1:]                                    # the cache has all before it
-        elif kv_cache:
-            length = min(config.block_size, context.size(1) + left)
-            cache, cache_start = KVCache(config, len(tokens), length, weight.device, weight.dtype), start
-        logits = prefill(model, context, cache) if kv_cache else model(context, logits="last")[0]
-        logits = logits[:, -1].float()                                  # (1 or B, V)
-        if len(tokens) < num_samples:
-            tokens, logits = tokens.repeat(num_samples, 1), logits.repeat(num_samples, 1)
-            cache = cache.repeat(num_samples) if kv_cache else None
+        starts = [context_start(len(text), config.block_size) for text in texts]
+        if not kv_cache:
+            logits = [model(torch.tensor([text[start:]], device=weight.device), logits="last")[0] for text, start in zip(texts, starts)]
+            logits = torch.cat(logits)
+        elif starts == cache_starts and cache.length < cache.max_length:  # the cache has all but the last token
+            logits = model(torch.tensor([text[-1:] for text in texts], device=weight.device), cache=cache, logits="last")[0]
+        else:
+            contexts = [text[start:] for text, start in zip(texts, starts)]
+            longest = max(len(context) for context in contexts)
+            padding = torch.tensor([longest - len(context) for context in contexts], device=weight.device)
+            idx = torch.tensor([[0] * (longest - len(context)) + context for context in contexts], device=weight.device)
+            cache, cache_starts = KVCache(config, len(texts), min(config.block_size, longest + left), weight.device, weight.dtype,
+                                          padding if padding.any() else None), starts
+            logits = prefill(model, idx, cache)
+        logits = logits[:, -1].float()                                  # (B, V)
+        if rows is None:                                                # each prompt is read once for all its samples
+            copies = [p for p in range(len(prompts)) for _ in range(num_samples)]
+            texts, rows, cache_starts = [list(texts[p]) for p in copies], list(range(len(copies))), [starts[p] for p in copies]
+            logits, cache = logits[copies], cache.rows(copies) if kv_cache and num_samples > 1 else cache
         if known is not None:
             logits = logits.masked_fill(~known, -torch.inf)
-        new = sample_token(logits, **sampling)
-        tokens = torch.cat((tokens, new), dim=1)
-        yield new
+        ids = sample_token(logits, **sampling)[:, 0].tolist()
+        for text, token in zip(texts, ids):
+            text.append(token)
+        yield rows, ids
+        going = [i for i, row in enumerate(rows) if not stopped(row)]
+        if not going:
+            return
+        if len(going) < len(rows):
+            texts, rows, cache_starts = ([x[i] for i in going] for x in (texts, rows, cache_starts))
+            cache = cache.rows(going) if kv_cache else None
 
 
 class Text:
@@ -184,65 +202,84 @@ def known_ids(encoding, vocab_size):
     return torch.tensor([i < encoding.n_vocab and known(i) for i in range(vocab_size)])
 
 
-def read_prompt(prompt):
-    """The text of --prompt, which is the content of path where it is FILE:path."""
-    if not prompt.startswith("FILE:"):
-        return prompt
+def read_text(path):
     try:
-        return Path(prompt[5:]).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot read the prompt {prompt[5:]} ({error.strerror}): name a text file behind FILE:") from None
+        raise UserError(f"cannot read the prompt {path} ({error.strerror}): name a text file") from None
     except UnicodeDecodeError:
-        raise UserError(f"the prompt {prompt[5:]} is not UTF-8 text: convert it first") from None
+        raise UserError(f"the prompt {path} is not UTF-8 text: convert it first") from None
+
+
+def read_prompts(config):
+    """The prompts that the settings name: of a file of prompts, one a line, as text or as JSON strings or {"prompt": ...}."""
+    if config.prompts is None:
+        return [read_text(config.prompt[5:]) if config.prompt.startswith("FILE:") else config.prompt]
+    prompts = []
+    for number, line in enumerate(read_text(config.prompts).splitlines(), 1):
+        if config.prompts.endswith((".jsonl", ".json")):
+            try:
+                line = json.loads(line)
+                line = line["prompt"] if isinstance(line, dict) else line
+                if not isinstance(line, str):
+                    raise ValueError
+            except (ValueError, KeyError, RecursionError):
+                raise UserError(f'{config.prompts}:{number} is no JSON string and no {{"prompt": "..."}}: mend the line, or name '
+                                "the file .txt for plain lines") from None
+        prompts.append(line)
+    if not prompts:
+        raise UserError(f"{config.prompts} holds no prompts: write one a line")
+    return prompts
 
 
 @program
 def main(argv):
     config = build(SampleConfig, parse(SampleConfig, argv, __doc__))
-    prompt = read_prompt(config.prompt)
+    prompts = read_prompts(config)
     runtime = pick_runtime(config.device, config.dtype, False if config.compile == "auto" else config.compile)
     state = checkpoint.load(config.out_dir)
     encoding = get_tokenizer(state["tokenizer"])
     model = checkpoint.build_model(state).to(runtime.device, runtime.dtype).eval()
-    kv_bytes = model.kv_bytes_per_token(runtime.dtype)
-    model = prepare_for_decoding(model, config.num_samples)
+    kv_bytes, n_texts = model.kv_bytes_per_token(runtime.dtype), len(prompts) * config.num_samples
+    model = prepare_for_decoding(model, n_texts)
     model = compile_model(model, runtime, lambda forward: forward(torch.zeros(1, 1, dtype=torch.long, device=runtime.device)))
-    ids = encoding.encode(prompt, allowed_special="all") or [encoding.eot_token]
-    known = known_ids(encoding, model.config.vocab_size).to(runtime.device)
-    length = min(model.config.block_size, len(ids) + config.max_new_tokens)
+    ids = [encoding.encode(prompt, allowed_special="all") or [encoding.eot_token] for prompt in prompts]
+    length = min(model.config.block_size, max(map(len, ids)) + config.max_new_tokens)
+    cache = f"KV cache {kv_bytes:,} bytes per token, {kv_bytes * length * n_texts:,} in all" if config.kv_cache else "no KV cache"
     print(f"{runtime.why}; {config.out_dir} at step {state['step']}, n_head {model.config.n_head}, n_kv_head "
-          f"{model.config.n_kv_head}; " + (f"KV cache {kv_bytes:,} bytes per token, {kv_bytes * length * config.num_samples:,} in all"
-                                           if config.kv_cache else "no KV cache"), file=sys.stderr)
+          f"{model.config.n_kv_head}; {cache}", file=sys.stderr)
 
-    tokens = generate(model, ids, config.max_new_tokens, config.num_samples, known, config.kv_cache,
-                      temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-                      generator=torch.Generator(runtime.device).manual_seed(config.seed))
+    if max(map(len, ids)) > model.config.block_size:
+        print(f"of a prompt longer than block_size={model.config.block_size} only the end is read, see context_start", file=sys.stderr)
     stop = config.stop.replace("\\n", "\n") if config.stop else None
-    texts = [Text(encoding, stop) for _ in range(config.num_samples)]
-    samples = [prompt] * config.num_samples
-    stream = config.num_samples == 1
+    texts = [Text(encoding, stop) for _ in range(n_texts)]
+    written = [""] * n_texts
+    stream = n_texts == 1 and config.output == "text"
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 still gets its text
     if stream:
-        print(prompt, end="", flush=True)
-    began, steps = time.perf_counter(), 0
-    for new in tokens:
-        steps += 1
-        for i, token in enumerate(new[:, 0].tolist()):
-            piece = texts[i].add(token)
-            samples[i] += piece
+        print(prompts[0], end="", flush=True)
+    began, count = time.perf_counter(), 0
+    for rows, new in generate(model, ids, config.max_new_tokens, config.num_samples, known_ids(encoding, model.config.vocab_size).to(
+            runtime.device), config.kv_cache, stopped=lambda row: texts[row].done, temperature=config.temperature, top_k=config.top_k,
+            top_p=config.top_p, generator=torch.Generator(runtime.device).manual_seed(config.seed)):
+        count += len(rows)
+        for row, token in zip(rows, new):
+            piece = texts[row].add(token)
+            written[row] += piece
             if stream:
                 print(piece, end="", flush=True)
-        if all(text.done for text in texts):
-            break
     seconds = time.perf_counter() - began
-    for i, text in enumerate(texts):
+    for row, text in enumerate(texts):
         rest = "" if text.done else text.finish()
-        print(rest if stream else samples[i] + rest)
-        if not stream and i + 1 < len(texts):
-            print("-" * 80, file=sys.stderr, flush=True)
-    print(f"{steps * config.num_samples / seconds:,.1f} tokens per second ({steps} steps of {config.num_samples}, reading the "
-          f"prompt of {len(ids)} tokens included)" if steps else "nothing to generate", file=sys.stderr)
+        prompt = prompts[row // config.num_samples]
+        if config.output == "jsonl":
+            print(json.dumps(dict(prompt=prompt, text=written[row] + rest), ensure_ascii=False))
+        else:
+            print(rest if stream else prompt + written[row] + rest)
+            if row + 1 < len(texts):
+                print("-" * 80, file=sys.stderr, flush=True)
+    print(f"{count:,} tokens in {seconds:.2f} s, reading the prompt included: {count / seconds:,.1f} tokens per second", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def check_writable(out_dir):
         raise UserError(f"cannot write to {out_dir} ({error.strerror}): choose another --out_dir") from None
 
 
-# -- evaluation, learning rate, log ------------------------------------------------------------------------------------
+# -- evaluation, optimizer, log --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def evaluate(model, split, config, runtime, batch_size):
@@ -289,11 +289,11 @@ def evaluate(model, split, config, runtime, batch_size):
     return (total[0] / total[1]).item()
 
 
-def check_finite(finite, step, config, runtime):
+def check_finite(finite, what, step, config, runtime):
     """UserError unless all of finite, flags of the steps up to step, are True: no bad weights reach a checkpoint."""
     if not all(finite):
         bad = step - len(finite) + finite.index(False) + 1
-        raise UserError(f"the loss is not finite at step {bad} (lr {learning_rate(max(0, bad - 1), config):.2e}, "
+        raise UserError(f"the {what} is not finite at step {bad} (lr {learning_rate(max(0, bad - 1), config):.2e}, "
                         f"{runtime.describe()['dtype']}): lower learning_rate and go on from the last good checkpoint with "
                         "--init_from=resume")
 
@@ -309,6 +309,17 @@ def learning_rate(step, config):
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
     return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+def make_optimizer(model, config):
+    """The optimizer of the setting of that name; weight decay on matrices, not on norms and biases."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    match config.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    raise ValueError(f"there is no optimizer {config.optimizer!r}")
 
 
 class Log:
@@ -448,7 +459,8 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
         return say(f"val_loss {val_loss:.4f}, {bits_per_byte(val_loss, dataset.val):.4f} bits per byte")
 
     redo = resume and start == config.max_steps and state["val_loss"] is None  # stopped at its last step, not evaluated
-    log = Log(config, start - redo if resume else -1) if master else None
+    kept = -1 if not resume else start - 1 if redo else start  # the last step whose row in the log stays
+    log = Log(config, kept) if master else None
     peak, flops = peak_flops(runtime), model.flops_per_token(config.block_size)
     began = interval_began = time.perf_counter()
     interval_step = start                       # the step at which this interval of the clock began
@@ -464,7 +476,7 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
             logging = new and (evaluating or step % config.log_interval == 0)
 
             if (logging or stopping) and finite:
-                check_finite(torch.stack(finite).tolist(), step, config, runtime)
+                check_finite(torch.stack(finite).tolist(), "loss or its gradient", step, config, runtime)
                 finite.clear()
             if logging:
                 if loss is not None:
@@ -474,7 +486,7 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
                 seconds = time.perf_counter() - interval_began
                 rate = (step - interval_step) * config.tokens_per_step / seconds if step > interval_step else None
                 val_loss = evaluate(compiled, dataset.val, config, runtime, batch_size) if evaluating else None
-                check_finite([math.isfinite(val_loss or 0.0)], step, config, runtime)
+                check_finite([math.isfinite(val_loss or 0.0)], "validation loss", step, config, runtime)
                 if master:
                     log.row(step=step, tokens=step * config.tokens_per_step, train_loss=loss, val_loss=val_loss,
                             val_bpb=bits_per_byte(val_loss, dataset.val) if evaluating else None,
@@ -482,7 +494,7 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
                             grad_norm=grad_norm.item() if step > start else None, tokens_per_sec=rate,
                             mfu=rate * flops / (peak * ranks) if rate and peak else None)
             if master and (evaluating or (stopping and new)):
-                check_finite([all(p.isfinite().all() for p in model.parameters())], step, config, runtime)
+                check_finite([all(p.isfinite().all() for p in model.parameters())], "model", step, config, runtime)
                 save(config, model, optimizer, step, val_loss if evaluating else None, dataset, runtime)
             if logging:
                 interval_began, interval_step = time.perf_counter(), step
@@ -535,16 +547,6 @@ def announcement(config, model, dataset, state, runtime, batch_size, accumulatio
         then, now = {**state["settings"], **state["runtime"]}, {**run_settings(config), **runtime.describe()}
         changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
         yield f"resuming at step {state['step']}" + (", changed: " + ", ".join(changed) if changed else "")
-
-
-def make_optimizer(model, config):
-    """The optimizer of the setting of that name; weight decay on matrices, not on norms and biases."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    match config.optimizer:
-        case "adamw":
-            return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
 def run_settings(config):

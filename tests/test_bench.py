@@ -65,7 +65,7 @@ def test_a_prompt_read_in_chunks_gives_the_same_text(monkeypatch, n_kv_head):
     texts = []
     for chunk in (512, 7, 1):
         monkeypatch.setattr(sample, "PREFILL_CHUNK", chunk)
-        texts.append([new.item() for new in generate(model, ids[0].tolist(), 12, temperature=0)])
+        texts.append([new for _, (new,) in generate(model, [ids[0].tolist()], 12, temperature=0)])
     assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) > 3
     calls, cache = [], KVCache(model.config, 1, 48)
     monkeypatch.setattr(sample, "PREFILL_CHUNK", 7)

@@ -224,9 +224,17 @@ def test_an_out_dir_that_cannot_be_written(toy_run, tmp_path, capsys):
     (["--top_p=1.5"], "top_p is a probability"), (["--num_samples=0"], "num_samples must be at least 1"),
     (["--max_new_tokens=-5"], "max_new_tokens must be at least 0"), (["--prompt=FILE:/no/such"], "cannot read the prompt /no/such"),
     (["--out_dir=/no/run"], "there is no checkpoint /no/run/ckpt.pt: train one"), (["--device=abc"], "there is no device 'abc'"),
-    (["--temprature=1"], "did you mean temperature?")])
+    (["--temprature=1"], "did you mean temperature?"), (["--prompts=/no/such"], "cannot read the prompt /no/such"),
+    (["--output=html"], "output must be text or jsonl")])
 def test_bad_settings_of_sample(trained, capsys, args, words):
     assert words in fails(sample.main, [f"--out_dir={trained}", *args], capsys)
+
+
+@pytest.mark.parametrize("text,words", [("", "holds no prompts"), ("{}\n", "prompts.jsonl:1 is no JSON string"),
+                                        ('"a"\n[1]\n', "prompts.jsonl:2 is no JSON string"), ("nope\n", "is no JSON string")])
+def test_bad_files_of_prompts(trained, tmp_path, capsys, text, words):
+    (tmp_path / "prompts.jsonl").write_text(text)
+    assert words in fails(sample.main, [f"--out_dir={trained}", f"--prompts={tmp_path / 'prompts.jsonl'}"], capsys)
 
 
 @pytest.mark.parametrize("name,args,words", [

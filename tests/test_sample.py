@@ -1,4 +1,6 @@
 """Drawing tokens, keeping the context, ending texts, and sample.py as a program."""
+import json
+
 import pytest
 import torch
 from conftest import toy_ids, toy_model
@@ -51,9 +53,8 @@ def test_forbidden_ids_are_never_drawn():
     with torch.no_grad():
         model.embed.weight[257:] *= 20  # the padding rows would win
     for options in (dict(temperature=0), dict(temperature=5.0), dict(temperature=5.0, top_k=290), dict(temperature=1.0, top_p=0.99)):
-        drawn = [new.max().item() for new in generate(model, [65], 40, 4, known, **options)]
-        assert max(drawn) <= 256
-    assert max(new.max().item() for new in generate(model, [65], 40, 4, None, temperature=5.0)) > 256
+        assert max(max(ids) for _, ids in generate(model, [[65]], 40, 4, known, **options)) <= 256
+    assert max(max(ids) for _, ids in generate(model, [[65]], 40, 4, None, temperature=5.0)) > 256
 
 
 def test_context_rule():
@@ -65,12 +66,20 @@ def test_context_rule():
     assert context_start(100, 1) == 99
 
 
+def texts(model, prompts, n, **kwargs):
+    """The n new ids of every text, greedily where kwargs do not say otherwise."""
+    out = {}
+    for rows, ids in generate(model, prompts, n, **{"temperature": 0, **kwargs}):
+        for row, token in zip(rows, ids):
+            out.setdefault(row, []).append(token)
+    return [out[row] for row in sorted(out)]
+
+
 @pytest.mark.parametrize("prompt", [1, 11, 12, 13, 40], ids=["1", "block_size-1", "block_size", "block_size+1", "longer"])
 def test_greedy_text_with_cache_is_the_text_of_full_forwards(n_kv_head, prompt):
     """The oracle is the plain forward over the context that the rule states, one call per token."""
     model, ids = toy_model(n_kv_head=n_kv_head, block_size=12, tie_embeddings=False), toy_ids(1, prompt)[0].tolist()
-    cached = [new.item() for new in generate(model, ids, 30, temperature=0)]
-    plain = [new.item() for new in generate(model, ids, 30, kv_cache=False, temperature=0)]
+    (cached,), (plain,) = (texts(model, [ids], 30, kv_cache=kv_cache) for kv_cache in (True, False))
     oracle = list(ids)
     with torch.inference_mode():
         for _ in range(30):
@@ -84,12 +93,31 @@ def test_samples_of_one_batch_are_continuations_of_one_prefill():
     model, calls = toy_model(n_kv_head=2), []
     forward = model.forward
     model.forward = lambda idx, **kwargs: calls.append(tuple(idx.shape)) or forward(idx, **kwargs)
-    rows = torch.cat(list(generate(model, [1, 2, 3, 4, 5], 6, 3, temperature=1.0, generator=torch.Generator().manual_seed(0))), 1)
+    drawn = texts(model, [[1, 2, 3, 4, 5]], 6, num_samples=3, temperature=1.0, generator=torch.Generator().manual_seed(0))
     assert calls == [(1, 5)] + [(3, 1)] * 5
-    assert rows.shape == (3, 6) and len({tuple(row) for row in rows.tolist()}) == 3
-    greedy = torch.cat(list(generate(model, [1, 2, 3, 4, 5], 6, 3, temperature=0)), 1)
-    alone = torch.cat(list(generate(model, [1, 2, 3, 4, 5], 6, temperature=0)), 1)
-    assert greedy.tolist() == alone.tolist() * 3
+    assert len({tuple(row) for row in drawn}) == 3
+    greedy, alone = (texts(model, [[1, 2, 3, 4, 5]], 6, num_samples=n) for n in (3, 1))
+    assert greedy == alone * 3
+
+
+def test_prompts_of_unequal_length_give_the_texts_they_give_alone(n_kv_head):
+    """As one batch, past the end of the context of each row, and with rows that end early."""
+    model = toy_model(n_kv_head=n_kv_head, block_size=12, tie_embeddings=False)
+    prompts = [toy_ids(1, n, seed=n)[0].tolist() for n in (3, 11, 1, 40, 12)]
+    alone = [texts(model, [prompt], 30)[0] for prompt in prompts]
+    assert texts(model, prompts, 30) == alone and len({tuple(text) for text in alone}) == 5
+    assert texts(model, prompts, 30, kv_cache=False) == alone
+    assert texts(model, prompts, 5, num_samples=2) == [text[:5] for text in alone for _ in range(2)]
+
+    ends, seen = [4, 30, 9, 1, 17], [0] * 5
+    got, batches = [[] for _ in prompts], []
+    for rows, ids in generate(model, prompts, 30, stopped=lambda row: seen[row] == ends[row], temperature=0):
+        batches.append(len(rows))
+        for row, token in zip(rows, ids):
+            got[row].append(token)
+            seen[row] += 1
+    assert got == [text[:end] for text, end in zip(alone, ends)]
+    assert batches == [5] + [4] * 3 + [3] * 5 + [2] * 8 + [1] * 13, "a finished row must cost nothing"
 
 
 def feed(text, data):
@@ -148,3 +176,14 @@ def test_prompt_from_a_file_and_stop_with_a_newline(run_dir, capsys, tmp_path):
     out = say(capsys, run_dir, f"--prompt=FILE:{tmp_path / 'prompt.txt'}", "--stop=\\n", "--max_new_tokens=400").out
     assert out.startswith("a line\nand ") and out.count("\n") == 2 and out.endswith("\n")
     assert say(capsys, run_dir, "--prompt=abc", "--max_new_tokens=0").out == "abc\n"
+
+
+def test_a_file_of_prompts(run_dir, capsys, tmp_path):
+    prompts = ["the ", "a much longer prompt than the first ", "x"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p if i else dict(prompt=p)) + "\n" for i, p in enumerate(prompts)))
+    options = ("--max_new_tokens=40", "--temperature=0")
+    alone = [say(capsys, run_dir, f"--prompt={prompt}", *options).out for prompt in prompts]
+    assert say(capsys, run_dir, f"--prompts={tmp_path / 'prompts.txt'}", *options).out == "".join(alone)
+    lines = say(capsys, run_dir, f"--prompts={tmp_path / 'prompts.jsonl'}", *options, "--output=jsonl").out.splitlines()
+    assert [json.loads(line) for line in lines] == [dict(prompt=p, text=text[len(p):-1]) for p, text in zip(prompts, alone)]

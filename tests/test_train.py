@@ -234,7 +234,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(toy_ru
     with pytest.raises(SystemExit) as exit:
         train.main([*toy_run, "--init_from=resume", f"--learning_rate={lr}", "--max_steps=40", f"--eval_interval={eval_interval}"])
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and f"not finite at step {step} (lr " in error and "float32" in error
+    assert exit.value.code == 2 and f"is not finite at step {step} (lr " in error and "float32" in error
     assert equal(good, weights(tmp_path / "run")) and checkpoint.load(tmp_path / "run")["step"] == 10
 
 
