@@ -1,6 +1,6 @@
 """The GPT-2 124M shape on GPT-2 tokens (0.5M tokens a step, 10B tokens in all), for one or more large GPUs.
 
-Add config/gqa.py behind it for the variant. Prepare data/text with --tokenizer=gpt2 first, or name another --dataset.
+Add config/gqa.py behind it for the variant. Text to match is yours to bring: prepare it with --tokenizer=gpt2.
 """
 out_dir = "{out_dir}/gpt2_124m"
 dataset = "text"
