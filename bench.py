@@ -160,10 +160,11 @@ def main(argv):
         if config.mode == "decode" and peak is None:
             peak = bandwidth(runtime)
         row = (decode if config.mode == "decode" else train)(config, runtime, peak)
-        row |= dict(dtype=runtime.describe()["dtype"], device=runtime.device.type, compile=runtime.compile, torch=torch.__version__)
+        row |= dict({key: runtime.describe()[key] for key in ("device", "dtype", "compile")}, torch=torch.__version__)
         rows.append({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()})
-        shown = {"decode": ("n_kv_head", "batch_size", "prompt_len", "prefill_s", "step_ms", "decode_tok_s", "kv_cache_bytes", "mbu"),
-                 "train": ("n_kv_head", "batch_size", "block_size", "step_ms", "tok_s", "mfu", "peak_memory_bytes")}[config.mode]
+        shown = ("n_kv_head", "batch_size", "prompt_len", "prefill_s", "step_ms", "decode_tok_s", "kv_cache_bytes", "mbu")
+        if config.mode == "train":
+            shown = ("n_kv_head", "batch_size", "block_size", "step_ms", "tok_s", "mfu", "peak_memory_bytes")
         print("  ".join(f"{key} {rows[-1][key]}" for key in shown), flush=True)
     print(json.dumps(rows[0] if len(rows) == 1 else dict(rows=rows)))
 

@@ -34,7 +34,8 @@ def program(main):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 raise SystemExit(141) from None
             if isinstance(error, OSError):  # those with a better remedy are UserErrors where they arise
-                error = f"cannot use {str(error.filename)[:100]!r} ({error.strerror}): check the path, its permissions and the disk"
+                error = (f"cannot use {str(error.filename)[:100]!r} ({error.strerror}): check the path, its permissions "
+                         "and the disk")
             # torchrun ends every rank as soon as one exits: the others wait, so that rank 0 gets to say it, once.
             # A rank whose trouble is its own (a missing disk, say) speaks after the wait.
             if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -50,11 +51,12 @@ def world():
     """(rank, ranks, local rank) of this process, as torchrun sets them; (0, 1, 0) without it."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     values = [os.environ.get(name, default) for name, default in zip(names, ("0", "1", "0"))]
-    if not all(value.isdecimal() for value in values) or not int(values[0]) < int(values[1]) or int(values[2]) >= int(values[1]) \
-            or (int(values[1]) > 1 and "MASTER_ADDR" not in os.environ):
-        found = ", ".join(f"{name}={value}" for name, value in zip(names, values))
-        raise UserError(f"{found} is not what torchrun sets: unset these variables, or start with torchrun")
-    return tuple(int(value) for value in values)
+    if all(value.isdecimal() for value in values):
+        rank, ranks, local_rank = (int(value) for value in values)
+        if max(rank, local_rank) < ranks and (ranks == 1 or "MASTER_ADDR" in os.environ):
+            return rank, ranks, local_rank
+    found = ", ".join(f"{name}={value}" for name, value in zip(names, values))
+    raise UserError(f"{found} is not what torchrun sets: unset these variables, or start with torchrun")
 
 
 def parse(cls, argv, doc, axes=False):
@@ -176,7 +178,8 @@ def convert(cls, key, value, where):
         elif kind in (int, float) and not isinstance(value, bool):
             try:
                 result = kind(value)
-                if math.isfinite(result) and (kind is float or abs(result) < 2**63) and (isinstance(value, str) or result == value):
+                fits = math.isfinite(result) and (kind is float or abs(result) < 2**63)
+                if fits and (isinstance(value, str) or result == value):
                     return result
             except (TypeError, ValueError, OverflowError):
                 continue

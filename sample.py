@@ -123,23 +123,24 @@ def generate(model, prompts, max_new_tokens, num_samples=1, known=None, kv_cache
     logits=) as GPT.forward; known (V,) bool forbids the ids that are False; sampling goes to sample_token.
     """
     config, weight = model.config, model.embed.weight
+    device = weight.device
     texts, rows = [list(prompt) for prompt in prompts], None
     cache, cache_starts = None, None
     for left in range(max_new_tokens, 0, -1):
         starts = [context_start(len(text), config.block_size) for text in texts]
         if not kv_cache:
-            logits = [model(torch.tensor([text[start:]], device=weight.device), logits="last")[0] for text, start in zip(texts, starts)]
-            logits = torch.cat(logits)
+            logits = torch.cat([model(torch.tensor([text[start:]], device=device), logits="last")[0]
+                                for text, start in zip(texts, starts)])
         elif starts == cache_starts and cache.length < cache.max_length:  # the cache has all but the last token
-            logits = model(torch.tensor([text[-1:] for text in texts], device=weight.device), cache=cache, logits="last")[0]
+            logits = model(torch.tensor([text[-1:] for text in texts], device=device), cache=cache, logits="last")[0]
         else:
             contexts = [text[start:] for text, start in zip(texts, starts)]
             longest = max(len(context) for context in contexts)
-            padding = torch.tensor([longest - len(context) for context in contexts], device=weight.device)
-            idx = torch.tensor([[0] * (longest - len(context)) + context for context in contexts], device=weight.device)
-            cache, cache_starts = KVCache(config, len(texts), min(config.block_size, longest + left), weight.device, weight.dtype,
-                                          padding if padding.any() else None), starts
-            logits = prefill(model, idx, cache)
+            padding = [longest - len(context) for context in contexts]
+            idx = torch.tensor([[0] * n + context for n, context in zip(padding, contexts)], device=device)
+            cache = KVCache(config, len(texts), min(config.block_size, longest + left), device, weight.dtype,
+                            torch.tensor(padding, device=device) if any(padding) else None)
+            logits, cache_starts = prefill(model, idx, cache), starts
         logits = logits[:, -1].float()                                  # (B, V)
         if rows is None:                                                # each prompt is read once for all its samples
             copies = [p for p in range(len(prompts)) for _ in range(num_samples)]
@@ -224,8 +225,8 @@ def read_prompts(config):
                 if not isinstance(line, str):
                     raise ValueError
             except (ValueError, KeyError, RecursionError):
-                raise UserError(f'{config.prompts}:{number} is no JSON string and no {{"prompt": "..."}}: mend the line, or name '
-                                "the file .txt for plain lines") from None
+                raise UserError(f'{config.prompts}:{number} is no JSON string and no {{"prompt": "..."}}: mend the line, or '
+                                "name the file .txt for plain lines") from None
         prompts.append(line)
     if not prompts:
         raise UserError(f"{config.prompts} holds no prompts: write one a line")
@@ -245,12 +246,15 @@ def main(argv):
     model = compile_model(model, runtime, lambda forward: forward(torch.zeros(1, 1, dtype=torch.long, device=runtime.device)))
     ids = [encoding.encode(prompt, allowed_special="all") or [encoding.eot_token] for prompt in prompts]
     length = min(model.config.block_size, max(map(len, ids)) + config.max_new_tokens)
-    cache = f"KV cache {kv_bytes:,} bytes per token, {kv_bytes * length * n_texts:,} in all" if config.kv_cache else "no KV cache"
+    cache = "no KV cache"
+    if config.kv_cache:
+        cache = f"KV cache {kv_bytes:,} bytes per token, {kv_bytes * length * n_texts:,} in all"
     print(f"{runtime.why}; {config.out_dir} at step {state['step']}, n_head {model.config.n_head}, n_kv_head "
           f"{model.config.n_kv_head}; {cache}", file=sys.stderr)
 
     if max(map(len, ids)) > model.config.block_size:
-        print(f"of a prompt longer than block_size={model.config.block_size} only the end is read, see context_start", file=sys.stderr)
+        print(f"of a prompt longer than block_size={model.config.block_size} only the end is read, see context_start",
+              file=sys.stderr)
     stop = config.stop.replace("\\n", "\n") if config.stop else None
     texts = [Text(encoding, stop) for _ in range(n_texts)]
     written = [""] * n_texts
@@ -260,9 +264,11 @@ def main(argv):
     if stream:
         print(prompts[0], end="", flush=True)
     began, count = time.perf_counter(), 0
-    for rows, new in generate(model, ids, config.max_new_tokens, config.num_samples, known_ids(encoding, model.config.vocab_size).to(
-            runtime.device), config.kv_cache, stopped=lambda row: texts[row].done, temperature=config.temperature, top_k=config.top_k,
-            top_p=config.top_p, generator=torch.Generator(runtime.device).manual_seed(config.seed)):
+    tokens = generate(model, ids, config.max_new_tokens, config.num_samples,
+                      known_ids(encoding, model.config.vocab_size).to(runtime.device), config.kv_cache,
+                      stopped=lambda row: texts[row].done, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+                      generator=torch.Generator(runtime.device).manual_seed(config.seed))
+    for rows, new in tokens:
         count += len(rows)
         for row, token in zip(rows, new):
             piece = texts[row].add(token)
@@ -279,7 +285,8 @@ def main(argv):
             print(rest if stream else prompt + written[row] + rest)
             if row + 1 < len(texts):
                 print("-" * 80, file=sys.stderr, flush=True)
-    print(f"{count:,} tokens in {seconds:.2f} s, reading the prompt included: {count / seconds:,.1f} tokens per second", file=sys.stderr)
+    print(f"{count:,} tokens in {seconds:.2f} s, reading the prompt included: {count / seconds:,.1f} tokens per second",
+          file=sys.stderr)
 
 
 if __name__ == "__main__":
