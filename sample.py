@@ -106,8 +106,7 @@ PREFILL_CHUNK = 512  # tokens of each row that are read at once
 def prefill(model, idx, cache):
     """Reads (B, T) ids into cache, a chunk at a time; returns the logits behind the last one, (B, 1, V).
 
-    Beside weights and cache, at most about B x chunk x (4C + 3 n_ff + (2H + 4K) D) elements are alive at a time, and
-    from the second chunk on 5 x H/K x chunk x S bytes of mask, whatever the length of the prompt.
+    Activations take the room of one chunk, however long the prompt is; only the mask of a later chunk grows with it.
     """
     for part in idx.split(PREFILL_CHUNK, dim=1):
         logits = model(part, cache=cache, logits="last")[0]
