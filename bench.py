@@ -9,7 +9,7 @@ import json
 import resource
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -117,7 +117,7 @@ def decode(config, runtime, peak):
                 mbu=bytes_per_step / step / peak if peak else None)
 
 
-def train(config, runtime, peak):
+def train(config, runtime):
     """One row of results: batch, forward, backward, clip and optimizer, on random tokens."""
     model = checkpoint.new_model(checkpoint.model_config(config), config.seed).to(runtime.device)
     optimizer = make_optimizer(model, TrainConfig())
@@ -150,16 +150,20 @@ def train(config, runtime, peak):
 
 @program
 def main(argv):
-    configs = [build(BenchConfig, given) for given in combinations(parse(BenchConfig, argv, __doc__, axes=True))]
-    rows, peak = [], None
+    given = parse(BenchConfig, argv, __doc__, axes=True)
+    configs, rows, peak = [build(BenchConfig, values) for values in combinations(given)], [], None
+    shape = [f.name for f in fields(GPTConfig) if f.name in given]
     for config in configs:
-        if config.mode == "train" and config.out_dir is not None:
+        if config.out_dir is not None and config.mode == "train":
             raise UserError("out_dir is for --mode=decode: train.py itself reports the speed of a run")
+        if config.out_dir is not None and shape:
+            raise UserError(f"{', '.join(shape)} and out_dir exclude each other: a checkpoint has its own shape, leave one out")
+    for config in configs:
         auto = False if config.mode == "decode" and config.compile == "auto" else config.compile
         runtime = pick_runtime(config.device, config.dtype, auto)
         if config.mode == "decode" and peak is None:
             peak = bandwidth(runtime)
-        row = (decode if config.mode == "decode" else train)(config, runtime, peak)
+        row = decode(config, runtime, peak) if config.mode == "decode" else train(config, runtime)
         row |= dict({key: runtime.describe()[key] for key in ("device", "dtype", "compile")}, torch=torch.__version__)
         rows.append({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()})
         shown = ("n_kv_head", "batch_size", "prompt_len", "prefill_s", "step_ms", "decode_tok_s", "kv_cache_bytes", "mbu")

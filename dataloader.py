@@ -63,7 +63,10 @@ def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
     """
     data_dir = Path(data_dir)
     if (data_dir / "meta.json").exists() and not overwrite:
-        there = read_meta(data_dir)["tokenizer"]
+        try:
+            there = read_meta(data_dir)["tokenizer"]
+        except UserError:
+            there = tokenizer  # a damaged data set is mended by making it again
         if there != tokenizer:
             raise UserError(f"{data_dir} holds a data set of tokenizer {there!r}: pass another --data_dir, or --overwrite=True")
     encoding = get_tokenizer(tokenizer)

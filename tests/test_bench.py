@@ -7,6 +7,7 @@ from conftest import toy_ids, toy_model
 
 import bench
 import sample
+import train
 from model import KVCache
 from sample import generate, prefill, prepare_for_decoding
 
@@ -75,9 +76,19 @@ def test_a_prompt_read_in_chunks_gives_the_same_text(monkeypatch, n_kv_head):
     assert calls == [7, 7, 7, 7, 2]
 
 
+def test_decode_times_a_checkpoint(capsys, toy_run, tmp_path):
+    train.main([*toy_run, "--max_steps=1"])
+    bench.main([f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--prompt_len=50", "--new_tokens=4", "--dtype=float32"])
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (row["n_layer"], row["n_head"], row["n_kv_head"], row["kv_cache_bytes"]) == (2, 4, 2, 54 * 2 * 2 * 2 * 8 * 4)
+    with pytest.raises(SystemExit) as exit:
+        bench.main(["--out_dir=/no"])
+    assert exit.value.code == 2 and "there is no checkpoint /no/ckpt.pt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("args,words", [
     (["--mode=fly"], "mode must be decode or train"), (["--n_kv_head=3"], "does not divide"), (["--batch_size=0"], "batch_size must be"),
-    (["--batch_size=1,x"], "batch_size must be a whole number"), (["--out_dir=/no"], "there is no checkpoint"),
+    (["--batch_size=1,x"], "batch_size must be a whole number"), (["--out_dir=/no"], "and out_dir exclude each other"),
     (["--mode=train", "--out_dir=x"], "out_dir is for --mode=decode")])
 def test_bad_settings_of_bench(capsys, args, words):
     with pytest.raises(SystemExit) as exit:

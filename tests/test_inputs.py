@@ -266,6 +266,16 @@ def test_a_data_set_of_another_tokenizer_is_not_overwritten(tmp_path, capsys):
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
 
 
+def test_a_damaged_data_set_is_mended_by_the_command_that_the_error_names(tmp_path):
+    (tmp_path / "a.txt").write_text("0123456789" * 10)
+    args = [f"--input={tmp_path / 'a.txt'}", f"--data_dir={tmp_path / 'data'}"]
+    program("text")(args)
+    before = (tmp_path / "data/meta.json").read_bytes()
+    (tmp_path / "data/meta.json").write_text("{")
+    program("text")(args)
+    assert before == (tmp_path / "data/meta.json").read_bytes()
+
+
 def test_a_prepare_script_downloads_and_checks(tmp_path, capsys, monkeypatch):
     """The download is of a file:// address here; its hash must be the stated one."""
     program("shakespeare")
