@@ -217,7 +217,7 @@ def test_keys_and_values_are_never_expanded(n_kv_head, T):
 
 
 def test_rope_depends_on_distance_only_and_turns():
-    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0)).unbind()
 
     def score(m, n):
         turned = [apply_rope(x, *rope_cos_sin(torch.tensor([[p]]), 16, 10000.0)) for x, p in ((q, m), (k, n))]
@@ -342,7 +342,7 @@ def test_derived_defaults():
 
 def test_norms_keep_the_type_of_their_input():
     """Queries and keys that autocast widened to float32 would lose the fused attention kernel on CUDA."""
-    norm, x = RMSNorm(16, 1e-5), torch.randn(3, 16)
+    norm, x = RMSNorm(16, 1e-5), torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     expected = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(norm(x).double(), expected, atol=1e-5, rtol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
