@@ -5,9 +5,13 @@
 
 Prints a line for each and ends with one JSON object, {"rows": [...]} of them where there are several.
 """
+import ctypes
+import gc
 import json
+import os
 import resource
 import statistics
+import sys
 import time
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -17,7 +21,7 @@ import torch
 import checkpoint
 from configurator import UserError, build, combinations, parse, program
 from model import GPTConfig, KVCache
-from sample import prefill, prepare_for_decoding
+from sample import compile_for_decoding, decoding_bytes, prefill, prefill_chunk, prepare_for_decoding
 from train import TrainConfig, compile_model, make_optimizer, peak_flops, pick_runtime
 
 # peak memory bandwidth in bytes/s by a part of the device's name (NVIDIA's data sheets)
@@ -73,9 +77,32 @@ def bandwidth(runtime):
     return 2 * a.nbytes / min(seconds)
 
 
+def peak_memory(runtime, reset=False):
+    """Bytes held at most since the last reset: of a GPU what was allocated, else what was resident beyond the imports."""
+    if runtime.device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if reset and os.path.exists("/proc/self/clear_refs"):  # Linux; elsewhere the peak is that of the process so far
+        gc.collect()
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # what the row before it left behind; glibc has it
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    return resident_peak() - AFTER_IMPORTS
+
+
+def resident_peak():
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+AFTER_IMPORTS = resident_peak()
+
+
 @torch.inference_mode()
 def decode(config, runtime, peak):
     """One row of results: a prompt is read once, then runs of new_tokens greedy steps continue it."""
+    peak_memory(runtime, reset=True)
     if config.out_dir is not None:
         model = checkpoint.build_model(checkpoint.load(config.out_dir))
         model.config.block_size = config.block_size
@@ -85,24 +112,26 @@ def decode(config, runtime, peak):
     kv_bytes = model.kv_bytes_per_token(runtime.dtype)
     head = model.head_weight
     read = (model.num_params() - (0 if head is model.embed.weight else model.embed.weight.numel())) * runtime.dtype.itemsize
+    del head  # prepare_for_decoding frees it
     model = prepare_for_decoding(model.to(runtime.device, runtime.dtype).eval(), B)
-    cache = KVCache(shape, B, config.block_size, runtime.device, runtime.dtype)
     began = clock(runtime)
-    forward = compile_model(model, runtime, lambda f: f(torch.zeros(B, 1, dtype=torch.long, device=runtime.device), cache=cache))
-    cache.length = 0
+    forward = compile_for_decoding(model, runtime) if runtime.compile else model
+    cache = KVCache(shape, B, config.block_size, runtime.device, runtime.dtype, static=runtime.compile)
     idx = torch.randint(shape.vocab_size, (B, config.prompt_len), generator=torch.Generator().manual_seed(config.seed))
     idx, prefill_s = idx.to(runtime.device), None
     for attempt in range(2 if config.prefill else 0):  # the first warms up
-        cache.length, start = 0, clock(runtime)
-        token = prefill(forward, idx, cache)[:, -1].argmax(-1, keepdim=True)
+        cache.rewind(0)
+        start = clock(runtime)
+        token = prefill(forward, idx, cache, prefill_chunk(shape, B))[:, -1].argmax(-1, keepdim=True)
         prefill_s = clock(runtime) - start
     if not config.prefill:
-        cache.k.normal_()
-        cache.v.normal_()
+        for x in (*cache.k, *cache.v):
+            x.normal_()
         token = idx[:, :1]
     runs = []
     for run in range(1 + config.repeats):
-        cache.length, new, seconds = config.prompt_len, token, []
+        cache.rewind(config.prompt_len)
+        new, seconds = token, []
         for _ in range(config.new_tokens if run else min(4, config.new_tokens)):  # the first warms up
             start = clock(runtime)
             new = forward(new, cache=cache, logits="last")[0][:, -1].argmax(-1, keepdim=True)
@@ -110,15 +139,18 @@ def decode(config, runtime, peak):
         runs.append((statistics.median(seconds), clock(runtime)))
     step = min(seconds for seconds, _ in runs[1:])
     bytes_per_step = read + B * kv_bytes * (config.prompt_len + config.new_tokens // 2)
+    bound = decoding_bytes(shape, B, config.prompt_len if config.prefill else 1, config.block_size, runtime)
     return dict(mode="decode", n_layer=shape.n_layer, n_head=shape.n_head, n_kv_head=shape.n_kv_head, n_embd=shape.n_embd,
                 batch_size=B, prompt_len=config.prompt_len, new_tokens=config.new_tokens, warmup_s=runs[0][1] - began,
                 prefill_s=prefill_s, step_ms=step * 1e3, decode_tok_s=B / step, kv_cache_bytes=cache.nbytes,
                 bytes_per_step=bytes_per_step, bandwidth_gb_s=bytes_per_step / step / 1e9,
-                mbu=bytes_per_step / step / peak if peak else None)
+                mbu=bytes_per_step / step / peak if peak else None,
+                peak_memory_bytes=peak_memory(runtime), memory_bound_bytes=sum(bound.values()))
 
 
 def train(config, runtime):
     """One row of results: batch, forward, backward, clip and optimizer, on random tokens."""
+    peak_memory(runtime, reset=True)
     model = checkpoint.new_model(checkpoint.model_config(config), config.seed).to(runtime.device)
     optimizer = make_optimizer(model, TrainConfig())
     B, T = config.batch_size, config.block_size
@@ -139,13 +171,10 @@ def train(config, runtime):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(clock(runtime) - start)
-    step = statistics.median(seconds[5:])
-    flops, memory = peak_flops(runtime), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if runtime.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated()
+    step, flops = statistics.median(seconds[5:]), peak_flops(runtime)
     return dict(mode="train", n_layer=config.n_layer, n_head=config.n_head, n_kv_head=config.n_kv_head, n_embd=config.n_embd,
                 batch_size=B, block_size=T, warmup_s=warmup_s, step_ms=step * 1e3, tok_s=B * T / step,
-                mfu=B * T * model.flops_per_token(T) / step / flops if flops else None, peak_memory_bytes=memory)
+                mfu=B * T * model.flops_per_token(T) / step / flops if flops else None, peak_memory_bytes=peak_memory(runtime))
 
 
 @program
@@ -159,8 +188,7 @@ def main(argv):
         if config.out_dir is not None and shape:
             raise UserError(f"{', '.join(shape)} and out_dir exclude each other: a checkpoint has its own shape, leave one out")
     for config in configs:
-        auto = False if config.mode == "decode" and config.compile == "auto" else config.compile
-        runtime = pick_runtime(config.device, config.dtype, auto)
+        runtime = pick_runtime(config.device, config.dtype, config.compile, config.new_tokens if config.mode == "decode" else None)
         if config.mode == "decode" and peak is None:
             peak = bandwidth(runtime)
         row = decode(config, runtime, peak) if config.mode == "decode" else train(config, runtime)

@@ -7,6 +7,7 @@ Dimension letters, used in every shape comment:
     B batch   T new tokens   S tokens attended to (cached ones and the new)   V vocab_size
     C n_embd  H n_head       K n_kv_head                                      D head_dim
 """
+import copy
 import hashlib
 import math
 import platform
@@ -90,55 +91,82 @@ class KVCache:
     Rows of different length end together: padding, (batch_size,), says how many of the first tokens of each row are
     fillers, which nothing looks at. Tokens are written at the same place in all rows, positions count from the first
     real one.
+
+    A static cache is for torch.compile: its length is a tensor, and attention reads all max_length places under a mask,
+    so that no shape or address changes from token to token: one graph serves every step, and CUDA can replay it.
     """
 
-    def __init__(self, config, batch_size, max_length, device=None, dtype=None, padding=None):
+    def __init__(self, config, batch_size, max_length, device=None, dtype=None, padding=None, static=False):
         if not 1 <= max_length <= config.block_size:
             raise ValueError(f"a cache of {max_length} tokens: it must be 1 to block_size={config.block_size}")
-        shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.max_length, self.padding = max_length, padding
-        self.length = 0  # tokens held, fillers included, the same in every row
+        shape = (batch_size, config.n_kv_head, max_length, config.head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.max_length, self.padding, self.static = max_length, padding, static
+        # tokens held, fillers included, the same in every row
+        self.length = torch.zeros((), dtype=torch.long, device=device) if static else 0
 
     @property
     def nbytes(self):
-        return self.k.nbytes + self.v.nbytes
+        return sum(x.nbytes for x in (*self.k, *self.v))
+
+    def places(self, T):
+        """Where the next T tokens are written, (T,)."""
+        return self.length + torch.arange(T, device=self.k[0].device)
 
     def positions(self, T):
         """Absolute positions of the next T tokens, (B, T). ValueError where they would not fit."""
-        if self.length + T > self.max_length:
-            # a slice assignment past the end would drop the tokens without a word
+        if not self.static and self.length + T > self.max_length:
+            # a slice assignment past the end would drop the tokens without a word; the index_copy_ of a static cache fails
             raise ValueError(f"the cache holds {self.length} of at most {self.max_length} tokens: {T} more do not fit")
-        places = torch.arange(self.length, self.length + T, device=self.k.device).expand(self.k.size(1), T)
+        places = self.places(T).expand(self.k[0].size(0), T)
         return places if self.padding is None else (places - self.padding[:, None]).clamp(min=0)
 
     def mask(self, T):
-        """Which of the S cached and new tokens each of the T new ones may see, (1 or B, T, S) bool; None: all up to itself."""
-        if self.padding is None and (T == 1 or self.length == 0):  # one token sees all, a first chunk is plainly causal
-            return None
-        places = torch.arange(self.length + T, device=self.k.device)
-        mask = (places[-T:, None] >= places)[None]
+        """Which of the S tokens each of the T new ones may see, (1 or B, T, S) bool; None: all up to itself."""
+        if self.padding is None and not self.static and (T == 1 or self.length == 0):
+            return None  # one token sees all, a first chunk is plainly causal
+        S = self.max_length if self.static else self.length + T
+        places = torch.arange(S, device=self.k[0].device)
+        mask = (self.places(T)[:, None] >= places)[None]
         return mask if self.padding is None else mask & (places >= self.padding[:, None, None])
 
     def append(self, layer, k, v):
-        """Writes the new (B, K, T, D) keys and values of a layer; returns all it has, (B, K, S, D) views."""
+        """Writes the new (B, K, T, D) keys and values of a layer; returns all that attention reads, (B, K, S, D)."""
+        if self.static:
+            places = self.places(k.size(2))
+            return self.k[layer].index_copy_(2, places, k), self.v[layer].index_copy_(2, places, v)
         end = self.length + k.size(2)
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        self.k[layer][:, :, self.length:end] = k
+        self.v[layer][:, :, self.length:end] = v
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
     def advance(self, T):
         self.length += T
 
+    def rewind(self, length):
+        """Forgets all but the first length tokens."""
+        self.length += length - self.length
+
     def rows(self, index):
         """A cache of the rows that index, a list, names: one prefilled prompt repeated for samples, or those not finished."""
-        index = torch.tensor(index, device=self.k.device)
-        other = object.__new__(KVCache)
-        other.k, other.v = self.k.index_select(1, index), self.v.index_select(1, index)
+        index = torch.tensor(index, device=self.k[0].device)
+        other = copy.copy(self)
+        other.k, other.v = [x[index] for x in self.k], [x[index] for x in self.v]
         other.padding = None if self.padding is None else self.padding[index]
-        other.max_length, other.length = self.max_length, self.length
+        other.length = self.length + 0  # a tensor of its own where it is one
         return other
+
+
+def fused_causal(device, dtype, repeats):
+    """Whether a fused causal kernel reads each key/value head for all of its queries. Elsewhere enable_gqa makes the copy."""
+    return repeats == 1 or device.type == "cpu" or (device.type == "cuda" and dtype != torch.float32)
+
+
+def attention_route(config, device, dtype):
+    """How attend runs, in words: to print once."""
+    native = fused_causal(device, dtype, config.n_head // config.n_kv_head)
+    return f"{'native' if native else 'folded'} over prompts, folded while decoding"
 
 
 def attend(q, k, v, mask=None):
@@ -151,15 +179,13 @@ def attend(q, k, v, mask=None):
         key/value head   0 0 0 0  1 1 1 1
 
     K and V are never copied out to H heads, by one of two routes:
-    native  for training and prefill: the fused kernel reads each key/value head for all of its queries. Only where one
-            exists, on CPU and in half precision on CUDA: anywhere else, or with a mask, enable_gqa makes the copy.
+    native  for training and prefill, where fused_causal says that there is a kernel and no mask is needed.
     folded  for decoding and for the rest: the H / K queries that share a head become rows of one query matrix, so
             that any kernel can run it. On CPU this is also the fastest way to decode.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
-    native = q.device.type == "cpu" or (q.device.type == "cuda" and q.dtype != torch.float32) or H == K
-    if mask is None and T > 1 and native:
+    if mask is None and T > 1 and fused_causal(q.device, q.dtype, H // K):
         # is_causal is aligned to the top left: right only for square T = S, so a warm cache must bring a mask
         assert T == S, (T, S)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
@@ -316,6 +342,27 @@ def on_cpu_in_float32(x):
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
+if ONEDNN:
+    library = torch.library.Library("nanogqa", "DEF")
+    library.define("onednn_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+    @torch.library.impl(library, "onednn_product", "CompositeExplicitAutograd")
+    def eager_product(x, weight, bias):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @torch.library.register_fake("nanogqa::onednn_product", lib=library)
+    def shape_of_product(x, weight, bias):
+        return x.new_empty(*x.shape[:-1], weight.size(0))
+
+
+def onednn_product(x, weight, bias=None):
+    """x @ weight.T + bias by oneDNN, for weight as it is or packed. torch.compile takes torch's own operator for constant
+    weights only, so it gets a name of ours for it; in eager mode that would cost a detour through Python."""
+    if torch.compiler.is_compiling():
+        return torch.ops.nanogqa.onednn_product(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 class OneDNNLinear(torch.autograd.Function):
     """F.linear and its gradients by oneDNN."""
 
@@ -323,14 +370,14 @@ class OneDNNLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return onednn_product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
-        grad_x = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
-        grad_weight = torch.ops.mkldnn._linear_pointwise(rows.t(), x.flatten(0, -2).t(), None, "none", [], "")
+        grad_x = onednn_product(grad, weight.t())
+        grad_weight = onednn_product(rows.t(), x.flatten(0, -2).t())
         return grad_x, grad_weight, rows.sum(0) if ctx.has_bias else None
 
 

@@ -18,8 +18,8 @@ from torch import nn
 import checkpoint
 from configurator import UserError, build, parse, program
 from dataloader import get_tokenizer
-from model import ONEDNN, KVCache, on_cpu_in_float32
-from train import compile_model, pick_runtime
+from model import ONEDNN, KVCache, attention_route, onednn_product
+from train import pick_runtime, warn_eager
 
 
 @dataclass
@@ -38,7 +38,7 @@ class SampleConfig:
     kv_cache: bool = True         # False recomputes the whole context for every token
     device: str = "auto"          # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and cache. auto: bfloat16 on CUDA
-    compile: Literal["auto", True, False] = "auto"  # torch.compile. auto: no, it takes longer than a few texts do
+    compile: Literal["auto", True, False] = "auto"  # torch.compile. auto: where max_new_tokens are enough to pay for it
 
     def __post_init__(self):
         for name in ("num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "seed"):
@@ -57,7 +57,11 @@ class PackedLinear(nn.Module):
         self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), bias
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return onednn_product(x, self.weight, self.bias)
+
+
+def packs(device, dtype):
+    return ONEDNN and device.type == "cpu" and dtype == torch.float32
 
 
 def prepare_for_decoding(model, rows):
@@ -65,10 +69,10 @@ def prepare_for_decoding(model, rows):
 
     The plain weights are freed, but for an embedding table that is also the head: it is read in both ways.
     """
-    if not (ONEDNN and on_cpu_in_float32(model.embed.weight)):
+    if not packs(model.embed.weight.device, model.embed.weight.dtype):
         return model
-    for module in list(model.modules()):
-        for name, child in module.named_children():
+    for module in [m for m in model.modules() if not isinstance(m, nn.Linear)]:  # a list of all would keep them alive
+        for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, PackedLinear(child.weight, child.bias, rows))
     if model.lm_head is None:
@@ -100,46 +104,87 @@ def context_start(n_tokens, block_size):
     return max(0, -(-(n_tokens - block_size) // half)) * half
 
 
-PREFILL_CHUNK = 512  # tokens of each row that are read at once
+def prefill_chunk(config, batch_size):
+    """Tokens of each row that are read at once: 2,048 in all rows, and few enough that the mask stays small."""
+    return max(1, 2048 // max(4, batch_size, config.n_head // config.n_kv_head))
 
 
-def prefill(model, idx, cache):
-    """Reads (B, T) ids into cache, a chunk at a time; returns the logits behind the last one, (B, 1, V).
-
-    Activations take the room of one chunk, however long the prompt is; only the mask of a later chunk grows with it.
-    """
-    for part in idx.split(PREFILL_CHUNK, dim=1):
+def prefill(model, idx, cache, chunk):
+    """Reads (B, T) ids into cache, chunk tokens of each row at a time; returns the logits behind the last, (B, 1, V)."""
+    for part in idx.split(chunk, dim=1):
         logits = model(part, cache=cache, logits="last")[0]
     return logits
 
 
+def decoding_bytes(config, batch_size, prompt_len, max_length, runtime):
+    """What decoding holds at most, in bytes: weights, cache, a row of logits per sequence, and what a chunk of prefill takes.
+
+    In a chunk of n = batch_size * t tokens, elements live at once: the residual, its norm and one more, 3 n C, and then
+    either 4 n F of the MLP or 7 n H D + 4 n K D of queries and keys as they are normed and turned. From the second chunk
+    on, a mask of t S H/K bytes, which attention turns into numbers. The tests compare this with what is allocated.
+    """
+    c, size, packed = config, runtime.dtype.itemsize, packs(runtime.device, runtime.dtype)
+    C, D, H, K, F, V = c.n_embd, c.head_dim, c.n_head, c.n_kv_head, c.n_ff, c.vocab_size
+    matrices = c.n_layer * (2 * H * D * C + 2 * K * D * C + 3 * F * C) + V * C * (1 if c.tie_embeddings and not packed else 2)
+    t = min(prompt_len, prefill_chunk(c, batch_size))
+    activations = batch_size * t * (3 * C + max(4 * F, 7 * H * D + 4 * K * D)) * size
+    mask = t * prompt_len * H // K * (1 + size) if prompt_len > t else 0
+    return dict(weights=matrices * size, cache=2 * c.n_layer * batch_size * K * D * max_length * size,
+                logits=batch_size * V * size, prefill=activations + mask)
+
+
+def compile_for_decoding(model, runtime):
+    """model as GPT.forward, in two graphs: one for a single new token, which CUDA replays, and one for any other number.
+
+    For a static KVCache. Each graph is compiled at its first call; where that fails, one warning, and model itself from
+    then on.
+    """
+    one = torch.compile(model, mode="reduce-overhead" if runtime.device.type == "cuda" else None)
+    many = torch.compile(model, dynamic=True)
+
+    def forward(idx, **kwargs):
+        if runtime.compile:
+            try:
+                return (one if idx.size(1) == 1 else many)(idx, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, no Triton: before anything has run
+                warn_eager(error, runtime)
+        return model(idx, **kwargs)
+    return forward
+
+
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, num_samples=1, known=None, kv_cache=True, stopped=lambda row: False, **sampling):
+def generate(model, prompts, max_new_tokens, num_samples=1, known=None, kv_cache=True, stopped=lambda row: False, compiled=None,
+             **sampling):
     """Continues num_samples copies of each of the prompts, lists of at least one id, as one batch.
 
     Yields (rows, ids) max_new_tokens times: ids[i] is the next token of text rows[i], where text p * num_samples + s is
-    sample s of prompt p. A row of which stopped(row) is true costs nothing from then on. model maps (idx, cache=,
-    logits=) as GPT.forward; known (V,) bool forbids the ids that are False; sampling goes to sample_token.
+    sample s of prompt p. A row of which stopped(row) is true costs nothing from then on (compiled: rows leave when half
+    of them have stopped, since another number of rows is another graph). model maps (idx, cache=, logits=) as
+    GPT.forward; known (V,) bool forbids the ids that are False; compiled is compile_for_decoding's; sampling goes to
+    sample_token.
     """
     config, weight = model.config, model.embed.weight
-    device = weight.device
+    device, forward = weight.device, compiled or model
     texts, rows = [list(prompt) for prompt in prompts], None
+    max_length = min(config.block_size, max(map(len, texts)) + max_new_tokens)
     cache, cache_starts = None, None
-    for left in range(max_new_tokens, 0, -1):
+    for _ in range(max_new_tokens):
         starts = [context_start(len(text), config.block_size) for text in texts]
         if not kv_cache:
-            logits = torch.cat([model(torch.tensor([text[start:]], device=device), logits="last")[0]
+            logits = torch.cat([forward(torch.tensor([text[start:]], device=device), logits="last")[0]
                                 for text, start in zip(texts, starts)])
         elif starts == cache_starts and cache.length < cache.max_length:  # the cache has all but the last token
-            logits = model(torch.tensor([text[-1:] for text in texts], device=device), cache=cache, logits="last")[0]
+            logits = forward(torch.tensor([text[-1:] for text in texts], device=device), cache=cache, logits="last")[0]
         else:
             contexts = [text[start:] for text, start in zip(texts, starts)]
-            longest = max(len(context) for context in contexts)
+            longest = max(map(len, contexts))
             padding = [longest - len(context) for context in contexts]
             idx = torch.tensor([[0] * n + context for n, context in zip(padding, contexts)], device=device)
-            cache = KVCache(config, len(texts), min(config.block_size, longest + left), device, weight.dtype,
-                            torch.tensor(padding, device=device) if any(padding) else None)
-            logits, cache_starts = prefill(model, idx, cache), starts
+            if cache is None:
+                cache = KVCache(config, len(texts), max_length, device, weight.dtype, static=compiled is not None)
+            cache.rewind(0)
+            cache.padding = torch.tensor(padding, device=device) if any(padding) else None
+            logits, cache_starts = prefill(forward, idx, cache, prefill_chunk(config, len(texts))), starts
         logits = logits[:, -1].float()                                  # (B, V)
         if rows is None:                                                # each prompt is read once for all its samples
             copies = [p for p in range(len(prompts)) for _ in range(num_samples)]
@@ -150,11 +195,12 @@ def generate(model, prompts, max_new_tokens, num_samples=1, known=None, kv_cache
         ids = sample_token(logits, **sampling)[:, 0].tolist()
         for text, token in zip(texts, ids):
             text.append(token)
-        yield rows, ids
         going = [i for i, row in enumerate(rows) if not stopped(row)]
+        yield [rows[i] for i in going], [ids[i] for i in going]
+        going = [i for i in going if not stopped(rows[i])]
         if not going:
             return
-        if len(going) < len(rows):
+        if len(going) < len(rows) and (compiled is None or 2 * len(going) <= len(rows)):
             texts, rows, cache_starts = ([x[i] for i in going] for x in (texts, rows, cache_starts))
             cache = cache.rows(going) if kv_cache else None
 
@@ -236,20 +282,20 @@ def read_prompts(config):
 def main(argv):
     config = build(SampleConfig, parse(SampleConfig, argv, __doc__))
     prompts = read_prompts(config)
-    runtime = pick_runtime(config.device, config.dtype, False if config.compile == "auto" else config.compile)
+    runtime = pick_runtime(config.device, config.dtype, config.compile, config.max_new_tokens)
     state = checkpoint.load(config.out_dir)
     encoding = get_tokenizer(state["tokenizer"])
     model = checkpoint.build_model(state).to(runtime.device, runtime.dtype).eval()
     kv_bytes, n_texts = model.kv_bytes_per_token(runtime.dtype), len(prompts) * config.num_samples
     model = prepare_for_decoding(model, n_texts)
-    model = compile_model(model, runtime, lambda forward: forward(torch.zeros(1, 1, dtype=torch.long, device=runtime.device)))
     ids = [encoding.encode(prompt, allowed_special="all") or [encoding.eot_token] for prompt in prompts]
     length = min(model.config.block_size, max(map(len, ids)) + config.max_new_tokens)
     cache = "no KV cache"
     if config.kv_cache:
         cache = f"KV cache {kv_bytes:,} bytes per token, {kv_bytes * length * n_texts:,} in all"
     print(f"{runtime.why}; {config.out_dir} at step {state['step']}, n_head {model.config.n_head}, n_kv_head "
-          f"{model.config.n_kv_head}; {cache}", file=sys.stderr)
+          f"{model.config.n_kv_head}; attention {attention_route(model.config, runtime.device, runtime.dtype)}; {cache}",
+          file=sys.stderr)
 
     if max(map(len, ids)) > model.config.block_size:
         print(f"of a prompt longer than block_size={model.config.block_size} only the end is read, see context_start",
@@ -265,7 +311,7 @@ def main(argv):
     began, count = time.perf_counter(), 0
     tokens = generate(model, ids, config.max_new_tokens, config.num_samples,
                       known_ids(encoding, model.config.vocab_size).to(runtime.device), config.kv_cache,
-                      stopped=lambda row: texts[row].done, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+                      lambda row: texts[row].done, compile_for_decoding(model, runtime) if runtime.compile else None, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
                       generator=torch.Generator(runtime.device).manual_seed(config.seed))
     for rows, new in tokens:
         count += len(rows)

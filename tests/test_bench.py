@@ -1,15 +1,22 @@
 """bench.py: what it prints, and that what it times is the model."""
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import toy_ids, toy_model
+from conftest import toy_config, toy_ids, toy_model
 
 import bench
 import sample
 import train
-from model import KVCache
-from sample import generate, prefill, prepare_for_decoding
+from model import GPT, KVCache
+from sample import compile_for_decoding, decoding_bytes, generate, prefill, prepare_for_decoding
+from train import pick_runtime
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SHAPE = ["--device=cpu", "--n_layer=2", "--n_head=4", "--n_embd=32", "--vocab_size=65", "--new_tokens=6", "--repeats=2"]
 
@@ -65,15 +72,130 @@ def test_a_prompt_read_in_chunks_gives_the_same_text(monkeypatch, n_kv_head):
     model, ids = toy_model(n_kv_head=n_kv_head, tie_embeddings=False), toy_ids(1, 30)
     texts = []
     for chunk in (512, 7, 1):
-        monkeypatch.setattr(sample, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(sample, "prefill_chunk", lambda config, batch_size: chunk)
         texts.append([new for _, (new,) in generate(model, [ids[0].tolist()], 12, temperature=0)])
     assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) > 3
     calls, cache = [], KVCache(model.config, 1, 48)
-    monkeypatch.setattr(sample, "PREFILL_CHUNK", 7)
     with torch.inference_mode():
-        logits = prefill(lambda idx, **kwargs: calls.append(idx.size(1)) or model(idx, **kwargs), ids, cache)
+        logits = prefill(lambda idx, **kwargs: calls.append(idx.size(1)) or model(idx, **kwargs), ids, cache, 7)
         torch.testing.assert_close(logits, model(ids, logits="last")[0], atol=1e-4, rtol=1e-4)
     assert calls == [7, 7, 7, 7, 2]
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("kv,batch,length", [(8, 1, 64), (8, 16, 256), (1, 16, 256), (2, 3, 700), (1, 1, 2000)])
+def test_prefill_takes_no_more_than_the_formula_says(kv, batch, length, qk_norm):
+    """What torch's allocator hands out, which is the same on every machine; the resident size is asserted below."""
+    config = toy_config(block_size=length, n_head=8, n_kv_head=kv, n_embd=64, n_ff=192, vocab_size=300, qk_norm=qk_norm)
+    model, idx = prepare_for_decoding(GPT(config).eval(), batch), toy_ids(batch, length)
+    bound = decoding_bytes(config, batch, length, length, pick_runtime("cpu", "float32", False))
+    cache, now, peak = KVCache(config, batch, length), 0, 0
+    assert cache.nbytes == bound["cache"]
+    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
+        prefill(model, idx, cache, sample.prefill_chunk(config, batch))
+    for event in sorted(run.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    assert 0.3 * bound["prefill"] < peak < bound["prefill"] + bound["logits"]
+
+
+def test_decoding_holds_the_weights_once(tmp_path):
+    """Resident memory of a whole process: the plain weights beside the packed ones would be 190 MiB beyond the bound."""
+    args = ["--n_layer=8", "--n_head=8", "--n_kv_head=2", "--n_embd=768", "--vocab_size=8000", "--batch_size=4", "--prompt_len=300",
+            "--new_tokens=4", "--repeats=1", "--device=cpu", "--dtype=float32"]
+    out = subprocess.run([sys.executable, ROOT / "bench.py", *args], capture_output=True, text=True, check=True).stdout
+    row = json.loads(out.splitlines()[-1])
+    assert row["memory_bound_bytes"] > 250 * 2**20
+    if sys.platform == "linux":
+        assert row["peak_memory_bytes"] < 1.15 * row["memory_bound_bytes"] + 40 * 2**20  # the libraries' own, at first use
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """A list that grows by one with every graph that torch.compile makes; they run without being optimised further."""
+    torch.compiler.reset()
+    made, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", lambda model, mode=None, **options: compile(model, backend=backend, **options))
+    return made
+
+
+@pytest.mark.parametrize("prompts", [1, 3], ids=["one", "ragged"])
+def test_compiled_decoding_is_one_graph_for_prompts_and_one_for_tokens(graphs, n_kv_head, prompts):
+    model = toy_model(n_kv_head=n_kv_head, block_size=128, tie_embeddings=False)
+    prompts = [toy_ids(1, n, seed=n)[0].tolist() for n in (20, 5, 33)[:prompts]]
+    compiled = compile_for_decoding(model, pick_runtime("cpu", "float32", True))
+    plain, counts = list(generate(model, prompts, 66, temperature=0)), []
+    for step, (rows, ids) in enumerate(generate(model, prompts, 66, temperature=0, compiled=compiled)):
+        counts.append(len(graphs))
+        assert (rows, ids) == plain[step]
+    assert counts == [1] + [2] * 65
+    list(generate(model, [prompt + [7, 8] for prompt in prompts], 64, temperature=0, compiled=compiled))
+    assert len(graphs) == 2, "another length of the prompt is no new graph"
+
+
+def test_compiled_decoding_past_the_context_and_with_rows_that_end(graphs):
+    model = toy_model(n_kv_head=2, block_size=12, tie_embeddings=False)
+    prompts, ends = [toy_ids(1, n, seed=n)[0].tolist() for n in (3, 11, 1, 9)], [40, 4, 40, 9]
+    texts = []
+    for compiled in (None, compile_for_decoding(model, pick_runtime("cpu", "float32", True))):
+        got = [[] for _ in prompts]
+        for rows, ids in generate(model, prompts, 40, stopped=lambda row: len(got[row]) == ends[row], compiled=compiled, temperature=0):
+            for row, token in zip(rows, ids):
+                got[row].append(token)
+        texts.append(got)
+    assert texts[0] == texts[1] and [len(text) for text in texts[1]] == ends
+    assert len(graphs) <= 8
+
+
+def test_a_static_cache_refuses_what_does_not_fit():
+    model = toy_model(n_kv_head=2)
+    cache = KVCache(model.config, 1, 5, static=True)
+    with torch.inference_mode():
+        model(toy_ids(1, 5), cache=cache)
+        with pytest.raises((RuntimeError, IndexError)):
+            model(toy_ids(1, 1), cache=cache)
+
+
+def test_a_missing_compiler_is_one_warning(monkeypatch, capsys):
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler here")
+    compile = torch.compile
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", lambda model, mode=None, **options: compile(model, backend=backend, **options))
+    model, runtime = toy_model(n_kv_head=2), pick_runtime("cpu", "float32", True)
+    compiled = compile_for_decoding(model, runtime)
+    out = list(generate(model, [[1, 2, 3]], 8, temperature=0, compiled=compiled))
+    assert out == list(generate(model, [[1, 2, 3]], 8, temperature=0)) and not runtime.compile
+    err = capsys.readouterr().err
+    assert err.count("warning: torch.compile does not work here") == err.count("going on in eager mode") == 1
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_the_real_compiler_gives_the_numbers_of_eager_mode(capsys):
+    """With oneDNN's products, which torch.compile does not take by themselves: training, then decoding with packed weights."""
+    torch.compiler.reset()
+    runtime, model, ids = pick_runtime("cpu", "float32", True), toy_model(n_layer=1, n_kv_head=2), toy_ids(3, 16)
+    gradients = []
+    for forward in (model, train.compile_model(model, runtime, lambda forward: forward(ids, ids, logits="none"))):
+        model.zero_grad()
+        forward(ids, ids, logits="none")[1].backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for eager, compiled in zip(*gradients):
+        torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-3)
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    plain = list(generate(model, prompts, 20, temperature=0))
+    model = prepare_for_decoding(model, 2)
+    assert list(generate(model, prompts, 20, temperature=0, compiled=compile_for_decoding(model, runtime))) == plain
+    assert runtime.compile and "warning" not in capsys.readouterr().err
+
+
+def test_compile_auto_looks_at_the_number_of_tokens():
+    assert not pick_runtime("cpu", "float32", "auto", 300).compile and pick_runtime("cpu", "float32", "auto", 10**6).compile
 
 
 def test_decode_times_a_checkpoint(capsys, toy_run, tmp_path):

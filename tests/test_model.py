@@ -69,12 +69,13 @@ def test_logits_equal_a_plain_reference(n_kv_head, changes):
 CHUNKS = {"one-shot": [48], "chunked": [7, 16, 1, 9, 15], "token-by-token": [1] * 48, "prefill-decode": [40] + [1] * 8}
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
-def test_cached_logits_equal_full_logits(n_kv_head, chunks):
+def test_cached_logits_equal_full_logits(n_kv_head, chunks, static):
     model, ids = toy_model(n_kv_head=n_kv_head), toy_ids(3, 48)
     with torch.inference_mode():
         full = model(ids)[0]
-        cache, parts, start = KVCache(model.config, 3, 48), [], 0
+        cache, parts, start = KVCache(model.config, 3, 48, static=static), [], 0
         for n in chunks:
             parts.append(model(ids[:, start:start + n], cache=cache)[0])
             start += n
@@ -92,29 +93,33 @@ def test_the_model_keeps_no_state_between_caches():
             torch.testing.assert_close(out[:, 0], model(ids)[0][:, -1], atol=1e-4, rtol=1e-4)
 
 
-def test_the_cache_can_be_repeated_for_samples():
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+def test_the_cache_can_be_repeated_for_samples_and_rewound(static):
     model, ids = toy_model(n_kv_head=2), toy_ids(1, 10)
     more = toy_ids(3, 1, seed=3)
     with torch.inference_mode():
-        cache = KVCache(model.config, 1, 12)
-        model(ids, cache=cache)
+        cache = KVCache(model.config, 1, 12, static=static)
+        model(torch.cat((ids, ids[:, :2]), 1), cache=cache)
+        cache.rewind(10)
         out = model(more, cache=cache.rows([0, 0, 0]))[0]
+        assert cache.length == 10
         full = model(torch.cat((ids.expand(3, -1), more), 1))[0]
     torch.testing.assert_close(out[:, 0], full[:, -1], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 @pytest.mark.parametrize("chunks", [[12, 1, 1, 1], [5, 4, 3, 2, 1], [1] * 15], ids=str)
-def test_rows_of_unequal_length_equal_themselves_alone(n_kv_head, chunks):
+def test_rows_of_unequal_length_equal_themselves_alone(n_kv_head, chunks, static):
     """Fillers at the beginning of the shorter rows; the logits of real tokens are those of the row alone."""
     model, lengths = toy_model(n_kv_head=n_kv_head), [15, 9, 4]
     rows = [toy_ids(1, n, seed=n)[0] for n in lengths]
     idx = torch.stack([torch.cat((torch.full((15 - len(row),), 7), row)) for row in rows])
     with torch.inference_mode():
-        cache = KVCache(model.config, 3, 15, padding=torch.tensor([0, 6, 11]))
+        cache = KVCache(model.config, 3, 15, padding=torch.tensor([0, 6, 11]), static=static)
         out = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1)
         for i, row in enumerate(rows):
             torch.testing.assert_close(out[i, 15 - len(row):], model(row[None])[0][0], atol=1e-4, rtol=1e-4)
-        kept = KVCache(model.config, 3, 15, padding=torch.tensor([0, 6, 11]))
+        kept = KVCache(model.config, 3, 15, padding=torch.tensor([0, 6, 11]), static=static)
         model(idx[:, :14], cache=kept)
         out = model(idx[[2, 0], 14:], cache=kept.rows([2, 0]))[0]
         torch.testing.assert_close(out[:, 0], torch.stack([model(rows[i][None])[0][0, -1] for i in (2, 0)]), atol=1e-4, rtol=1e-4)
