@@ -197,8 +197,8 @@ def describe(kind):
 
 def help_text(cls, doc):
     """doc, then every key of cls with its default and its comment, base classes first."""
-    lines = [doc.strip(), "", "settings and their defaults:"]
+    comments = {}  # a subclass that declares a key again has the last word
     for base in reversed(cls.__mro__[:-1]):
-        for key, comment in re.findall(r"^    (\w+): [^#\n]*?# (.*)$", inspect.getsource(base), re.M):
-            lines.append(f"  --{key}={getattr(cls, key)}".ljust(34) + f" {comment}")
-    return "\n".join(lines)
+        comments |= re.findall(r"^    (\w+): [^#\n]*?# (.*)$", inspect.getsource(base), re.M)
+    return "\n".join([doc.strip(), "", "settings and their defaults:",
+                      *(f"  --{key}={getattr(cls, key)}".ljust(34) + f" {comment}" for key, comment in comments.items())])
