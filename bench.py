@@ -22,7 +22,7 @@ import checkpoint
 from configurator import UserError, build, combinations, parse, program
 from model import GPTConfig, KVCache
 from sample import compile_for_decoding, decoding_bytes, prefill, prefill_chunk, prepare_for_decoding
-from train import TrainConfig, compile_model, make_optimizer, peak_flops, pick_runtime
+from train import TrainConfig, compile_model, keep_freed_memory, make_optimizer, peak_flops, pick_runtime
 
 # peak memory bandwidth in bytes/s by a part of the device's name (NVIDIA's data sheets)
 PEAK_BANDWIDTH = {"H200": 4.8e12, "H100 PCIe": 2.0e12, "H100": 3.35e12, "A100-SXM4-80GB": 2.04e12, "A100": 1.56e12}
@@ -150,6 +150,7 @@ def decode(config, runtime, peak):
 
 def train(config, runtime):
     """One row of results: batch, forward, backward, clip and optimizer, on random tokens."""
+    keep_freed_memory()
     peak_memory(runtime, reset=True)
     model = checkpoint.new_model(checkpoint.model_config(config), config.seed).to(runtime.device)
     optimizer = make_optimizer(model, TrainConfig())

@@ -91,11 +91,13 @@ def load_optimizer(optimizer, state):
     """
     groups, saved = optimizer.state_dict()["param_groups"], state["optimizer"].get("state")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    is_muon = ["momentum" in group for group in optimizer.param_groups for _ in group["params"]]
     try:
         fits = state["step"] == 0 or sorted(saved) == list(range(len(parameters)))
         for i, moments in saved.items():
             shape = tuple(parameters[i].shape)
-            fits &= {name: tuple(x.shape) for name, x in moments.items()} == dict(step=(), exp_avg=shape, exp_avg_sq=shape)
+            wanted = dict(momentum_buffer=shape) if is_muon[i] else dict(step=(), exp_avg=shape, exp_avg_sq=shape)
+            fits &= {name: tuple(x.shape) for name, x in moments.items()} == wanted
             fits &= all(x.dtype == torch.float32 for x in moments.values())
     except (AttributeError, TypeError, IndexError):
         fits = False

@@ -55,7 +55,7 @@ class CompareConfig(TrainConfig):
 
 # what every run of a comparison shares, so that a list would have no meaning; and what says nothing about its results
 SHARED = {"out_dir", "seeds", "seed", "match", "controls", "dataset", "vocab_size", "block_size", "eval_tokens", "report_only", "overwrite"}
-ASIDE = {"out_dir", "report_only", "overwrite", "log_interval", "wandb_log", "wandb_project", "wandb_run_name"}
+ASIDE = {"out_dir", "report_only", "overwrite", "log_interval", "profile", "wandb_log", "wandb_project", "wandb_run_name"}
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
@@ -135,9 +135,10 @@ def matching_n_ff(config, params, wanted):
     return rounded if abs(rounded - exact) * each <= 0.005 * wanted and rounded else round(exact)
 
 
-def identity(base, variants, dataset):
+def identity(base, given, variants, dataset):
     """What a comparison is, as plain values: results of another one are not mixed with it."""
     settings = {key: value for key, value in asdict(base).items() if key not in ASIDE}
+    settings |= {key: given.get(key) for key in ("decode_batch_size", "decode_prompt_len")}
     shapes = [dict(match=v.match, name=v.name, **asdict(checkpoint.model_config(v.config))) for v in variants]
     return json.loads(json.dumps(dict(settings=settings, variants=shapes, dataset_sha256=dataset.meta["sha256"],
                                       tokenizer=dataset.meta["tokenizer"])))
@@ -184,7 +185,8 @@ def measure(variants, base, given):
     """{shape: dict(train=row, decode=[rows])} of bench.py, each shape in processes of its own, the best of two rounds in
     turns: the machine may be busy with something else for a while."""
     shapes, speed = {v.shape: asdict(checkpoint.model_config(v.config)) for v in variants}, {}
-    grid = [(key, given.get(f"decode_{key}") or default) for key, default in (("batch_size", [1, 16]), ("prompt_len", [256, 1024, 4096]))]
+    grid = dict(batch_size=given["decode_batch_size"] if base.decode_batch_size else [1, 16],
+                prompt_len=given["decode_prompt_len"] if base.decode_prompt_len else [256, 1024, 4096])
     batch_size = base.batch_size or base.tokens_per_step // base.block_size
     modes = dict(train=dict(batch_size=batch_size, steps=30, compile=base.compile),
                  decode=dict(grid, new_tokens=16, repeats=2, compile=False))
@@ -367,7 +369,7 @@ def draw(results, out_dir):
             axis.plot(steps[start:], [statistics.mean(x) for x in at[start:]], color=colors[name], label=name)
             axis.fill_between(steps[start:], [min(x) for x in at[start:]], [max(x) for x in at[start:]], color=colors[name],
                               alpha=0.2, linewidth=0)
-        axis.set(title=f"{match} held equal", xlabel="step", ylabel="validation loss, nats per token (band: all seeds)", yscale="log")
+        axis.set(title=f"{match} held equal", xlabel="step", ylabel="validation loss, nats per token (band: all seeds)")
         axis.legend()
     figure.savefig(paths[0], dpi=120)
 
@@ -425,9 +427,10 @@ def load_results(path):
 @program
 def main(argv):
     given = parse(CompareConfig, argv, __doc__, axes=True)
-    out_dir = Path(build(CompareConfig, combinations(given)[0]).out_dir)
+    config = build(CompareConfig, combinations(given)[0])
+    out_dir = Path(config.out_dir)
     path = out_dir / "results.json"
-    if given.get("report_only"):
+    if config.report_only:
         if not path.exists():
             raise UserError(f"there is no {path} to report: leave report_only out to make it")
         results = load_results(path)
@@ -436,7 +439,7 @@ def main(argv):
         return write_report(results, out_dir)
     base, runtime, variants = plan(given)
     dataset = Dataset(base.dataset)
-    this = identity(base, variants, dataset)
+    this = identity(base, given, variants, dataset)
     results = load_results(path) if path.exists() and not base.overwrite else None
     if results is not None:
         there, here = ({**r, **r["settings"]} for r in (results, this))

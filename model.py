@@ -296,12 +296,12 @@ class GPT(nn.Module):
         if cache is not None:
             cache.advance(T)
         x = self.norm(x[:, -1:] if logits == "last" else x)
-        loss = None
-        if targets is not None or logits != "none":
-            out = linear(x, self.embed.weight) if self.lm_head is None else self.lm_head(x)
+        loss = out = None
         if targets is not None:
-            loss = F.cross_entropy(out.float().view(-1, out.size(-1)), targets.reshape(-1), ignore_index=-1)
-        return (None if logits == "none" else out), loss
+            loss = HeadLoss.apply(x.flatten(0, 1), self.head_weight, targets.flatten(), torch.is_grad_enabled())
+        if logits != "none":
+            out = linear(x, self.embed.weight) if self.lm_head is None else self.lm_head(x)
+        return out, loss
 
     @property
     def head_weight(self):
@@ -391,6 +391,40 @@ def linear(x, weight, bias=None):
 class Linear(nn.Linear):
     def forward(self, x):
         return linear(x, self.weight, self.bias)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy in nats of the logits x @ weight.T, for (N, C) x, (V, C) weight and (N,) targets, -1 left out.
+
+    Logits exist for some rows at a time, never (N, V): with 50,304 ids they would be most of a training step's memory.
+    So the gradients are made on the way: of a row's logits it is (softmax - one at the target) / number of targets.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, gradients):
+        total = x.new_zeros((), dtype=torch.float32)
+        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if gradients else (None, None)
+        share = (targets >= 0) / (targets >= 0).sum()                   # (N,) of each row in the mean
+        rows = max(1, (2**24 if x.device.type == "cpu" else 2**28) // weight.size(0))
+        for part in range(0, len(x), rows):
+            part = slice(part, part + rows)
+            logits, target, w = linear(x[part], weight), targets[part, None].clamp(min=0), share[part, None]
+            p = logits.float().softmax(dim=-1)                          # (n, V)
+            top, at = logits.max(dim=-1, keepdim=True)                  # log p of the likeliest id never underflows
+            nll = top.float() - logits.gather(1, target).float() - p.gather(1, at).log()
+            total += (nll * w).sum()
+            if gradients:
+                p.scatter_add_(1, target, torch.full_like(nll, -1.0))
+                p = p.to(logits.dtype)
+                dx[part] = linear(p, weight.t()) * w
+                dw += linear(p.t(), (x[part] * w.to(x.dtype)).t())
+        ctx.save_for_backward(dx, dw)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return dx * grad.to(dx.dtype), dw * grad, None, None
 
 
 class RMSNormFunction(torch.autograd.Function):

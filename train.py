@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=4 train.py config/gpt2_124m.py config/gqa.py
 """
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -39,11 +40,12 @@ class TrainConfig(GPTConfig):
     eval_tokens: int | None = 2**16  # validation tokens, the same ones every time; None: the whole split
     eval_only: bool = False       # evaluate the checkpoint in out_dir (or of init_from) and stop
     log_interval: int = 20        # steps between log lines
+    profile: bool = False         # write out_dir/trace.json, a torch.profiler trace of 5 steps (open it in a trace viewer)
     # batch
     tokens_per_step: int = 2**11  # tokens per optimizer step over all devices and micro-steps
     batch_size: int | None = None  # sequences per device and micro-step; None: a device's share of the step at once
     # optimizer
-    optimizer: Literal["adamw"] = "adamw"  # adamw, fused
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: matrices of the blocks by Muon (Jordan 2024), the rest by AdamW
     learning_rate: float = 3e-3   # peak, after the warm-up
     min_lr: float = 0.0           # at max_steps, the end of the cosine
     warmup_steps: int = 100       # steps of linear warm-up; may be more than max_steps
@@ -203,7 +205,7 @@ def prepare_default(name):
         time.sleep(0.2)
 
 
-CALL = {"out_dir", "init_from", "overwrite", "eval_only"}  # settings of one call, which no checkpoint keeps
+CALL = {"out_dir", "init_from", "overwrite", "eval_only", "profile"}  # settings of one call, which no checkpoint keeps
 
 
 def plan(given):
@@ -328,13 +330,76 @@ def learning_rate(step, config):
 
 def make_optimizer(model, config):
     """The optimizer of the setting of that name; weight decay on matrices, not on norms and biases."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    blocks = [p for p in model.layers.parameters() if p.dim() >= 2] if config.optimizer == "muon" else []
+    inside = {id(p) for p in blocks}
+    matrices = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in inside]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
-    match config.optimizer:
-        case "adamw":
-            return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-    raise ValueError(f"there is no optimizer {config.optimizer!r}")
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    return adamw if config.optimizer == "adamw" else MuonAndAdamW(blocks, adamw, config)
+
+
+class MuonAndAdamW:
+    """torch.optim.Muon for the matrices of the blocks beside AdamW for the rest, as one optimizer with one learning rate."""
+
+    def __init__(self, blocks, adamw, config):
+        # match_rms_adamw scales an update to the size of AdamW's, so that one learning rate serves both
+        muon = torch.optim.Muon(blocks, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.parts = muon, adamw
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none=True):
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self):
+        """As one optimizer's: parameters are numbered through both parts."""
+        muon, adamw = (part.state_dict() for part in self.parts)
+        n = sum(len(group["params"]) for group in muon["param_groups"])
+        groups = [dict(group, params=[i + n for i in group["params"]]) for group in adamw["param_groups"]]
+        return dict(state=muon["state"] | {i + n: x for i, x in adamw["state"].items()}, param_groups=muon["param_groups"] + groups)
+
+    def load_state_dict(self, state):
+        n = sum(len(group["params"]) for group in self.parts[0].param_groups)
+        for part, shift, last in zip(self.parts, (0, n), (n, math.inf)):
+            part.load_state_dict(dict(state={i - shift: x for i, x in state["state"].items() if shift <= i < last},
+                                      param_groups=part.state_dict()["param_groups"]))
+
+
+class Times:
+    """Where a run's time goes: lap(phase) charges the time since the last lap to phase. On CUDA by events, which do not wait."""
+
+    def __init__(self, runtime):
+        self.cuda, self.seconds, self.marks = runtime.device.type == "cuda", {}, []
+        self.lap("")
+
+    def lap(self, phase):
+        mark = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
+        if self.cuda:
+            mark.record()
+        self.marks.append((phase, mark))
+        if len(self.marks) > 1000:
+            self.add_up()
+
+    def add_up(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+        for (_, before), (phase, mark) in zip(self.marks, self.marks[1:]):
+            seconds = before.elapsed_time(mark) / 1e3 if self.cuda else mark - before
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self.marks = self.marks[-1:]
+
+    def __str__(self):
+        self.add_up()
+        whole = sum(self.seconds.values()) or 1.0
+        return ", ".join(f"{phase} {seconds:.1f} s ({seconds / whole:.0%})" for phase, seconds in self.seconds.items())
 
 
 class Log:
@@ -444,6 +509,7 @@ def main(argv):
 
 def train(config, model, dataset, state, runtime, batch_size, accumulation):
     """Runs the plan: evaluates and stops, or trains from state (a checkpoint, or None) to max_steps."""
+    keep_freed_memory()
     master, ranks = runtime.rank == 0, runtime.ranks
     say = print if master else lambda *args: None
     resume = config.init_from == "resume"
@@ -482,7 +548,8 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
     loss = grad_norm = val_loss = None
     finite = []                                 # of each step since the last look, still on the device
 
-    with StopSignal() as stop, log or contextlib.nullcontext():
+    times, tracing = Times(runtime), profiler(config) if master and config.profile else contextlib.nullcontext()
+    with StopSignal() as stop, log or contextlib.nullcontext(), tracing:
         for step in range(start, config.max_steps + 1):  # step updates are done
             last = step == config.max_steps
             stopping = stop.agreed(runtime)
@@ -513,6 +580,7 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
                 save(config, model, optimizer, step, val_loss if evaluating else None, dataset, runtime)
             if logging:
                 interval_began, interval_step = time.perf_counter(), step
+                times.lap("evaluation, log and checkpoints")
             if last or stopping:
                 break
 
@@ -522,6 +590,7 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
             loss = torch.zeros((), device=runtime.device)
             for micro_step in range(accumulation):
                 x, y = batch(step, micro_step)
+                times.lap("data")
                 if config.dropout:              # drawn by place in the global batch, so that a resumed run draws the same
                     torch.manual_seed(keyed(config.seed, step, micro_step * ranks + runtime.rank))
                 synchronize = ranks == 1 or micro_step == accumulation - 1
@@ -529,10 +598,14 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
                     micro_loss = loss_of(ddp, x, y) / accumulation
                     micro_loss.backward()
                 loss += micro_loss.detach()
+                times.lap("forward and backward")
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             finite.append(torch.isfinite(loss) & torch.isfinite(grad_norm))
+            times.lap("optimizer")
+            if master and config.profile:
+                tracing.step()
 
     if stopping and not last:
         say(f"stopped by {signal.Signals(stopping).name} after step {step} and saved: the same command with "
@@ -542,8 +615,23 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
     val_loss = state["val_loss"] if val_loss is None else val_loss  # resumed where it had ended
     say(f"done in {minutes:.0f} min {seconds:.0f} s: val_loss {val_loss:.4f}, {bits_per_byte(val_loss, dataset.val):.4f} bits "
         "per byte")
+    say(f"time: {times}")
     prompt = "def " if dataset.meta.get("python") else ""
     say(f'now try: python sample.py --out_dir={config.out_dir} --prompt="{prompt}"')
+
+
+def profiler(config):
+    """Traces 5 steps, from the sixth on, into out_dir/trace.json."""
+    return torch.profiler.profile(schedule=torch.profiler.schedule(wait=4, warmup=1, active=5, repeat=1), with_stack=True,
+                                  on_trace_ready=lambda trace: trace.export_chrome_trace(f"{config.out_dir}/trace.json"))
+
+
+def keep_freed_memory():
+    """Lets glibc keep the large blocks that a step frees for the next step, instead of handing them back to Linux and asking
+    for them again, page by page: half of the time of a large loss head on a CPU."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(-3, 2**30)      # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def announcement(config, model, dataset, state, runtime, batch_size, accumulation):

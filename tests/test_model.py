@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from conftest import toy_config, toy_ids, toy_model
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPT, GPTConfig, KVCache, RMSNorm, RMSNormFunction, apply_rope, attend, linear, rope_cos_sin
+from model import GPT, GPTConfig, HeadLoss, KVCache, RMSNorm, RMSNormFunction, apply_rope, attend, linear, rope_cos_sin
 
 
 def reference_logits(model, ids):
@@ -390,3 +391,27 @@ def test_loss_of_an_untrained_model_is_that_of_a_uniform_guess():
     ids = toy_ids(4, 48)
     loss = GPT(toy_config())(ids, ids.roll(-1, 1))[1].item()
     assert loss == pytest.approx(math.log(65), abs=0.1)
+
+
+@pytest.mark.parametrize("n,v,ignored", [(700, 50304, 0), (700, 50304, 90), (50, 65, 7), (1, 3, 0)])
+def test_loss_head_in_chunks_is_cross_entropy(n, v, ignored):
+    """Against torch's own in float64, with logits far enough apart that some probabilities are 0 in float32."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(n, 8, generator=generator) * 6, torch.randn(v, 8, generator=generator) * 6
+    targets = torch.randint(v, (n,), generator=generator)
+    targets[:ignored] = -1
+    losses, grads = [], []
+    for dtype in (torch.float64, torch.float32):
+        a, b = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        if dtype == torch.float64:
+            losses.append(F.cross_entropy(a @ b.T, targets, ignore_index=-1))
+        else:
+            losses.append(HeadLoss.apply(a, b, targets, True))
+            with torch.no_grad():
+                torch.testing.assert_close(HeadLoss.apply(a, b, targets, False), losses[1])
+        (losses[-1] * 3).backward()
+        grads.append((a.grad, b.grad))
+    assert losses[0] > 50 or v < 50304
+    torch.testing.assert_close(losses[1].double(), losses[0], rtol=1e-5, atol=1e-5)
+    for expected, got in zip(*grads):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-6)

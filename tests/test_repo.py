@@ -10,6 +10,7 @@ from conftest import keys_of
 
 from bench import BenchConfig
 from checkpoint import model_config
+from compare import CompareConfig
 from configurator import build, combinations, help_text, parse
 from dataloader import PrepareConfig
 from model import GPT, GPTConfig
@@ -17,7 +18,8 @@ from sample import SampleConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAMS = {"train.py": TrainConfig, "sample.py": SampleConfig, "bench.py": BenchConfig, **{f"data/{name}/prepare.py": PrepareConfig
+PROGRAMS = {"train.py": TrainConfig, "sample.py": SampleConfig, "bench.py": BenchConfig,
+            "compare.py": CompareConfig, **{f"data/{name}/prepare.py": PrepareConfig
                                                                   for name in ("python", "shakespeare", "text")}}
 CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
 
@@ -54,7 +56,7 @@ def test_model_settings_have_one_set_of_defaults():
         assert key in keys_of(TrainConfig) and key not in TrainConfig.__dict__.get("__annotations__", {}), key
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig, BenchConfig, PrepareConfig], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig, BenchConfig, CompareConfig, PrepareConfig], ids=lambda cls: cls.__name__)
 def test_every_setting_is_in_the_help_and_is_read(cls):
     text = help_text(cls, "doc")
     for key in keys_of(cls):
@@ -63,13 +65,13 @@ def test_every_setting_is_in_the_help_and_is_read(cls):
     for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*/prepare.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             match node:  # config.n_head, c.n_head, model.config.n_head
-                case ast.Attribute(value=ast.Name(id="config" | "c") | ast.Attribute(attr="config"), attr=attr, ctx=ast.Load()):
+                case ast.Attribute(value=ast.Name(id="config" | "c" | "base") | ast.Attribute(attr="config"), attr=attr, ctx=ast.Load()):
                     read.add(attr)
     assert set(keys_of(cls)) <= read
 
 
 def test_imports_flow_one_way():
-    order = ["configurator", "model", "dataloader", "checkpoint", "train", "sample", "bench"]
+    order = ["configurator", "model", "dataloader", "checkpoint", "train", "sample", "bench", "compare"]
     for i, name in enumerate(order):
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -96,7 +98,7 @@ def test_readme_commands_name_what_exists():
             continue
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         assert words[at] in PROGRAMS, command
-        build(PROGRAMS[words[at]], combinations(parse(PROGRAMS[words[at]], words[at + 1:], "", axes=words[at] == "bench.py"))[0])
+        build(PROGRAMS[words[at]], combinations(parse(PROGRAMS[words[at]], words[at + 1:], "", axes=words[at] in ("bench.py", "compare.py")))[0])
         seen.add(words[at])
     assert seen == set(PROGRAMS)
 
@@ -109,6 +111,6 @@ def test_readme_links_name_what_exists():
 def test_requirements_pin_what_pyproject_allows():
     pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M))
     ranges = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
-    assert pins.keys() == ranges.keys() >= {"torch", "numpy", "tiktoken", "tqdm", "wandb"}
+    assert ranges.keys() - {"matplotlib"} == pins.keys() >= {"torch", "numpy", "tiktoken", "tqdm", "wandb"}  # matplotlib is an extra
     for name, pin in pins.items():
         assert [int(n) for n in pin.split(".")] >= [int(n) for n in ranges[name].split(".")]

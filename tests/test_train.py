@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,7 +112,8 @@ class StopAt(train.StopSignal):
         return super().agreed(runtime)
 
 
-@pytest.mark.parametrize("changes", [[], ["--dropout=0.2", "--n_kv_head=1"]], ids=["gqa", "mqa-dropout"])
+@pytest.mark.parametrize("changes", [[], ["--dropout=0.2", "--n_kv_head=1"], ["--optimizer=muon", "--tie_embeddings=False"]],
+                         ids=["gqa", "mqa-dropout", "muon"])
 @pytest.mark.parametrize("stop", [7, 10])
 def test_resume_is_bit_identical(toy_run, tmp_path, monkeypatch, capsys, stop, changes):
     whole, parts = out([*toy_run, *changes], tmp_path / "whole"), out([*toy_run, *changes], tmp_path / "parts")
@@ -312,6 +314,39 @@ def test_weight_decay_is_on_matrices_only(toy_run):
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     assert all(p.dim() == 2 for p in groups[0]["params"]) and all(p.dim() == 1 for p in groups[1]["params"])
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(toy_run, tmp_path):
+    model = GPT(GPTConfig(vocab_size=65, n_embd=32, n_head=4, n_layer=2, tie_embeddings=False, qkv_bias=True))
+    optimizer = train.make_optimizer(model, TrainConfig(optimizer="muon", learning_rate=1e-2))
+    muon, matrices, vectors = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[i] for i in matrices} == {"embed.weight", "lm_head.weight"} and len(muon | matrices | vectors) == len(names)
+    assert all("proj.weight" in names[i] for i in muon) and len(muon) == 14
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ids = torch.randint(65, (2, 16), generator=torch.Generator().manual_seed(0))
+    model(ids, ids)[1].backward()
+    optimizer.step()
+    update = (model.layers[0].mlp.up_proj.weight - before["layers.0.mlp.up_proj.weight"] * (1 - 1e-2 * 0.1)).detach()
+    values = torch.linalg.svdvals(update)  # Muon's update is nearly orthogonal, and as large as AdamW's: 0.2 lr a number
+    assert values.max() / values.median() < 2 and update.square().mean().sqrt().item() == pytest.approx(0.2e-2, rel=0.3)
+
+    train.main([*toy_run, "--optimizer=muon", "--max_steps=2"])
+    with pytest.raises(SystemExit):
+        train.main([*toy_run, "--init_from=resume", "--optimizer=adamw", "--max_steps=4"])
+
+
+def test_a_run_says_where_its_time_went_and_writes_a_trace(toy_run, tmp_path, capsys):
+    train.main([*toy_run, "--profile=True"])
+    times = re.search(r"^time: (.*)", capsys.readouterr().out, re.M)[1]
+    shares = dict(re.findall(r"([a-z, ]+?) [\d.]+ s \((\d+)%\)(?:, )?", times))
+    assert set(shares) == {"data", "forward and backward", "optimizer", "evaluation, log and checkpoints"}
+    assert 97 <= sum(map(int, shares.values())) <= 103
+    events = json.loads((tmp_path / "run/trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name", "").startswith("ProfilerStep#") and event.get("ph") == "X" for event in events) >= 5
+    assert weights(tmp_path / "run")
+    train.main(out(toy_run, tmp_path / "plain"))
+    assert equal(weights(tmp_path / "plain"), weights(tmp_path / "run"))
 
 
 def test_loss_falls_to_its_band_on_the_embedded_data(tmp_path):
