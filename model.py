@@ -405,17 +405,16 @@ class HeadLoss(torch.autograd.Function):
         total = x.new_zeros((), dtype=torch.float32)
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if gradients else (None, None)
         share = (targets >= 0) / (targets >= 0).sum()                   # (N,) of each row in the mean
-        rows = max(1, (2**24 if x.device.type == "cpu" else 2**28) // weight.size(0))
+        rows = max(1, (2**23 if x.device.type == "cpu" else 2**28) // weight.size(0))
         for part in range(0, len(x), rows):
             part = slice(part, part + rows)
             logits, target, w = linear(x[part], weight), targets[part, None].clamp(min=0), share[part, None]
-            p = logits.float().softmax(dim=-1)                          # (n, V)
-            top, at = logits.max(dim=-1, keepdim=True)                  # log p of the likeliest id never underflows
-            nll = top.float() - logits.gather(1, target).float() - p.gather(1, at).log()
-            total += (nll * w).sum()
+            top, at = logits.max(dim=-1, keepdim=True)
+            below = (top - logits.gather(1, target)).float()            # the likeliest id's logit less the target's
+            p, logits = logits.float().softmax(dim=-1), None            # (n, V)
+            total += ((below - p.gather(1, at).log()) * w).sum()        # log p of the likeliest id never underflows
             if gradients:
-                p.scatter_add_(1, target, torch.full_like(nll, -1.0))
-                p = p.to(logits.dtype)
+                p = p.scatter_add_(1, target, torch.full_like(below, -1.0)).to(top.dtype)
                 dx[part] = linear(p, weight.t()) * w
                 dw += linear(p.t(), (x[part] * w.to(x.dtype)).t())
         ctx.save_for_backward(dx, dw)
@@ -424,7 +423,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return dx * grad.to(dx.dtype), dw * grad, None, None
+        return dx.mul_(grad), dw.mul_(grad), None, None  # in place: each is used once
 
 
 class RMSNormFunction(torch.autograd.Function):
