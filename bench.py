@@ -37,6 +37,7 @@ class BenchConfig(GPTConfig):
     prefill: bool = True          # decode: read a prompt; False fills the cache with random values instead
     new_tokens: int = 32          # decode: steps of a run
     steps: int = 50               # train: steps
+    optimizer: Literal["adamw", "muon"] = "adamw"  # train: as in train.py
     repeats: int = 3              # decode: runs
     seed: int = 1337              # of weights and tokens
     device: str = "auto"          # auto, cpu, cuda, cuda:1, mps
@@ -153,7 +154,7 @@ def train(config, runtime):
     keep_freed_memory()
     peak_memory(runtime, reset=True)
     model = checkpoint.new_model(checkpoint.model_config(config), config.seed).to(runtime.device)
-    optimizer = make_optimizer(model, TrainConfig())
+    optimizer = make_optimizer(model, TrainConfig(optimizer=config.optimizer))
     B, T = config.batch_size, config.block_size
 
     def loss_of(forward):

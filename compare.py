@@ -54,7 +54,8 @@ class CompareConfig(TrainConfig):
 
 
 # what every run of a comparison shares, so that a list would have no meaning; and what says nothing about its results
-SHARED = {"out_dir", "seeds", "seed", "match", "controls", "dataset", "vocab_size", "block_size", "eval_tokens", "report_only", "overwrite"}
+SHARED = {"out_dir", "seeds", "seed", "match", "controls", "dataset", "vocab_size", "block_size", "max_steps", "eval_interval",
+          "eval_tokens", "device", "dtype", "compile", "report_only", "overwrite"}
 ASIDE = {"out_dir", "report_only", "overwrite", "log_interval", "profile", "wandb_log", "wandb_project", "wandb_run_name"}
 
 
@@ -184,7 +185,7 @@ def run_training(folder, config, seed, bar):
 def measure(variants, base, given):
     """{shape: dict(train=row, decode=[rows])} of bench.py, each shape in processes of its own, the best of two rounds in
     turns: the machine may be busy with something else for a while."""
-    shapes, speed = {v.shape: asdict(checkpoint.model_config(v.config)) for v in variants}, {}
+    shapes, speed = {v.shape: asdict(checkpoint.model_config(v.config)) | dict(optimizer=v.config.optimizer) for v in variants}, {}
     grid = dict(batch_size=given["decode_batch_size"] if base.decode_batch_size else [1, 16],
                 prompt_len=given["decode_prompt_len"] if base.decode_prompt_len else [256, 1024, 4096])
     batch_size = base.batch_size or base.tokens_per_step // base.block_size
@@ -252,6 +253,14 @@ def paired(values, reference):
                                           / math.sqrt(len(differences)))
 
 
+def steps_to(curve, loss):
+    """Steps after which a curve of (step, loss) points, straight between them, first has at most loss; None: never."""
+    for (a, before), (b, after) in zip(curve, curve[1:]):
+        if before > loss >= after:
+            return a + (b - a) * (before - loss) / (before - after)
+    return None
+
+
 def verdict(mean, half):
     if half is None:
         return "one seed: no error bar"
@@ -272,6 +281,8 @@ def summarize(results):
                                 tokens_per_sec=statistics.median(r["tokens_per_sec"] for r in records), first=records is first,
                                 se=statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None)
         row["difference"], row["half"] = paired(losses, [r["val_loss"] for r in first])
+        row["curve"] = [(points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*(r["curve"] for r in records))]
+        row["steps_to_first"] = steps_to(row["curve"], statistics.mean(r["val_loss"] for r in first))
         rows.append(row)
     return rows
 
@@ -304,15 +315,18 @@ def report(results, pictures):
             continue
         text += f"## {title}\n\n" + table(
             ["variant", "n_ff", "parameters", "without embedding", "training FLOPs per token", "cache, bytes per token",
-             "validation loss", "bits per byte", f"difference to {first}, 95 % interval", ""],
+             "validation loss", "bits per byte", f"difference to {first}, 95 % interval", "", f"steps to the loss of {first}"],
             [[row["variant"], row["n_ff"], f"{row['params']:,} ({row['params'] / chosen[0]['params'] - 1:+.2%})",
               f"{row['non_embedding_params']:,}", f"{row['flops_per_token']:,}", f"{row['kv_bytes_per_token']:,}",
               f"{row['val_loss']:.4f}" + (f" ± {row['se']:.4f}" if row["se"] is not None else ""), f"{row['val_bpb']:.4f}",
               "" if row["first"] else f"{row['difference']:+.4f}" + (f" ± {row['half']:.4f}" if row["half"] is not None else ""),
-              "" if row["first"] else verdict(row["difference"], row["half"])] for row in chosen]) + "\n"
+              "" if row["first"] else verdict(row["difference"], row["half"]),
+              "never" if row["steps_to_first"] is None else f"{row['steps_to_first']:,.0f} ({row['steps_to_first'] * step_ms / 1e3:,.0f} s)"]
+             for row in chosen for step_ms in [results["speed"][row["shape"]]["train"][0]["step_ms"]]]) + "\n"
     text += ("Loss in nats per token, mean over seeds ± standard error. Differences are of runs that share a seed, and with it the "
              "order of the data and every weight whose shape they share; the interval is Student's. Each interval is 95 % by "
-             "itself, not all of them at once.\n\n## What this run can resolve\n\n")
+             "itself, not all of them at once. Steps are read off the mean curve, straight between evaluations, their time is that of the "
+             "steps alone.\n\n## What this run can resolve\n\n")
     half = resolution(rows)
     if half is None:
         text += "One seed, or one variant, gives no error bar: no difference above is shown to be more than chance.\n"
@@ -448,6 +462,9 @@ def main(argv):
         if changed or results["variants"] != this["variants"]:
             raise UserError(f"{out_dir} holds a comparison of other settings ({'; '.join(changed)[:200] or 'other variants'}): choose "
                             "another --out_dir, or replace it with --overwrite=True")
+    if results is None and (out_dir / "runs").exists() and not base.overwrite:
+        raise UserError(f"{out_dir / 'runs'} holds runs, but {path} does not say of which settings: choose another --out_dir, or "
+                        "replace them with --overwrite=True")
     check_writable(out_dir)
     if base.overwrite:
         shutil.rmtree(out_dir / "runs", ignore_errors=True)

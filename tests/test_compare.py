@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import compare
-from compare import matching_n_ff, paired, plan, student_t, verdict
+from compare import matching_n_ff, paired, plan, steps_to, student_t, verdict
 from configurator import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,6 +152,11 @@ def test_paired_interval():
     assert covered / n == pytest.approx(0.95, abs=0.015)
 
 
+def test_steps_to_a_loss():
+    curve = [(0, 5.0), (100, 3.0), (200, 2.0)]
+    assert [steps_to(curve, loss) for loss in (4.0, 3.0, 2.5, 2.0, 1.9)] == [50.0, 100.0, 150.0, 200.0, None]
+
+
 def test_verdicts():
     assert [verdict(*x) for x in ((-0.2, 0.1), (0.2, 0.1), (0.05, 0.1), (-0.1, 0.1), (0.2, None))] == [
         "better", "worse", "not distinguishable", "not distinguishable", "one seed: no error bar"]
@@ -160,6 +165,7 @@ def test_verdicts():
 @pytest.mark.parametrize("args,words", [
     (["--seeds=0"], "seeds must be at least 1"), (["--n_kv_head=4,3"], "n_kv_head=3 does not divide n_head=4: choose one of [1, 2, 4]"),
     (["--seeds=2,3"], "seeds takes one value in a comparison"), (["--dataset=a,b"], "dataset takes one value"),
+    (["--max_steps=5,6"], "max_steps takes one value"),
     (["--match=size"], "match must be both or shape or params"), (["--init_from=resume"], "leave out init_from"),
     (["--report_only=True"], "there is no"), (["--decode_batch_size=0"], "decode_batch_size must be at least 1"),
     (["--n_embd=32,256"], "no n_ff brings")])
@@ -178,3 +184,9 @@ def test_a_foreign_results_file_is_refused(toy_data, tmp_path, capsys):
                 compare.main([f"--dataset={toy_data}", f"--out_dir={tmp_path}", *TOY, *more])
             assert exit.value.code == 2 and "is no results file of this program" in capsys.readouterr().err
         assert (tmp_path / "results.json").read_text() == text
+    (tmp_path / "results.json").unlink()
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(SystemExit) as exit:
+        compare.main([f"--dataset={toy_data}", f"--out_dir={tmp_path}", *TOY])
+    assert exit.value.code == 2 and "does not say of which settings" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
