@@ -67,7 +67,7 @@ def test_the_report_says_what_results_json_holds(comparison):
         assert f"| {record['kv_bytes_per_token']:,} |" in line and f"| {record['n_ff']} |" in line
     (a, b), (c, d) = losses["MHA"], losses["MQA"]
     half = 12.7062 * abs((c - a) - (d - b)) / 2
-    shown = re.search(r"\| ([+-]\d+\.\d{4}) ± (\d+\.\d{4}) \| (.*) \|", report)
+    shown = re.search(r"\| ([+-]\d+\.\d{4}) ± (\d+\.\d{4}) \| ([^|]*) \|", report)
     assert float(shown[1]) == pytest.approx((c + d - a - b) / 2, abs=6e-5) and float(shown[2]) == pytest.approx(half, abs=1e-4)
     assert shown[3] == verdict((c + d - a - b) / 2, half)
     speed = results["speed"][results["records"][0]["shape"]]
