@@ -105,6 +105,12 @@ class KVCache:
         self.max_length, self.padding, self.static = max_length, padding, static
         # tokens held, fillers included, the same in every row
         self.length = torch.zeros((), dtype=torch.long, device=device) if static else 0
+        self.keep_addresses()
+
+    def keep_addresses(self):
+        """Tells torch.compile that a static cache stays where it is: CUDA graphs refuse inputs that change otherwise."""
+        for x in (*self.k, *self.v, self.length) if self.static else ():
+            torch._dynamo.mark_static_address(x, guard=False)
 
     @property
     def nbytes(self):
@@ -155,6 +161,7 @@ class KVCache:
         other.k, other.v = [x[index] for x in self.k], [x[index] for x in self.v]
         other.padding = None if self.padding is None else self.padding[index]
         other.length = self.length + 0  # a tensor of its own where it is one
+        other.keep_addresses()
         return other
 
 
