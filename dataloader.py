@@ -6,6 +6,8 @@ the files of each split with their token and byte counts. Every document ends wi
 import hashlib
 import json
 import os
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +24,25 @@ SCANNED = 2**24  # tokens at the start of each file that are checked when it is 
 
 # -- tokenizers --------------------------------------------------------------------------------------------------------
 
-def get_tokenizer(name):
-    """The tiktoken.Encoding of that name; "byte" is one id per byte, 0 to 255, and end-of-text as 256."""
+HF_TOKENIZER = "tokenizer.json"
+# byte-level tokenizer.json files write a byte as a visible character, as GPT-2's does: itself, or one from 256 on
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+UNICODE_OF_BYTE = {b: chr(b) for b in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(VISIBLE)))}
+
+
+def get_tokenizer(name, folder="."):
+    """The tokenizer of that name: "byte", one id per byte, 0 to 255, and end-of-text as 256; a tiktoken.Encoding; or the
+    tokenizer.json in folder, whose name holds its hash."""
     if name == "byte":
         return tiktoken.Encoding("byte", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={EOT: 256})
+    if name == "none":
+        raise UserError("this checkpoint came without a tokenizer: train it on a data set, whose tokenizer it takes over")
+    if name.startswith(HF_TOKENIZER):
+        tokenizer = HuggingFaceTokenizer(folder)
+        if tokenizer.name != name:
+            raise UserError(f"{folder}/{HF_TOKENIZER} is not the one that belongs here (another sha256): restore it from a copy")
+        return tokenizer
     try:
         encoding = tiktoken.get_encoding(name)
     except OSError:  # of which a failed download is one
@@ -34,17 +50,72 @@ def get_tokenizer(name):
                         "TIKTOKEN_CACHE_DIR to a folder that holds them, or use --tokenizer=byte") from None
     except ValueError:
         names = ", ".join(["byte", *tiktoken.list_encoding_names()])
-        raise UserError(f"there is no tokenizer {name!r}: choose one of {names}") from None
+        raise UserError(f"there is no tokenizer {name!r}: choose one of {names}, or a folder with a {HF_TOKENIZER}") from None
     if EOT not in encoding.special_tokens_set:
         raise UserError(f"tokenizer {name!r} has no {EOT} token to end a document with: choose another")
     return encoding
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json, with what this project uses of tiktoken.Encoding. tokenizer_config.json beside it names eos_token."""
+
+    def __init__(self, folder):
+        path, about = Path(folder) / HF_TOKENIZER, Path(folder) / "tokenizer_config.json"
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f"{path} needs tokenizers: pip install transformers safetensors") from None
+        try:
+            content = path.read_bytes()
+            self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            special = json.loads(about.read_text()) if about.exists() else {}
+            names = [special.get(key) or "" for key in ("eos_token", "bos_token")]
+            eos, bos = (self.tokenizer.token_to_id(x["content"] if isinstance(x, dict) else x) for x in names)
+            self.byte_level = "ByteLevel" in json.dumps(json.loads(self.tokenizer.to_str())["decoder"])
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise UserError(f"{path} cannot be read ({str(error)[:100]}): fetch it again") from None
+        if eos is None:
+            raise UserError(f"{about} names no eos_token that ends a document: add it")
+        self.name = f"{HF_TOKENIZER} {hashlib.sha256(content).hexdigest()[:16]}"
+        self.eot_token, self.bos_token = eos, eos if bos is None else bos
+        self.added = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
+        self.n_vocab = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.byte = {char: byte for byte, char in UNICODE_OF_BYTE.items()}
+
+    def encode(self, text, allowed_special="all"):
+        """Ids of text, with the beginning that the model expects (a BOS token, for Llama)."""
+        self.tokenizer.encode_special_tokens = not allowed_special
+        return self.tokenizer.encode(text).ids
+
+    def encode_ordinary(self, text):
+        return self.encode(text, allowed_special=())
+
+    def decode_single_token_bytes(self, token):
+        """The bytes of one id, which may be a part of a character. KeyError where there is no such id."""
+        piece = self.tokenizer.id_to_token(token)
+        if piece is None:
+            raise KeyError(token)
+        if token in self.added:
+            return self.added[token].encode()
+        if self.byte_level:
+            return bytes(self.byte[char] for char in piece)
+        if re.fullmatch("<0x[0-9A-F]{2}>", piece):  # SentencePiece: bytes by name, and spaces as lower blocks
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+
+def copy_tokenizer(name, source, target):
+    """Lets a tokenizer.json travel along: from the folder source into target."""
+    for file in (HF_TOKENIZER, "tokenizer_config.json") if name.startswith(HF_TOKENIZER) else ():
+        if (Path(source) / file).exists() and not (Path(target) / file).exists():
+            shutil.copyfile(Path(source) / file, Path(target) / file)
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 @dataclass
 class PrepareConfig:
-    tokenizer: str = "byte"       # byte, or the name of any tiktoken encoding (gpt2, cl100k_base, ...)
+    tokenizer: str = "byte"       # byte, the name of any tiktoken encoding (gpt2, cl100k_base, ...), or a folder with a tokenizer.json
     input: str | None = None      # a text file, or a folder of them, to read instead of the usual source
     data_dir: str | None = None   # folder that receives the .bin files and meta.json; None: that of the script
     overwrite: bool = False       # replace a data set of another tokenizer
@@ -61,7 +132,9 @@ def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
 
     The files take their names only when all are complete, meta.json last. Prints the counts.
     """
-    data_dir = Path(data_dir)
+    data_dir, source = Path(data_dir), tokenizer
+    if os.path.exists(os.path.join(source, HF_TOKENIZER)):
+        tokenizer = HuggingFaceTokenizer(source).name
     if (data_dir / "meta.json").exists() and not overwrite:
         try:
             there = read_meta(data_dir)["tokenizer"]
@@ -69,7 +142,7 @@ def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
             there = tokenizer  # a damaged data set is mended by making it again
         if there != tokenizer:
             raise UserError(f"{data_dir} holds a data set of tokenizer {there!r}: pass another --data_dir, or --overwrite=True")
-    encoding = get_tokenizer(tokenizer)
+    encoding = get_tokenizer(tokenizer, source)
     dtype = np.dtype("uint16" if encoding.n_vocab <= 2**16 else "uint32").newbyteorder("<")
     part = f".{os.getpid()}.part"
     splits = {split: [dict(name=f"{split}.bin", tokens=0, bytes=0)] for split in ("train", "val")}
@@ -90,6 +163,7 @@ def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
         meta = dict(about, tokenizer=tokenizer, vocab_size=encoding.n_vocab, dtype=dtype.name, sha256=digest.hexdigest(),
                     splits=splits)
         (data_dir / f"meta.json{part}").write_text(json.dumps(meta, indent=1))
+        copy_tokenizer(tokenizer, source, data_dir)
         for name in ("train.bin", "val.bin", "meta.json"):
             os.replace(data_dir / f"{name}{part}", data_dir / name)
     except OSError as error:
@@ -110,13 +184,14 @@ def read_meta(folder):
     try:
         meta = json.loads(path.read_text())
         sound = meta["dtype"] in ("uint16", "uint32") and type(meta["vocab_size"]) is int and 0 < meta["vocab_size"] <= 2**32
-        sound &= meta["tokenizer"] in ("byte", *tiktoken.list_encoding_names()) and isinstance(meta["sha256"], str)
+        known = meta["tokenizer"].startswith(HF_TOKENIZER) or meta["tokenizer"] in ("byte", *tiktoken.list_encoding_names())
+        sound &= known and isinstance(meta["sha256"], str)
         for split in ("train", "val"):
             for file in meta["splits"][split]:
                 sound &= file["name"] == os.path.basename(file["name"]) and all(
                     type(file[count]) is int and 0 <= file[count] < 2**62 for count in ("tokens", "bytes"))
             sound &= sum(file["bytes"] for file in meta["splits"][split]) > 0
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise UserError(f"{path} is not the meta.json of a data set: {mend(folder)}")

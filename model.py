@@ -29,6 +29,10 @@ class GPTConfig:
     head_dim: int | None = None   # width of a head; None: n_embd / n_head
     n_ff: int | None = None       # hidden width of the MLP; None: 8/3 n_embd, rounded up to a multiple of 32
     rope_theta: float = 10000.0   # base of the rotary wavelengths
+    rope_factor: float = 1.0      # above 1: stretches the long wavelengths by it, as Llama 3.1 does
+    rope_low_freq_factor: float = 1.0   # with it: wavelengths over rope_original_block_size / this are stretched in full,
+    rope_high_freq_factor: float = 4.0  # those under rope_original_block_size / this stay, between there is a ramp
+    rope_original_block_size: int | None = None  # block_size before the stretching
     norm_eps: float = 1e-5        # added to the mean square in RMSNorm
     qk_norm: bool = True          # RMSNorm on every query and key head, as in Qwen3; without it the model is a Llama
     qkv_bias: bool = False        # biases on q_proj, k_proj and v_proj, as in Qwen2
@@ -36,7 +40,8 @@ class GPTConfig:
     dropout: float = 0.0          # on the embedding and on what each block adds; never on attention weights
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ff"):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ff",
+                     "rope_original_block_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -57,18 +62,38 @@ class GPTConfig:
         for name in ("rope_theta", "norm_eps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.rope_factor < 1 or not 0 < self.rope_low_freq_factor < self.rope_high_freq_factor:
+            raise ValueError(f"rope_factor={self.rope_factor}, rope_low_freq_factor={self.rope_low_freq_factor}, "
+                             f"rope_high_freq_factor={self.rope_high_freq_factor}: the first is 1 or more, the second is above 0 "
+                             "and below the third")
+        if self.rope_factor > 1 and self.rope_original_block_size is None:
+            raise ValueError("rope_factor needs rope_original_block_size, the context that the wavelengths were made for")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
 
-def rope_cos_sin(positions, head_dim, theta):
+def rope_frequencies(config, device=None):
+    """(D/2,) radians per position of each pair, float32: theta^(-2i/D) (Su et al. 2021, arXiv 2104.09864).
+
+    With rope_factor, low frequencies are divided by it as in Llama 3.1 (its reference code, apply_scaling): turns is how often
+    a pair goes round within rope_original_block_size.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    if config.rope_factor == 1:
+        return frequency
+    turns, low, high = config.rope_original_block_size * frequency / (2 * math.pi), config.rope_low_freq_factor, config.rope_high_freq_factor
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (keep + (1 - keep) / config.rope_factor)
+
+
+def rope_cos_sin(positions, frequency):
     """(B, T) absolute positions -> cos and signed sin of their angles for apply_rope, each (B, 1, T, D) in float32.
 
-    Pair i turns by position * theta^(-2i/D) (Su et al. 2021, arXiv 2104.09864). Computed once per forward from the
-    positions, so there is no buffer that model.bfloat16() could round: in bfloat16 position 257 is position 256.
+    Computed once per forward from the positions, so there is no buffer that model.bfloat16() could round: in bfloat16
+    position 257 is position 256.
     """
-    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angle = positions[:, None, :, None].float() * (1.0 / theta**exponent)
+    angle = positions[:, None, :, None].float() * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -267,7 +292,8 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else Linear(config.n_embd, config.vocab_size, bias=False)
-        self.init_weights(seed)
+        if not self.embed.weight.is_meta:  # shapes alone have no values
+            self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -296,7 +322,7 @@ class GPT(nn.Module):
             positions, mask = torch.arange(T, device=idx.device)[None], None
         else:
             positions, mask = cache.positions(T), cache.mask(T)
-        cos, sin = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rope_cos_sin(positions, rope_frequencies(self.config, idx.device))
         x = self.dropout(self.embed(idx))                               # (B, T, C)
         for block in self.layers:
             x = block(x, cos, sin, cache, mask)

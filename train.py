@@ -8,6 +8,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import UserError, build, parse, program, world
-from dataloader import DATA, Dataset, keyed, train_batch, val_batch, val_windows
+from dataloader import DATA, Dataset, copy_tokenizer, keyed, train_batch, val_batch, val_windows
 from model import GPTConfig
 
 
@@ -41,6 +42,7 @@ class TrainConfig(GPTConfig):
     eval_only: bool = False       # evaluate the checkpoint in out_dir (or of init_from) and stop
     log_interval: int = 20        # steps between log lines
     profile: bool = False         # write out_dir/trace.json, a torch.profiler trace of 5 steps (open it in a trace viewer)
+    trainable: str = ""           # train only the weights whose name holds this regular expression (q_proj|k_proj); "": all
     # batch
     tokens_per_step: int = 2**11  # tokens per optimizer step over all devices and micro-steps
     batch_size: int | None = None  # sequences per device and micro-step; None: a device's share of the step at once
@@ -71,6 +73,10 @@ class TrainConfig(GPTConfig):
         for name in ("max_steps", "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+        try:
+            re.compile(self.trainable)
+        except re.error as error:
+            raise ValueError(f"trainable={self.trainable!r} is no regular expression ({error}): write one like q_proj|k_proj") from None
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
@@ -228,6 +234,9 @@ def plan(given):
         if not Path(source).is_dir():
             raise UserError(f"{source} is no folder: init_from takes scratch, resume, auto or a folder that holds a checkpoint")
         state = checkpoint.load(source)
+        if resume and not state["settings"]:
+            raise UserError(f"{source} holds converted weights and no run to resume: pass it as --init_from={source}, with "
+                            "another --out_dir")
         base = {**state["config"], **(checkpoint.typed(TrainConfig, state["settings"], source) if resume else {})}
     config = build(TrainConfig, {**base, **given, "init_from": init_from})
 
@@ -242,9 +251,10 @@ def plan(given):
             if here != before and (resume or f.name not in ("block_size", "dropout")):
                 raise UserError(f"{f.name}={here}, but the model in {source} has {before}: leave {f.name} out, or start "
                                 "from scratch in another --out_dir")
-        if meta["tokenizer"] != state["tokenizer"]:
+        if state["tokenizer"] not in (meta["tokenizer"], "none"):
+            same = source if state["tokenizer"].startswith("tokenizer.json") else state["tokenizer"]
             raise UserError(f"data set {config.dataset!r} is of tokenizer {meta['tokenizer']!r}, the model in {source} of "
-                            f"{state['tokenizer']!r}: prepare the data with --tokenizer={state['tokenizer']}")
+                            f"{state['tokenizer']!r}: prepare the data with --tokenizer={same}")
     if resume:
         for name in ("seed", "tokens_per_step"):
             if getattr(config, name) != base.get(name):
@@ -330,13 +340,13 @@ def learning_rate(step, config):
 
 def make_optimizer(model, config):
     """The optimizer of the setting of that name; weight decay on matrices, not on norms and biases."""
-    blocks = [p for p in model.layers.parameters() if p.dim() >= 2] if config.optimizer == "muon" else []
+    blocks = [p for p in model.layers.parameters() if p.requires_grad and p.dim() >= 2] if config.optimizer == "muon" else []
     inside = {id(p) for p in blocks}
-    matrices = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in inside]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2 and id(p) not in inside]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-    return adamw if config.optimizer == "adamw" else MuonAndAdamW(blocks, adamw, config)
+    return adamw if not blocks else MuonAndAdamW(blocks, adamw, config)
 
 
 class MuonAndAdamW:
@@ -489,10 +499,15 @@ def main(argv):
     batch_size, accumulation = batch_shape(config, runtime.ranks)
     if not config.eval_only:
         check_writable(config.out_dir)
+        copy_tokenizer(dataset.meta["tokenizer"], dataset.folder, config.out_dir)
     if state is None:
         model = checkpoint.new_model(checkpoint.model_config(config), config.seed)
     else:
         model = checkpoint.build_model(state, config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(re.search(config.trainable, name) is not None)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"no weight is called like trainable={config.trainable!r}: look at the names in model.py, q_proj for instance")
     model.to(runtime.device)
     # all input is checked; from here on ranks talk to each other
     if runtime.ranks > 1:

@@ -74,6 +74,8 @@ def trained(toy_data, tmp_path_factory):
     (["--init_from=nowhere"], "init_from takes scratch, resume, auto or a folder"),
     (["--eval_only=True"], "eval_only needs weights"),
     (["--eval_tokens=0"], "eval_tokens must be at least 1"),
+    (["--trainable=("], "trainable='(' is no regular expression"),
+    (["--rope_factor=2"], "rope_factor needs rope_original_block_size"), (["--rope_factor=0.5"], "the first is 1 or more"),
 ])
 def test_bad_settings_of_train(toy_run, tmp_path, capsys, args, words):
     assert words in fails(train.main, [*toy_run, *args], capsys)

@@ -8,7 +8,7 @@ from conftest import toy_config, toy_ids, toy_model
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPT, GPTConfig, HeadLoss, KVCache, RMSNorm, RMSNormFunction, apply_rope, attend, linear, rope_cos_sin
+from model import GPT, GPTConfig, HeadLoss, KVCache, RMSNorm, RMSNormFunction, apply_rope, attend, linear, rope_cos_sin, rope_frequencies
 
 
 def reference_logits(model, ids):
@@ -226,7 +226,7 @@ def test_rope_depends_on_distance_only_and_turns():
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0)).unbind()
 
     def score(m, n):
-        turned = [apply_rope(x, *rope_cos_sin(torch.tensor([[p]]), 16, 10000.0)) for x, p in ((q, m), (k, n))]
+        turned = [apply_rope(x, *rope_cos_sin(torch.tensor([[p]]), rope_frequencies(toy_config(head_dim=16)))) for x, p in ((q, m), (k, n))]
         return (turned[0] * turned[1]).sum().item()
     assert score(5, 2) == pytest.approx(score(105, 102), abs=1e-4)
     assert score(3, 0) == pytest.approx(score(5, 2), abs=1e-4)
@@ -242,7 +242,7 @@ def test_rope_stays_exact_in_a_bfloat16_model():
     model(toy_ids(1, 4))
     handle.remove()
     assert positions == [torch.float32]
-    cos, sin = rope_cos_sin(torch.tensor([[0, 1, 257, 8191]]), 16, 10000.0)
+    cos, sin = rope_cos_sin(torch.tensor([[0, 1, 257, 8191]]), rope_frequencies(toy_config(head_dim=16)))
     angle = torch.tensor([0, 1, 257, 8191], dtype=torch.float64)[:, None] * 10000.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
     assert cos.dtype == torch.float32
     torch.testing.assert_close(cos[0, 0].double(), torch.cat((angle.cos(), angle.cos()), -1), atol=1e-3, rtol=0)

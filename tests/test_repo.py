@@ -11,6 +11,7 @@ from conftest import keys_of
 from bench import BenchConfig
 from checkpoint import model_config
 from compare import CompareConfig
+from convert import COMMANDS
 from configurator import build, combinations, help_text, parse
 from dataloader import PrepareConfig
 from model import GPT, GPTConfig
@@ -19,7 +20,7 @@ from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {"train.py": TrainConfig, "sample.py": SampleConfig, "bench.py": BenchConfig,
-            "compare.py": CompareConfig, **{f"data/{name}/prepare.py": PrepareConfig
+            "compare.py": CompareConfig, **{f"convert.py {name}": cls for name, (_, cls) in COMMANDS.items()}, **{f"data/{name}/prepare.py": PrepareConfig
                                                                   for name in ("python", "shakespeare", "text")}}
 CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
 
@@ -56,7 +57,7 @@ def test_model_settings_have_one_set_of_defaults():
         assert key in keys_of(TrainConfig) and key not in TrainConfig.__dict__.get("__annotations__", {}), key
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig, BenchConfig, CompareConfig, PrepareConfig], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [*dict.fromkeys(PROGRAMS.values())], ids=lambda cls: cls.__name__)
 def test_every_setting_is_in_the_help_and_is_read(cls):
     text = help_text(cls, "doc")
     for key in keys_of(cls):
@@ -71,7 +72,7 @@ def test_every_setting_is_in_the_help_and_is_read(cls):
 
 
 def test_imports_flow_one_way():
-    order = ["configurator", "model", "dataloader", "checkpoint", "train", "sample", "bench", "compare"]
+    order = ["configurator", "model", "dataloader", "checkpoint", "train", "sample", "bench", "compare", "convert"]
     for i, name in enumerate(order):
         for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -97,9 +98,12 @@ def test_readme_commands_name_what_exists():
         if words[0] not in ("python", "torchrun"):
             continue
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        assert words[at] in PROGRAMS, command
-        build(PROGRAMS[words[at]], combinations(parse(PROGRAMS[words[at]], words[at + 1:], "", axes=words[at] in ("bench.py", "compare.py")))[0])
-        seen.add(words[at])
+        program, args = words[at], words[at + 1:]
+        if program == "convert.py":
+            program, args = f"{program} {args[0]}", args[1:]
+        assert program in PROGRAMS, command
+        build(PROGRAMS[program], combinations(parse(PROGRAMS[program], args, "", axes=program in ("bench.py", "compare.py")))[0])
+        seen.add(program)
     assert seen == set(PROGRAMS)
 
 
@@ -111,6 +115,6 @@ def test_readme_links_name_what_exists():
 def test_requirements_pin_what_pyproject_allows():
     pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M))
     ranges = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
-    assert ranges.keys() - {"matplotlib"} == pins.keys() >= {"torch", "numpy", "tiktoken", "tqdm", "wandb"}  # matplotlib is an extra
+    assert ranges.keys() - {"matplotlib", "transformers", "safetensors"} == pins.keys() >= {"torch", "numpy", "tiktoken", "tqdm", "wandb"}  # extras apart
     for name, pin in pins.items():
         assert [int(n) for n in pin.split(".")] >= [int(n) for n in ranges[name].split(".")]

@@ -112,8 +112,8 @@ class StopAt(train.StopSignal):
         return super().agreed(runtime)
 
 
-@pytest.mark.parametrize("changes", [[], ["--dropout=0.2", "--n_kv_head=1"], ["--optimizer=muon", "--tie_embeddings=False"]],
-                         ids=["gqa", "mqa-dropout", "muon"])
+@pytest.mark.parametrize("changes", [[], ["--dropout=0.2", "--n_kv_head=1"], ["--optimizer=muon", "--tie_embeddings=False"],
+                                     ["--trainable=q_proj|norm"]], ids=["gqa", "mqa-dropout", "muon", "trainable"])
 @pytest.mark.parametrize("stop", [7, 10])
 def test_resume_is_bit_identical(toy_run, tmp_path, monkeypatch, capsys, stop, changes):
     whole, parts = out([*toy_run, *changes], tmp_path / "whole"), out([*toy_run, *changes], tmp_path / "parts")
@@ -218,6 +218,19 @@ def test_init_from_another_run_takes_its_weights_and_starts_at_step_0(toy_run, t
                 "--batch_size=4", "--tokens_per_step=256", "--eval_tokens=1024"])
     assert equal(before, weights(tmp_path / "tuned")) and checkpoint.load(tmp_path / "tuned")["step"] == 0
     assert rows(tmp_path / "tuned")[0]["val_loss"] == pytest.approx(rows(tmp_path / "run")[-1]["val_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("pattern,moved", [("q_proj|k_proj", 4), ("^norm", 1), (r"layers\.1\..*mlp", 4)])
+def test_only_what_is_trainable_moves(toy_run, tmp_path, capsys, pattern, moved, optimizer):
+    train.main([*toy_run, f"--trainable={pattern}", "--max_steps=3", f"--optimizer={optimizer}"])
+    state = checkpoint.load(tmp_path / "run")
+    start = checkpoint.new_model(GPTConfig(**state["config"])).state_dict()
+    changed = {name for name, x in state["model"].items() if not torch.equal(x, start[name])}
+    assert changed == {name for name in start if re.search(pattern, name)} and len(changed) == moved
+    with pytest.raises(SystemExit) as exit:
+        train.main(out([*toy_run, "--trainable=no_such"], tmp_path / "none"))
+    assert exit.value.code == 2 and "no weight is called like trainable='no_such'" in capsys.readouterr().err
 
 
 def test_eval_only_prints_the_loss_of_the_log_and_writes_nothing(toy_run, tmp_path, capsys):
