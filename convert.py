@@ -312,7 +312,7 @@ def read_tokenizer(folder, hf, part):
 
 def write(part, state):
     """Writes weights without a run, as a checkpoint at step 0; returns their model."""
-    state = dict(optimizer={}, settings={}, runtime={}, step=0, val_loss=None, dataset_sha256="") | state
+    state = dict(optimizer={}, settings={}, runtime={}, step=0, val_loss=None, best_val_loss=None, dataset_sha256="") | state
     model = checkpoint.build_model(state).eval()
     checkpoint.save(part, state)
     return model

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -281,12 +282,24 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
+def initial_weight(name, shape, seed):
+    """The parameter of that name at the start: each matrix from a generator of its own, seeded by (seed, name), so that
+    models that differ in one shape start from the same values everywhere else, on any number of ranks and any device."""
+    if len(shape) == 1:
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+    key = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
+    std = 0.02 if name == "embed.weight" else shape[1] ** -0.5  # of the shape alone: see above
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
 class GPT(nn.Module):
     def __init__(self, config, seed=1337):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("vocab_size is None: set it to the tokenizer's number of ids")
         self.config = config
+        self.recompute = False  # True: a block keeps its input alone, and runs again in the backward pass
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -297,16 +310,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Draws each matrix from a generator of its own, seeded by (seed, name): models that differ in one shape
-        still start from the same values everywhere else, on any number of ranks and any device."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            key = hashlib.sha256(f"{seed} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-            std = 0.02 if name == "embed.weight" else parameter.size(1) ** -0.5  # of the shape alone: see above
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+            parameter.copy_(initial_weight(name, parameter.shape, seed))
 
     def forward(self, idx, targets=None, cache=None, logits="all"):
         """(B, T) token ids -> (logits, loss).
@@ -325,7 +330,10 @@ class GPT(nn.Module):
         cos, sin = rope_cos_sin(positions, rope_frequencies(self.config, idx.device))
         x = self.dropout(self.embed(idx))                               # (B, T, C)
         for block in self.layers:
-            x = block(x, cos, sin, cache, mask)
+            if self.recompute and self.training:
+                x = checkpoint(block, x, cos, sin, cache, mask, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, cache, mask)
         if cache is not None:
             cache.advance(T)
         x = self.norm(x[:, -1:] if logits == "last" else x)

@@ -284,7 +284,7 @@ def main(argv):
     prompts = read_prompts(config)
     runtime = pick_runtime(config.device, config.dtype, config.compile, config.max_new_tokens)
     state = checkpoint.load(config.out_dir)
-    encoding = get_tokenizer(state["tokenizer"], config.out_dir)
+    encoding = get_tokenizer(state["tokenizer"], checkpoint.find(config.out_dir).parent)
     model = checkpoint.build_model(state).to(runtime.device, runtime.dtype).eval()
     kv_bytes, n_texts = model.kv_bytes_per_token(runtime.dtype), len(prompts) * config.num_samples
     model = prepare_for_decoding(model, n_texts)

@@ -19,13 +19,17 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
 from configurator import UserError, build, parse, program, world
 from dataloader import DATA, Dataset, copy_tokenizer, keyed, train_batch, val_batch, val_windows
-from model import GPTConfig
+from model import GPT, GPTConfig, initial_weight
 
 
 @dataclass
@@ -39,10 +43,14 @@ class TrainConfig(GPTConfig):
     max_steps: int = 1600         # optimizer steps in all
     eval_interval: int = 400      # steps between evaluations; each one saves a checkpoint
     eval_tokens: int | None = 2**16  # validation tokens, the same ones every time; None: the whole split
+    keep_checkpoints: int = 0     # how many ckpt_STEP.pt stay, beside ckpt.pt (the newest) and ckpt_best.pt
     eval_only: bool = False       # evaluate the checkpoint in out_dir (or of init_from) and stop
     log_interval: int = 20        # steps between log lines
     profile: bool = False         # write out_dir/trace.json, a torch.profiler trace of 5 steps (open it in a trace viewer)
     trainable: str = ""           # train only the weights whose name holds this regular expression (q_proj|k_proj); "": all
+    # many devices
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # a whole model on each, or its weights split over all (FSDP2)
+    recompute: bool = False       # run each block again in the backward pass instead of keeping its activations
     # batch
     tokens_per_step: int = 2**11  # tokens per optimizer step over all devices and micro-steps
     batch_size: int | None = None  # sequences per device and micro-step; None: a device's share of the step at once
@@ -70,7 +78,8 @@ class TrainConfig(GPTConfig):
         for name in ("eval_interval", "log_interval", "batch_size", "tokens_per_step", "eval_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("max_steps", "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "seed"):
+        for name in ("max_steps", "learning_rate", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "seed",
+                     "keep_checkpoints"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         try:
@@ -211,6 +220,7 @@ def prepare_default(name):
         time.sleep(0.2)
 
 
+SKIPS = 10  # steps in a row without a finite gradient after which a run gives up
 CALL = {"out_dir", "init_from", "overwrite", "eval_only", "profile"}  # settings of one call, which no checkpoint keeps
 
 
@@ -220,7 +230,8 @@ def plan(given):
     When resuming, what is not given is what the run had; from another run's weights only the model is.
     """
     call = build(TrainConfig, {key: given[key] for key in given if key in CALL})  # the rest may need the checkpoint's
-    out_dir, init_from, there = call.out_dir, call.init_from, (Path(call.out_dir) / checkpoint.NAME).exists()
+    out_dir, init_from = call.out_dir, call.init_from
+    there = checkpoint.find(call.out_dir).exists() or bool(checkpoint.find_sharded(call.out_dir))
     if init_from == "auto":
         init_from = "resume" if there else "scratch"
     resume = init_from == "resume"
@@ -231,8 +242,9 @@ def plan(given):
         raise UserError("eval_only needs weights: add --init_from=resume, or --init_from=FOLDER with another run's checkpoint")
     state, base, source = None, {}, out_dir if resume else init_from
     if init_from != "scratch":
-        if not Path(source).is_dir():
-            raise UserError(f"{source} is no folder: init_from takes scratch, resume, auto or a folder that holds a checkpoint")
+        if not Path(source).exists():
+            raise UserError(f"{source} is no folder: init_from takes scratch, resume, auto, a folder that holds a checkpoint, or "
+                            "the path of a ckpt_STEP.pt")
         state = checkpoint.load(source)
         if resume and not state["settings"]:
             raise UserError(f"{source} holds converted weights and no run to resume: pass it as --init_from={source}, with "
@@ -265,6 +277,10 @@ def plan(given):
                             "sha256): prepare that one again, or start another run with another --out_dir")
         if state["step"] > config.max_steps:
             raise UserError(f"the run in {out_dir} is at step {state['step']}, beyond max_steps={config.max_steps}: raise it")
+    if config.parallel == "fsdp" and config.optimizer == "muon":
+        raise UserError("parallel=fsdp splits the matrices that Muon needs whole: choose --optimizer=adamw or --parallel=ddp")
+    if config.parallel == "fsdp" and world()[1] == 1:
+        raise UserError("parallel=fsdp splits a model over ranks, and there is one: start with torchrun, or choose --parallel=ddp")
     if meta["vocab_size"] > config.vocab_size:
         raise UserError(f"data set {config.dataset!r} has {meta['vocab_size']} token ids, more than vocab_size="
                         f"{config.vocab_size}: raise vocab_size, or leave it out")
@@ -304,12 +320,13 @@ def evaluate(model, split, config, runtime, batch_size):
     model.eval()
     starts = val_windows(split, config.block_size, config.eval_tokens)
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of tokens
-    for first in range(runtime.rank * batch_size, len(starts), runtime.ranks * batch_size):
+    for first in range(0, len(starts), runtime.ranks * batch_size):  # as often on each rank: FSDP ranks run together
+        first += runtime.rank * batch_size
         x, y = val_batch(split, starts[first:first + batch_size], batch_size, config.block_size)
         with runtime.autocast():
             loss = model(runtime.tensor(x), runtime.tensor(y), logits="none")[1]
-        n_tokens = int((y >= 0).sum())
-        total += torch.tensor([loss.item() * n_tokens, n_tokens], dtype=torch.float64)
+        if n_tokens := int((y >= 0).sum()):
+            total += torch.tensor([loss.item() * n_tokens, n_tokens], dtype=torch.float64)
     model.train()
     if runtime.ranks > 1:
         dist.all_reduce(total)
@@ -317,12 +334,16 @@ def evaluate(model, split, config, runtime, batch_size):
 
 
 def check_finite(finite, what, step, config, runtime):
-    """UserError unless all of finite, flags of the steps up to step, are True: no bad weights reach a checkpoint."""
-    if not all(finite):
-        bad = step - len(finite) + finite.index(False) + 1
-        raise UserError(f"the {what} is not finite at step {bad} (lr {learning_rate(max(0, bad - 1), config):.2e}, "
+    """UserError unless finite: no bad weights reach a checkpoint."""
+    if not finite:
+        raise UserError(f"the {what} at step {step} is not finite (lr {learning_rate(max(0, step - 1), config):.2e}, "
                         f"{runtime.describe()['dtype']}): lower learning_rate and go on from the last good checkpoint with "
                         "--init_from=resume")
+
+
+def finite(value):
+    """value, or None where JSON has no word for it."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def bits_per_byte(loss, split):
@@ -448,6 +469,7 @@ class Log:
                           ("tokens_per_sec", ",.0f"), ("mfu", ".1%")):
             if row[key] is not None:
                 text += f"  {key} {row[key]:{form}}"
+        text += f"  {row['skipped']} steps skipped, their gradients not finite" if row["skipped"] else ""
         self.print(text)
 
     def print(self, text):
@@ -467,7 +489,7 @@ class StopSignal:
     """While it is open, Ctrl-C and SIGTERM set .number: the loop stops at the next step boundary. A second Ctrl-C ends it."""
 
     def __enter__(self):
-        self.number = 0
+        self.number, self.parent = 0, os.getppid()
         self.before = {number: signal.signal(number, self.catch) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -482,6 +504,8 @@ class StopSignal:
 
     def agreed(self, runtime):
         """The signal that any rank has received: ranks receive it at different moments, and must stop at the same step."""
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
+            self.number = self.number or signal.SIGTERM  # torchrun was killed and cannot pass one on
         if runtime.ranks == 1:
             return self.number
         number = torch.tensor(self.number)
@@ -494,32 +518,86 @@ class StopSignal:
 @program
 def main(argv):
     given = parse(TrainConfig, argv, __doc__)
-    config, dataset, state = plan(given)
-    runtime = pick_runtime(config.device, config.dtype, config.compile)
-    batch_size, accumulation = batch_shape(config, runtime.ranks)
-    if not config.eval_only:
-        check_writable(config.out_dir)
-        copy_tokenizer(dataset.meta["tokenizer"], dataset.folder, config.out_dir)
-    if state is None:
-        model = checkpoint.new_model(checkpoint.model_config(config), config.seed)
-    else:
-        model = checkpoint.build_model(state, config)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(re.search(config.trainable, name) is not None)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"no weight is called like trainable={config.trainable!r}: look at the names in model.py, q_proj for instance")
-    model.to(runtime.device)
-    # all input is checked; from here on ranks talk to each other
-    if runtime.ranks > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if runtime.device.type == "cuda" else "gloo")
-    try:
-        train(config, model, dataset, state, runtime, batch_size, accumulation)
-    except torch.OutOfMemoryError:
-        raise UserError(f"the device is out of memory: lower batch_size (now {batch_size}; tokens_per_step may stay) or "
-                        "block_size") from None
-    finally:
-        if runtime.ranks > 1:
-            dist.destroy_process_group()
+    call = build(TrainConfig, {key: given[key] for key in given if key in CALL})
+    ranks = world()[1]
+    with contextlib.ExitStack() as stack:
+        if ranks > 1:
+            join_ranks()
+            stack.callback(dist.destroy_process_group)
+        locked = Path(call.out_dir).is_dir() and not call.eval_only
+        if locked:  # before the checkpoint is read, which a run that is about to end may still write
+            own(call.out_dir, stack)
+        config, dataset, state = plan(given)
+        runtime = pick_runtime(config.device, config.dtype, config.compile)
+        batch_size, accumulation = batch_shape(config, runtime.ranks)
+        if not config.eval_only:
+            check_writable(config.out_dir)
+            if not locked:
+                own(config.out_dir, stack)
+            copy_tokenizer(dataset.meta["tokenizer"], dataset.folder, config.out_dir)
+        if config.parallel == "fsdp":
+            model = sharded_model(config, runtime, state)
+        elif state is None:
+            model = checkpoint.new_model(checkpoint.model_config(config), config.seed)
+        else:
+            model = checkpoint.build_model(state, config)
+        model.recompute = config.recompute
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(re.search(config.trainable, name) is not None)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UserError(f"no weight is called like trainable={config.trainable!r}: look at the names in model.py, q_proj for "
+                            "instance")
+        model.to(runtime.device)
+        try:
+            train(config, model, dataset, state, runtime, batch_size, accumulation)
+        except torch.OutOfMemoryError:
+            raise UserError(f"the device is out of memory: lower batch_size (now {batch_size}; tokens_per_step may stay) or "
+                            "block_size") from None
+        except RuntimeError as error:
+            if ranks > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise UserError("another rank of this run has ended, so this one ends too and saves nothing: start all again with "
+                                "--init_from=auto") from None
+            raise
+
+
+def join_ranks():
+    """Makes the process group. After a restart by torchrun its store still holds the addresses of the ranks that died, which
+    torch 2.13 lets the new ones read; so each attempt has names of its own, where one agent counts attempts for all."""
+    store, rank, ranks = next(rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=ranks)
+
+
+def own(out_dir, stack):
+    """Locks out_dir until stack closes: rank 0 does, the others wait for it."""
+    if world()[0] == 0:
+        stack.enter_context(checkpoint.lock(out_dir))
+    if world()[1] > 1:
+        dist.all_reduce(torch.zeros(()))
+
+
+@torch.no_grad()
+def sharded_model(config, runtime, state):
+    """The model with the weights of each block split over the ranks (FSDP2): at no time is it whole on a device."""
+    with torch.device("meta"):
+        model = GPT(checkpoint.model_config(config))
+    mesh = init_device_mesh(runtime.device.type, (runtime.ranks,))
+    half = runtime.dtype != torch.float32
+    # cos and sin come in as float32 and stay so; gradients are summed in float32
+    policy = MixedPrecisionPolicy(runtime.dtype if half else None, torch.float32 if half else None, cast_forward_inputs=False)
+    for block in model.layers:
+        if runtime.compile:
+            block.compile()
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=runtime.device)
+    weights = state["model"] if state else {}
+    if not state or weights:  # what a sharded checkpoint holds is read by load_sharded
+        for name, parameter in model.named_parameters():
+            whole = weights[name] if weights else initial_weight(name, parameter.shape, config.seed)
+            parameter.copy_(checkpoint.placed(whole, parameter))
+    return model
 
 
 def train(config, model, dataset, state, runtime, batch_size, accumulation):
@@ -530,8 +608,11 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
     resume = config.init_from == "resume"
     start = state["step"] if resume else 0
     optimizer = make_optimizer(model, config)
-    if resume:
+    fsdp = config.parallel == "fsdp"
+    if resume and state["model"]:
         checkpoint.load_optimizer(optimizer, state)
+    elif state and not state["model"]:
+        checkpoint.load_sharded(config.out_dir, model, optimizer, state)
 
     def batch(step, micro_step):
         """Inputs and targets of this rank: the ranks take turns through the sequences of the step."""
@@ -543,10 +624,10 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
         with runtime.autocast():
             return forward(x, y, logits="none")[1]
 
-    # one order: the plain model owns the weights and is saved, torch.compile wraps it, DDP wraps that
-    compiled = compile_model(model, runtime, lambda forward: loss_of(forward, *batch(0, 0)).backward())
+    # one order: the plain model owns the weights and is saved, torch.compile wraps it, DDP wraps that (FSDP is inside it)
+    compiled = model if fsdp else compile_model(model, runtime, lambda forward: loss_of(forward, *batch(0, 0)).backward())
     optimizer.zero_grad(set_to_none=True)
-    ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if ranks > 1 else compiled
+    ddp = DistributedDataParallel(compiled, gradient_as_bucket_view=True) if ranks > 1 and not fsdp else compiled
 
     for line in announcement(config, model, dataset, state, runtime, batch_size, accumulation):
         say(line)
@@ -561,7 +642,11 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
     began = interval_began = time.perf_counter()
     interval_step = start                       # the step at which this interval of the clock began
     loss = grad_norm = val_loss = None
-    finite = []                                 # of each step since the last look, still on the device
+    best = state["best_val_loss"] if resume else None
+    skipped, in_a_row = 0, 0                    # steps whose gradient was not finite: since the last log line, and up to now
+    if not resume and not config.eval_only:
+        checkpoint.clear_sharded(config.out_dir, runtime.rank)
+    saver = (checkpoint.ShardedSaver if fsdp else checkpoint.Saver)(config.out_dir, config.keep_checkpoints, runtime.rank)
 
     times, tracing = Times(runtime), profiler(config) if master and config.profile else contextlib.nullcontext()
     with StopSignal() as stop, log or contextlib.nullcontext(), tracing:
@@ -572,9 +657,6 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
             evaluating = new and (last or step % config.eval_interval == 0)
             logging = new and (evaluating or step % config.log_interval == 0)
 
-            if (logging or stopping) and finite:
-                check_finite(torch.stack(finite).tolist(), "loss or its gradient", step, config, runtime)
-                finite.clear()
             if logging:
                 if loss is not None:
                     if ranks > 1:
@@ -583,16 +665,18 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
                 seconds = time.perf_counter() - interval_began
                 rate = (step - interval_step) * config.tokens_per_step / seconds if step > interval_step else None
                 val_loss = evaluate(compiled, dataset.val, config, runtime, batch_size) if evaluating else None
-                check_finite([math.isfinite(val_loss or 0.0)], "validation loss", step, config, runtime)
+                check_finite(math.isfinite(val_loss or 0.0), "validation loss", step, config, runtime)
+                best = min(best or math.inf, val_loss) if evaluating else best
                 if master:
-                    log.row(step=step, tokens=step * config.tokens_per_step, train_loss=loss, val_loss=val_loss,
+                    log.row(step=step, tokens=step * config.tokens_per_step, train_loss=finite(loss), val_loss=val_loss,
                             val_bpb=bits_per_byte(val_loss, dataset.val) if evaluating else None,
                             lr=learning_rate(step - 1, config) if step else None,
-                            grad_norm=grad_norm.item() if step > start else None, tokens_per_sec=rate,
-                            mfu=rate * flops / (peak * ranks) if rate and peak else None)
-            if master and (evaluating or (stopping and new)):
-                check_finite([all(p.isfinite().all() for p in model.parameters())], "model", step, config, runtime)
-                save(config, model, optimizer, step, val_loss if evaluating else None, dataset, runtime)
+                            grad_norm=finite(grad_norm.item()) if step > start else None, tokens_per_sec=rate,
+                            mfu=rate * flops / (peak * ranks) if rate and peak else None, skipped=skipped)
+                skipped = 0
+            if evaluating or (stopping and new) or (logging and saver.failed):
+                check_finite(all(p.isfinite().all() for p in local(model)), "model", step, config, runtime)
+                saver.save(contents(config, model, optimizer, step, val_loss if evaluating else None, best, dataset, runtime), last)
             if logging:
                 interval_began, interval_step = time.perf_counter(), step
                 times.lap("evaluation, log and checkpoints")
@@ -608,20 +692,28 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
                 times.lap("data")
                 if config.dropout:              # drawn by place in the global batch, so that a resumed run draws the same
                     torch.manual_seed(keyed(config.seed, step, micro_step * ranks + runtime.rank))
-                synchronize = ranks == 1 or micro_step == accumulation - 1
+                synchronize = ranks == 1 or fsdp or micro_step == accumulation - 1
                 with contextlib.nullcontext() if synchronize else ddp.no_sync():  # around forward and backward
                     micro_loss = loss_of(ddp, x, y) / accumulation
                     micro_loss.backward()
                 loss += micro_loss.detach()
                 times.lap("forward and backward")
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            optimizer.step()
+            grad_norm = grad_norm.full_tensor() if fsdp else grad_norm
+            if grad_norm.isfinite():            # of the averaged gradient: all ranks skip a step, or none
+                optimizer.step()
+                in_a_row = 0
+            else:
+                skipped, in_a_row = skipped + 1, in_a_row + 1
+                check_finite(in_a_row < SKIPS, f"gradient ({SKIPS} steps in a row)", step + 1, config, runtime)
             optimizer.zero_grad(set_to_none=True)
-            finite.append(torch.isfinite(loss) & torch.isfinite(grad_norm))
             times.lap("optimizer")
             if master and config.profile:
                 tracing.step()
 
+    saver.wait()
+    if saver.failed:
+        raise UserError(f"{saver.failed}: go on with --init_from=auto")
     if stopping and not last:
         say(f"stopped by {signal.Signals(stopping).name} after step {step} and saved: the same command with "
             "--init_from=resume goes on")
@@ -633,6 +725,11 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
     say(f"time: {times}")
     prompt = "def " if dataset.meta.get("python") else ""
     say(f'now try: python sample.py --out_dir={config.out_dir} --prompt="{prompt}"')
+
+
+def local(model):
+    """The parameters of model, or this rank's parts of them."""
+    return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
 
 
 def profiler(config):
@@ -674,16 +771,11 @@ def run_settings(config):
     return {key: value for key, value in asdict(config).items() if key not in left_out}
 
 
-def save(config, model, optimizer, step, val_loss, dataset, runtime):
-    """Writes the checkpoint of this step."""
-    try:
-        checkpoint.save(config.out_dir, dict(
-            model=model.state_dict(), config=asdict(model.config), optimizer=optimizer.state_dict(),
-            settings=run_settings(config), runtime=runtime.describe(), step=step, val_loss=val_loss,
-            tokenizer=dataset.meta["tokenizer"], dataset_sha256=dataset.meta["sha256"]))
-    except OSError as error:
-        raise UserError(f"cannot save to {config.out_dir} ({error.strerror}): make room; the previous checkpoint is whole, "
-                        "continue it with --init_from=resume") from None
+def contents(config, model, optimizer, step, val_loss, best_val_loss, dataset, runtime):
+    """What the checkpoint of this step holds: see checkpoint.KEYS."""
+    return dict(model=model.state_dict(), config=asdict(model.config), optimizer=optimizer.state_dict(),
+                settings=run_settings(config), runtime=runtime.describe(), step=step, val_loss=val_loss,
+                best_val_loss=best_val_loss, tokenizer=dataset.meta["tokenizer"], dataset_sha256=dataset.meta["sha256"])
 
 
 if __name__ == "__main__":

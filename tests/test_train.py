@@ -59,7 +59,7 @@ def test_metrics_and_checkpoint(toy_run, tmp_path, capsys):
     train.main(toy_run)
     got = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in got] == [0, 5, 10, 15, 20]
-    assert all(list(row) == ["step", "tokens", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_sec", "mfu"]
+    assert all(list(row) == ["step", "tokens", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_sec", "mfu", "skipped"]
                for row in got)
     assert [row["step"] for row in got if row["val_loss"] is not None] == [0, 10, 20]
     assert got[0]["val_loss"] == pytest.approx(math.log(257), abs=0.1) and got[-1]["val_loss"] < 4.5
@@ -242,15 +242,91 @@ def test_eval_only_prints_the_loss_of_the_log_and_writes_nothing(toy_run, tmp_pa
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
 
 
-@pytest.mark.parametrize("eval_interval,lr,step", [(10, "1e30", 12), (1, "1e39", 11)], ids=["seen-in-training", "seen-in-validation"])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(toy_run, tmp_path, capsys, eval_interval, lr, step):
+@pytest.mark.parametrize("eval_interval,lr,words", [
+    (40, "1e30", "gradient (10 steps in a row) at step 21 is not finite (lr "), (1, "1e39", "validation loss at step 11 is not finite")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(toy_run, tmp_path, capsys, eval_interval, lr, words):
     train.main([*toy_run, "--max_steps=10", f"--eval_interval={eval_interval}"])
     good = weights(tmp_path / "run")
     with pytest.raises(SystemExit) as exit:
         train.main([*toy_run, "--init_from=resume", f"--learning_rate={lr}", "--max_steps=40", f"--eval_interval={eval_interval}"])
     error = capsys.readouterr().err
-    assert exit.value.code == 2 and f"is not finite at step {step} (lr " in error and "float32" in error
+    assert exit.value.code == 2 and words in error and "float32" in error
     assert equal(good, weights(tmp_path / "run")) and checkpoint.load(tmp_path / "run")["step"] == 10
+
+
+def poison(monkeypatch, steps):
+    """Makes the gradient of these steps, counted from 0, infinite or not a number."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def poisoned(parameters, *args):
+        parameters = list(parameters)
+        if len(calls) in steps:
+            parameters[0].grad.view(-1)[0] = math.inf if len(calls) % 2 else math.nan
+        calls.append(1)
+        return clip(parameters, *args)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(toy_run, tmp_path, monkeypatch, capsys):
+    """Such a step leaves weights and moments as they were: as if the optimizer had not been called."""
+    args = [*toy_run, "--max_steps=12", "--eval_interval=4", "--log_interval=4", "--warmup_steps=0", "--learning_rate=1e-3"]
+    with monkeypatch.context() as patch:
+        poison(patch, {2, 5, 6})
+        train.main(args)
+    assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 1, 2, 0]
+    assert "2 steps skipped, their gradients not finite" in capsys.readouterr().out
+    steps = [int(x["step"]) for x in checkpoint.load(tmp_path / "run")["optimizer"]["state"].values()]
+    assert set(steps) == {9} and all(json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    with monkeypatch.context() as patch:
+        poison(patch, range(1, 10))  # nine in a row are endured
+        train.main(out(args, tmp_path / "nine"))
+    with monkeypatch.context() as patch:
+        poison(patch, range(1, 11))
+        with pytest.raises(SystemExit):
+            train.main(out(args, tmp_path / "ten"))
+    assert checkpoint.load(tmp_path / "ten")["step"] == 8, "good weights are saved while steps are skipped"
+
+
+def test_newest_best_and_kept_checkpoints(toy_run, tmp_path, monkeypatch):
+    losses = iter([5.0, 4.0, 3.0, 3.5, 3.6, 3.0, 3.0])
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
+    args = [*toy_run, "--eval_interval=4", "--keep_checkpoints=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StopSignal", StopAt)
+        patch.setattr(StopAt, "step", 13)
+        with pytest.raises(SystemExit):
+            train.main(args)
+    assert checkpoint.load(tmp_path / "run/ckpt_best.pt")["step"] == 8
+    train.main([*args, "--init_from=auto"])  # the best is known after a restart
+    names = sorted(path.name for path in (tmp_path / "run").glob("*.pt"))
+    assert names == ["ckpt.pt", "ckpt_16.pt", "ckpt_20.pt", "ckpt_best.pt"]
+    assert checkpoint.load(tmp_path / "run/ckpt_16.pt")["step"] == 16 and checkpoint.load(tmp_path / "run")["step"] == 20
+    assert checkpoint.load(tmp_path / "run/ckpt_best.pt")["step"] == 20, "as good as the best, and newer"
+    train.main([f"--init_from={tmp_path / 'run/ckpt_16.pt'}", toy_run[0], f"--out_dir={tmp_path / 'on'}", "--max_steps=0", "--tokens_per_step=256"])
+
+
+def test_writing_does_not_hold_up_training(toy_run, tmp_path, monkeypatch):
+    """A disk that takes half a second for each file, five of them, costs the run only the last."""
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: (time.sleep(0.5), save(*args)))
+    monkeypatch.setattr(train, "evaluate", lambda *args: 1.0)
+    written = []
+    monkeypatch.setattr(checkpoint.Saver, "save", lambda self, state, save=checkpoint.Saver.save: (
+        written.append(time.perf_counter()), save(self, state), written.append(time.perf_counter())))
+    train.main([*toy_run, "--max_steps=1", "--eval_interval=10"])
+    assert len(written) == 4 and written[1] - written[0] < 0.3, "the first save returned before its file was written"
+    assert checkpoint.load(tmp_path / "run")["step"] == 1
+
+
+def test_what_is_saved_is_the_state_of_that_step(toy_run, tmp_path, monkeypatch):
+    """The thread writes a copy: training on changes nothing of it."""
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: (time.sleep(0.3), save(*args)))
+    args = [*toy_run, "--eval_interval=10", "--keep_checkpoints=9"]
+    train.main(args)
+    monkeypatch.undo()
+    train.main(out([*args, "--max_steps=20", "--eval_interval=10"], tmp_path / "plain"))
+    assert equal(checkpoint.load(tmp_path / "run/ckpt_10.pt")["model"], checkpoint.load(tmp_path / "plain/ckpt_10.pt")["model"])
 
 
 def test_a_checkpoint_cannot_run_code(toy_run, tmp_path, capsys):
@@ -276,8 +352,32 @@ def test_a_failed_save_leaves_the_checkpoint_whole(toy_run, tmp_path, monkeypatc
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit) as exit:
         train.main([*toy_run, "--init_from=resume", "--max_steps=25"])
-    assert exit.value.code == 2 and "No space left on device" in capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == 2 and "No space left on device): make 0 MiB of room; the previous checkpoint is whole: go on with" in error
     assert (tmp_path / "run/ckpt.pt").read_bytes() == good
+
+
+def test_a_full_disk_in_the_middle_is_tried_again(toy_run, tmp_path):
+    """RLIMIT_FSIZE stands in for a full disk: files may have 20 kB at first, and any size later."""
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import checkpoint, train
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+write, calls = checkpoint.Saver.write, []
+def counted(self, state):
+    calls.append(state["step"])
+    if len(calls) == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    write(self, state)
+checkpoint.Saver.write = counted
+train.main(sys.argv[1:])
+print("saved", calls)
+"""
+    done = subprocess.run([sys.executable, "-c", code, *toy_run, "--log_interval=2"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "saved [0, 2, 4, 10, 20]" in done.stdout and done.stderr.count("warning: cannot save step") == 2 and "of room" in done.stderr
+    assert checkpoint.load(tmp_path / "run")["step"] == 20 and not list((tmp_path / "run").glob("*.part"))
 
 
 def test_compile_falls_back_to_eager_with_one_warning(toy_run, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,97 @@
+"""Faults and many processes: killed runs, a folder that is taken, restarts, several agents, any number of ranks."""
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import kill_runs
+import pytest
+import torch
+from test_inputs import fails
+from test_train import ROOT, equal, out, rows, torchrun, weights
+
+import checkpoint
+import train
+
+
+def test_killed_runs_end_with_the_weights_of_a_whole_one():
+    """A short version of python tests/kill_runs.py --times=50."""
+    assert kill_runs.main(times=3, seed=random.randrange(10**6)) == (3, 3)
+
+
+def wait_for_step(folder, step, seconds=60):
+    deadline = time.time() + seconds
+    while time.time() < deadline and not (folder / "metrics.jsonl").exists() or len(rows(folder)) <= step:
+        time.sleep(0.01)
+
+
+def finish(process):
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, text
+    return text
+
+
+def test_torchrun_restarts_a_killed_worker_by_itself(toy_run, tmp_path):
+    args = [*toy_run, "--max_steps=60", "--log_interval=1", "--init_from=auto", "--eval_interval=7"]
+    finish(torchrun(out(args, tmp_path / "whole"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", "train.py"]
+    process = subprocess.Popen([*command, *out(args, tmp_path / "parts")], cwd=ROOT, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"),
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for_step(tmp_path / "parts", 10)
+    os.kill(kill_runs.children(process.pid)[1], signal.SIGKILL)
+    text = finish(process)
+    assert "resuming at step" in text and equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_workers_without_their_agent_save_and_end(toy_run, tmp_path):
+    args = [*toy_run, "--max_steps=100000", "--log_interval=1", "--eval_interval=50000"]
+    process = torchrun(out(args, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for_step(tmp_path / "run", 5)
+    process.send_signal(signal.SIGKILL)
+    text = process.communicate(timeout=60)[0]  # returns when the workers have closed the pipe
+    assert "stopped by SIGTERM" in text and checkpoint.load(tmp_path / "run")["step"] >= 5
+
+
+def test_a_folder_belongs_to_one_run(toy_run, tmp_path, monkeypatch, capsys):
+    train.main([*toy_run, "--max_steps=2"])
+    monkeypatch.setattr(checkpoint.lock.__wrapped__, "__defaults__", (0.3,))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with checkpoint.lock(tmp_path / "run"):
+        for args in (["--init_from=resume"], ["--overwrite=True"], ["--init_from=auto", "--max_steps=4"]):
+            assert "another run writes to" in fails(train.main, [*toy_run, *args], capsys)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    train.main([*toy_run, "--init_from=auto", "--max_steps=4"])
+
+
+def test_the_lock_ends_with_its_process(tmp_path):
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import checkpoint\nwith checkpoint.lock(sys.argv[1]): print('on', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "on\n"
+    process.kill()
+    with checkpoint.lock(tmp_path, patience=10):
+        process.wait()
+
+
+def test_any_number_of_ranks_has_the_same_loss_curve(toy_run, tmp_path):
+    """The world-size law: 1, 2 and 4 ranks to 1e-5 over 50 steps of AdamW at 1e-3; and two agents with one rank each."""
+    args = [*toy_run, "--batch_size=2", "--max_steps=50", "--eval_interval=25", "--log_interval=1", "--learning_rate=1e-3"]
+    train.main(out(args, tmp_path / "1"))
+    for ranks in (2, 4):
+        finish(torchrun(out(args, tmp_path / str(ranks)), ranks, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agents = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1", "--rdzv_backend=c10d",
+         "--rdzv_id=a", f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", "train.py", *out(args, tmp_path / "agents")], cwd=ROOT, text=True,
+        env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for node in (0, 1)]
+    texts = [finish(agent) for agent in agents]
+    assert sum("2 ranks" in text for text in texts) == 1, "one rank of all machines speaks"
+    for other in ("2", "4", "agents"):
+        for a, b in zip(rows(tmp_path / "1"), rows(tmp_path / other), strict=True):
+            for key in ("train_loss", "val_loss"):
+                assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-5), (other, a["step"], key)
+    assert torch.isfinite(weights(tmp_path / "4")["norm.weight"]).all()
