@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -218,6 +219,9 @@ def load(out_dir):
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}: train one with train.py --out_dir={out_dir}, or name another --out_dir")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum: a flipped bit would be another weight
+            if damaged := archive.testzip():
+                raise ValueError(damaged)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): mend its permissions or the disk") from None

@@ -95,3 +95,74 @@ def test_any_number_of_ranks_has_the_same_loss_curve(toy_run, tmp_path):
             for key in ("train_loss", "val_loss"):
                 assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-5), (other, a["step"], key)
     assert torch.isfinite(weights(tmp_path / "4")["norm.weight"]).all()
+
+
+FSDP = ["--parallel=fsdp", "--tokens_per_step=384", "--max_steps=50", "--eval_interval=25", "--log_interval=1", "--learning_rate=1e-3"]
+
+
+def test_fsdp_has_the_losses_of_ddp_and_moves_between_numbers_of_ranks(toy_run, tmp_path):
+    """50 steps on 2 ranks as DDP; as FSDP with recomputed blocks; and as FSDP that is stopped, and goes on on 3 ranks."""
+    toy_run = [arg for arg in toy_run if not arg.startswith("--batch_size")]
+    def run(name, ranks, *args, stop=None):
+        process = torchrun(out([*toy_run, *FSDP, *args], tmp_path / name), ranks, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if stop is None:
+            return finish(process)
+        wait_for_step(tmp_path / name, stop)
+        process.send_signal(signal.SIGTERM)
+        return process.communicate(timeout=100)[0]
+    run("ddp", 2, "--parallel=ddp")
+    run("fsdp", 2, "--recompute=True")
+    assert not list((tmp_path / "fsdp").glob("sharded_*")), "the ordinary checkpoint takes its place at the end"
+    assert "and saved" in run("moved", 2, stop=5)
+    (folder,) = (tmp_path / "moved").glob("sharded_*")
+    files = sorted(path.name for path in folder.iterdir())
+    assert len([name for name in files if name.endswith(".safetensors")]) == 2 and "state.json" in files and ".metadata" not in files
+    (folder / ".metadata").write_bytes(evil(tmp_path))  # what torch's default storage would unpickle
+    text = run("moved", 3, "--init_from=auto")
+    assert "ranks 2 -> 3" in text and not (tmp_path / "owned").exists()
+    for other in ("fsdp", "moved"):
+        for a, b in zip(rows(tmp_path / "ddp"), rows(tmp_path / other), strict=True):
+            for key in ("train_loss", "val_loss", "grad_norm"):
+                assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-5), (other, a["step"], key)
+        for name, x in weights(tmp_path / "ddp").items():
+            torch.testing.assert_close(weights(tmp_path / other)[name], x, atol=2e-4, rtol=0)
+    model, moments = checkpoint.build_model(checkpoint.load(tmp_path / "moved")), checkpoint.load(tmp_path / "moved")["optimizer"]["state"]
+    assert len(moments) == len(list(model.parameters())) and all(int(x["step"]) == 50 for x in moments.values())
+    run("moved", 2, "--init_from=resume", "--parallel=ddp", "--max_steps=52")  # and an ordinary run takes it over
+
+
+def evil(folder):
+    """A pickle that runs a command when it is loaded without limits."""
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {folder / 'owned'}",)
+    return pickle.dumps(Evil())
+
+
+@pytest.mark.parametrize("args,words", [(["--optimizer=muon"], "splits the matrices that Muon needs whole"), ([], "start with torchrun")])
+def test_what_fsdp_cannot_do(toy_run, capsys, args, words):
+    assert words in fails(train.main, [*toy_run, "--parallel=fsdp", *args], capsys)
+
+
+def test_a_sharded_checkpoint_is_read_by_its_run_alone(toy_run, tmp_path, capsys):
+    from test_inputs import sample
+    train.main(toy_run)
+    state = checkpoint.load(tmp_path / "run")
+    folder = tmp_path / "run/sharded_20"
+    folder.mkdir()
+    import json
+    (folder / "state.json").write_text(json.dumps({**state, "model": {}, "optimizer": {}}))
+    assert "is sharded over ranks: end its run with" in fails(sample.main, [f"--out_dir={tmp_path / 'run'}", "--device=cpu"], capsys)
+    for text in ("{", "[]", '{"step": 1}'):
+        (folder / "state.json").write_text(text)
+        error = fails(train.main, [*toy_run, "--init_from=resume"], capsys)
+        assert "state.json is damaged" in error or "is not a checkpoint" in error
+
+
+def test_recomputed_blocks_make_the_same_gradients(toy_run, tmp_path):
+    for name, args in (("plain", []), ("recomputed", ["--recompute=True"])):
+        train.main(out([*toy_run, "--dropout=0.1", *args], tmp_path / name))
+    for a, b in zip(rows(tmp_path / "plain"), rows(tmp_path / "recomputed"), strict=True):
+        assert a["train_loss"] == b["train_loss"] or a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-6)

@@ -311,8 +311,8 @@ def test_writing_does_not_hold_up_training(toy_run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda *args: (time.sleep(0.5), save(*args)))
     monkeypatch.setattr(train, "evaluate", lambda *args: 1.0)
     written = []
-    monkeypatch.setattr(checkpoint.Saver, "save", lambda self, state, save=checkpoint.Saver.save: (
-        written.append(time.perf_counter()), save(self, state), written.append(time.perf_counter())))
+    monkeypatch.setattr(checkpoint.Saver, "save", lambda self, *args, save=checkpoint.Saver.save: (
+        written.append(time.perf_counter()), save(self, *args), written.append(time.perf_counter())))
     train.main([*toy_run, "--max_steps=1", "--eval_interval=10"])
     assert len(written) == 4 and written[1] - written[0] < 0.3, "the first save returned before its file was written"
     assert checkpoint.load(tmp_path / "run")["step"] == 1
