@@ -3,7 +3,9 @@
 A data set is a folder of .bin files (raw uint16 or uint32 token ids, one after another) and one meta.json, which lists
 the files of each split with their token and byte counts. Every document ends with the end-of-text token.
 """
+import bisect
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -19,7 +21,7 @@ from configurator import UserError
 
 DATA = Path(__file__).resolve().parent / "data"
 EOT = "<|endoftext|>"
-SCANNED = 2**24  # tokens at the start of each file that are checked when it is opened; the rest is checked as it is read
+SCANNED = 2**24  # tokens at the start of a split that are checked when it is opened; the rest is checked as it is read
 
 
 # -- tokenizers --------------------------------------------------------------------------------------------------------
@@ -90,6 +92,11 @@ class HuggingFaceTokenizer:
     def encode_ordinary(self, text):
         return self.encode(text, allowed_special=())
 
+    def encode_ordinary_batch(self, texts):
+        """Ids of each text, on all cores, or as many as the environment's RAYON_NUM_THREADS says."""
+        self.tokenizer.encode_special_tokens = True
+        return [encoded.ids for encoded in self.tokenizer.encode_batch(texts)]
+
     def decode_single_token_bytes(self, token):
         """The bytes of one id, which may be a part of a character. KeyError where there is no such id."""
         piece = self.tokenizer.id_to_token(token)
@@ -127,23 +134,39 @@ def held_out(names):
     return set(ranked[:max(1, len(ranked) // 10)])
 
 
+def open_tokenizer(tokenizer, data_dir, overwrite=False):
+    """Name, encoding and dtype of the ids of tokenizer, a name or a folder, which is to write a data set to data_dir.
+
+    UserError where a data set of another tokenizer is there, unless overwrite.
+    """
+    name = HuggingFaceTokenizer(tokenizer).name if os.path.exists(os.path.join(tokenizer, HF_TOKENIZER)) else tokenizer
+    if (Path(data_dir) / "meta.json").exists() and not overwrite:
+        try:
+            there = read_meta(data_dir)["tokenizer"]
+        except UserError:
+            there = name  # a damaged data set is mended by making it again
+        if there != name:
+            raise UserError(f"{data_dir} holds a data set of tokenizer {there!r}: pass another --data_dir, or --overwrite=True")
+    encoding = get_tokenizer(name, tokenizer)
+    return name, encoding, np.dtype("uint16" if encoding.n_vocab <= 2**16 else "uint32").newbyteorder("<")
+
+
+def print_counts(data_dir, meta):
+    """The last lines of every prepare.py: the tokens of each split, and the hash."""
+    for files in meta["splits"].values():
+        names = files[0]["name"] + (f" to {files[-1]['name']}" if len(files) > 1 else "")
+        tokens, size = (sum(file[count] for file in files) for count in ("tokens", "bytes"))
+        print(f"{Path(data_dir) / names}: {tokens:,} tokens from {size:,} bytes of text")
+    print(f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids, content sha256 {meta['sha256'][:16]}")
+
+
 def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
     """Tokenizes documents, pairs of split ("train" or "val") and text, into data_dir; about is added to meta.json.
 
     The files take their names only when all are complete, meta.json last. Prints the counts.
     """
-    data_dir, source = Path(data_dir), tokenizer
-    if os.path.exists(os.path.join(source, HF_TOKENIZER)):
-        tokenizer = HuggingFaceTokenizer(source).name
-    if (data_dir / "meta.json").exists() and not overwrite:
-        try:
-            there = read_meta(data_dir)["tokenizer"]
-        except UserError:
-            there = tokenizer  # a damaged data set is mended by making it again
-        if there != tokenizer:
-            raise UserError(f"{data_dir} holds a data set of tokenizer {there!r}: pass another --data_dir, or --overwrite=True")
-    encoding = get_tokenizer(tokenizer, source)
-    dtype = np.dtype("uint16" if encoding.n_vocab <= 2**16 else "uint32").newbyteorder("<")
+    data_dir = Path(data_dir)
+    name, encoding, dtype = open_tokenizer(tokenizer, data_dir, overwrite)
     part = f".{os.getpid()}.part"
     splits = {split: [dict(name=f"{split}.bin", tokens=0, bytes=0)] for split in ("train", "val")}
     digest = hashlib.sha256()
@@ -160,20 +183,18 @@ def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
             file.close()
             if not splits[split][0]["bytes"]:
                 raise UserError(f"no text for the {split} split: give more text with --input")
-        meta = dict(about, tokenizer=tokenizer, vocab_size=encoding.n_vocab, dtype=dtype.name, sha256=digest.hexdigest(),
+        meta = dict(about, tokenizer=name, vocab_size=encoding.n_vocab, dtype=dtype.name, sha256=digest.hexdigest(),
                     splits=splits)
         (data_dir / f"meta.json{part}").write_text(json.dumps(meta, indent=1))
-        copy_tokenizer(tokenizer, source, data_dir)
-        for name in ("train.bin", "val.bin", "meta.json"):
-            os.replace(data_dir / f"{name}{part}", data_dir / name)
+        copy_tokenizer(name, tokenizer, data_dir)
+        for file in ("train.bin", "val.bin", "meta.json"):
+            os.replace(data_dir / f"{file}{part}", data_dir / file)
     except OSError as error:
         raise UserError(f"cannot write the data set to {data_dir} ({error.strerror}): pass another --data_dir") from None
     finally:
         for left in data_dir.glob(f"*{part}"):
             left.unlink()
-    for split, (file,) in splits.items():
-        print(f"{data_dir / file['name']}: {file['tokens']:,} tokens from {file['bytes']:,} bytes of text")
-    print(f"tokenizer {tokenizer}, {encoding.n_vocab:,} ids, content sha256 {meta['sha256'][:16]}")
+    print_counts(data_dir, meta)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -210,15 +231,17 @@ class Split:
     def __init__(self, folder, name, meta):
         self.folder, self.vocab_size, self.dtype = Path(folder), meta["vocab_size"], np.dtype(meta["dtype"]).newbyteorder("<")
         self.files = meta["splits"][name]
-        self.n_tokens = sum(file["tokens"] for file in self.files)
+        self.ends = list(itertools.accumulate(file["tokens"] for file in self.files))  # where each file ends in the split
+        self.n_tokens = self.ends[-1] if self.ends else 0
         self.n_bytes = sum(file["bytes"] for file in self.files)
-        for file in self.files:
+        for file, end in zip(self.files, self.ends):
             path, wanted = self.folder / file["name"], file["tokens"] * self.dtype.itemsize
             size = path.stat().st_size if path.is_file() else -1
             if size != wanted:
                 state = f"has {size:,} bytes where meta.json promises {wanted:,}" if size >= 0 else "is missing"
                 raise UserError(f"{path} {state}: {mend(folder)}")
-            self.check(self.map(file)[:SCANNED])
+            if (start := end - file["tokens"]) < SCANNED:
+                self.check(self.map(file)[:SCANNED - start])
 
     def map(self, file):
         """The tokens of one file, memory-mapped for one call: a map that stays open seems to eat memory."""
@@ -237,13 +260,13 @@ class Split:
         maps = {}
         for row, start in zip(out, starts):
             filled = 0
-            for i, file in enumerate(self.files):
-                if filled < length and start < file["tokens"]:
-                    maps[i] = maps[i] if i in maps else self.map(file)
-                    part = maps[i][start:start + length - filled]
-                    row[filled:filled + len(part)] = part
-                    filled, start = filled + len(part), start + len(part)
-                start -= file["tokens"]
+            while filled < length:
+                i = bisect.bisect_right(self.ends, start + filled)  # the file that holds this token; never an empty one
+                maps[i] = maps[i] if i in maps else self.map(self.files[i])
+                at = start + filled - self.ends[i] + len(maps[i])
+                part = maps[i][at:at + length - filled]
+                row[filled:filled + len(part)] = part
+                filled += len(part)
         return self.check(out)
 
 
