@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,6 +198,101 @@ def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
     print_counts(data_dir, meta)
 
 
+class ShardWriter:
+    """Writes a data set of many files that a kill does not undo: the .bin files in folder and progress.json beside them,
+    which save() writes and which says how far they are valid. state is its content: splits, and whatever the caller adds.
+    A file of the train split ends with the document that reaches tokens_per_file."""
+
+    def __init__(self, folder, state, eot, dtype, tokens_per_file):
+        self.folder, self.state, self.dtype, self.tokens_per_file = folder, state, dtype, tokens_per_file
+        self.eot, self.open, self.saved = np.array([eot], dtype=dtype), {}, time.monotonic()
+        for split, files in state["splits"].items():
+            if files and "sha256" not in files[-1]:
+                self.start(split)
+
+    def start(self, split):
+        """Opens the split's last file at its recorded length; what a killed run wrote after it is cut off."""
+        about, digest = self.state["splits"][split][-1], hashlib.sha256()
+        path, left = self.folder / about["name"], about["tokens"] * self.dtype.itemsize
+        if left and (not path.exists() or path.stat().st_size < left):
+            raise UserError(f"{path} is shorter than progress.json says: remove {self.folder} to begin again")
+        file = open(path, "r+b" if left else "wb")
+        while left:
+            digest.update(chunk := file.read(min(left, 2**24)))
+            left -= len(chunk)
+        file.truncate(file.tell())
+        self.open[split] = file, digest
+
+    def add(self, split, ids, n_bytes):
+        """A document of n_bytes bytes of text; end-of-text is added."""
+        files = self.state["splits"][split]
+        if split not in self.open:
+            files.append(dict(name=f"train_{len(files):05d}.bin" if split == "train" else "val.bin", tokens=0, bytes=0))
+            self.start(split)
+        raw = np.concatenate([np.asarray(ids, dtype=self.dtype), self.eot]).tobytes()
+        file, digest = self.open[split]
+        file.write(raw)
+        digest.update(raw)
+        files[-1]["tokens"] += len(ids) + 1
+        files[-1]["bytes"] += n_bytes
+        if split == "train" and files[-1]["tokens"] >= self.tokens_per_file:
+            self.close(split)
+
+    def close(self, split):
+        file, digest = self.open.pop(split)
+        sync(file)
+        file.close()
+        self.state["splits"][split][-1]["sha256"] = digest.hexdigest()
+
+    def save(self, **changes):
+        self.state.update(changes)
+        for file, _ in self.open.values():
+            sync(file)
+        write_json(self.folder / "progress.json", self.state)
+        self.saved = time.monotonic()
+
+    def finish(self):
+        for split in [*self.open]:
+            self.close(split)
+        self.save(finished=True)
+
+
+def publish(folder, data_dir, about, splits):
+    """Moves what a ShardWriter finished in folder to data_dir in place of what is there, meta.json last; returns that.
+
+    May be called again after a kill. The set's sha256 is that of the lines sha256sum prints for its files, train first.
+    """
+    files = [*splits["train"], *splits["val"]]
+    lines = "".join(f"{file['sha256']}  {file['name']}\n" for file in files)
+    meta = dict(about, sha256=hashlib.sha256(lines.encode()).hexdigest(), splits=splits)
+    try:
+        old = {file["name"] for split in read_meta(data_dir)["splits"].values() for file in split}
+    except UserError:
+        old = set()
+    (data_dir / "meta.json").unlink(missing_ok=True)
+    for name in {file["name"] for file in files} | old:
+        if (folder / name).exists():  # not so where a former run was killed in the middle of this
+            os.replace(folder / name, data_dir / name)
+        elif name in old:
+            (data_dir / name).unlink(missing_ok=True)
+    write_json(data_dir / "meta.json", meta)
+    shutil.rmtree(folder)
+    return meta
+
+
+def sync(file):
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_json(path, content):
+    """Replaces path as a whole, and on the disk."""
+    with open(f"{path}.part", "w") as file:
+        json.dump(content, file, indent=1)
+        sync(file)
+    os.replace(f"{path}.part", path)
+
+
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 def read_meta(folder):
@@ -234,18 +330,22 @@ class Split:
         self.ends = list(itertools.accumulate(file["tokens"] for file in self.files))  # where each file ends in the split
         self.n_tokens = self.ends[-1] if self.ends else 0
         self.n_bytes = sum(file["bytes"] for file in self.files)
-        for file, end in zip(self.files, self.ends):
+        for i, file in enumerate(self.files):
             path, wanted = self.folder / file["name"], file["tokens"] * self.dtype.itemsize
             size = path.stat().st_size if path.is_file() else -1
             if size != wanted:
                 state = f"has {size:,} bytes where meta.json promises {wanted:,}" if size >= 0 else "is missing"
                 raise UserError(f"{path} {state}: {mend(folder)}")
-            if (start := end - file["tokens"]) < SCANNED:
-                self.check(self.map(file)[:SCANNED - start])
+            if (start := self.ends[i] - file["tokens"]) < SCANNED:
+                self.check(self.read(i, 0, SCANNED - start))
 
-    def map(self, file):
-        """The tokens of one file, memory-mapped for one call: a map that stays open seems to eat memory."""
-        return np.memmap(self.folder / file["name"], self.dtype, "r") if file["tokens"] else np.zeros(0, dtype=self.dtype)
+    def read(self, i, at, count):
+        """Tokens [at, at + count) of file i, or those up to its end. A map of the file would read ahead megabytes for each."""
+        path, count = self.folder / self.files[i]["name"], min(count, self.files[i]["tokens"] - at)
+        ids = np.fromfile(path, self.dtype, count, offset=at * self.dtype.itemsize)
+        if len(ids) < count:
+            raise UserError(f"{path} has become shorter: {mend(self.folder)}")
+        return ids
 
     def check(self, ids):
         """ids, none of which may lie beyond the vocabulary."""
@@ -257,14 +357,11 @@ class Split:
     def windows(self, starts, length):
         """Tokens [start, start + length) of the split for each start, across its files: int64 (len(starts), length)."""
         out = np.empty((len(starts), length), dtype=np.int64)
-        maps = {}
         for row, start in zip(out, starts):
             filled = 0
             while filled < length:
                 i = bisect.bisect_right(self.ends, start + filled)  # the file that holds this token; never an empty one
-                maps[i] = maps[i] if i in maps else self.map(self.files[i])
-                at = start + filled - self.ends[i] + len(maps[i])
-                part = maps[i][at:at + length - filled]
+                part = self.read(i, start + filled - self.ends[i] + self.files[i]["tokens"], length - filled)
                 row[filled:filled + len(part)] = part
                 filled += len(part)
         return self.check(out)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from test_inputs import ROOT, fails, program
 
+from configurator import UserError
 from dataloader import Dataset, get_tokenizer, train_batch, val_batch, val_windows, write_dataset
 
 main = program("hub")
@@ -24,7 +25,7 @@ LIST = "/api/datasets/some/text/parquet/part/train"
 
 def texts(n, seed=0):
     rng = random.Random(seed)
-    return ["".join(rng.choices("abc é🙂\n", k=rng.randint(0, 40))) + rng.choice(["", "", "<|endoftext|>"]) for _ in range(n)]
+    return ["".join(rng.choices("abc é🙂\n", k=rng.randint(0, 40))) + rng.choice(["", "<|endoftext|>"]) for _ in range(n)]
 
 
 def parquet(path, column, **options):
@@ -49,14 +50,11 @@ def server(monkeypatch, tmp_path):
             plan = server.plan.get(self.path, [])
             how = plan.pop(0) if plan else None
             content = how if isinstance(how, bytes) else server.files.get(self.path)
-            start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1]) if self.headers["Range"] and server.ranges else 0
+            start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "bytes=0-")[1]) if server.ranges else 0
             if content is None or isinstance(how, tuple):
                 return self.send_error(how[0] if how else 404)
-            if start >= len(content) > 0 and self.headers["Range"]:
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(content)}")
-                self.send_header("Content-Length", "0")
-                return self.end_headers()
+            if start >= len(content) > 0:
+                return self.send_error(416)
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
@@ -155,8 +153,8 @@ def test_dropped_connections_and_busy_servers(server, tmp_path, ranges):
     server.plan = {"/1.parquet": [1000, 0, (503,), 2000, (429,)], LIST: [(500,), 10]}
     main(arguments(server, tmp_path / "again"))
     assert content(tmp_path / "again") == content(tmp_path / "out")
-    asked = [r for path, r in server.asked if path == "/1.parquet"]
-    assert [int((r or "bytes=0-")[6:-1]) for r in asked] == ([0, 1000, 1000, 1000, 3000, 3000] if ranges else [0, 1000, 0, 0, 2000, 2000])
+    starts = [int((header or "bytes=0-")[6:-1]) for path, header in server.asked if path == "/1.parquet"]
+    assert starts == ([0, 1000, 1000, 1000, 3000, 3000] if ranges else [0, 1000, 0, 0, 2000, 2000])
 
 
 def test_a_corrupt_file_is_downloaded_once_more(server, tmp_path, capsys):
@@ -185,7 +183,7 @@ def test_a_run_goes_on_where_it_stopped(server, tmp_path, monkeypatch, kill_at, 
     main(arguments(server, tmp_path / "out"))
     server.asked.clear()
     monkeypatch.setattr(hub, "SAVE_SECONDS", save)
-    add, added = hub.Writer.add, []
+    add, added = hub.ShardWriter.add, []
 
     def counted(self, *args):
         added.append(args)
@@ -194,7 +192,7 @@ def test_a_run_goes_on_where_it_stopped(server, tmp_path, monkeypatch, kill_at, 
                 file.flush()
             raise KeyboardInterrupt
         add(self, *args)
-    monkeypatch.setattr(hub.Writer, "add", counted)
+    monkeypatch.setattr(hub.ShardWriter, "add", counted)
     with pytest.raises(SystemExit):
         main(arguments(server, tmp_path / "again"))
     assert not (tmp_path / "again/meta.json").exists()
@@ -205,6 +203,19 @@ def test_a_run_goes_on_where_it_stopped(server, tmp_path, monkeypatch, kill_at, 
         assert len(added) < 3000 + 128 + 2
     elif kill_at > 1000:
         assert len(added) < 3000 + kill_at - 1000 + 2
+
+
+def test_a_left_over_that_is_longer_than_the_file(server, tmp_path):
+    """Such a one is of another file: it is thrown away."""
+    server.plan = {"/1.parquet": [500, (404,)]}
+    with pytest.raises(SystemExit):
+        main(arguments(server, tmp_path / "out"))
+    part = tmp_path / "out/hub.part/00001.parquet.part"
+    assert part.stat().st_size == 500
+    part.write_bytes(bytes(10**6))
+    server.asked.clear()
+    main(arguments(server, tmp_path / "out"))
+    assert server.asked[:2] == [("/1.parquet", "bytes=1000000-"), ("/1.parquet", None)] and Dataset(tmp_path / "out")
 
 
 def test_a_run_goes_on_after_it_was_killed_while_finishing(server, tmp_path, monkeypatch):
@@ -219,15 +230,13 @@ def test_a_run_goes_on_after_it_was_killed_while_finishing(server, tmp_path, mon
             replace(source, target)
         folder = tmp_path / str(kill_at)
         with monkeypatch.context() as patch:
-            patch.setattr(hub, "finish", lambda *args: patch.setattr(os, "replace", counted) or finish(*args))
-            finish = hub_finish
+            publish = hub.publish
+            patch.setattr(hub, "publish", lambda *args: patch.setattr(os, "replace", counted) or publish(*args))
             with pytest.raises(SystemExit):
                 main(arguments(server, folder))
+        assert not (folder / "meta.json").exists()
         main(arguments(server, folder))
         assert content(folder) == content(tmp_path / "out")
-
-
-hub_finish = hub.finish
 
 
 def test_kill_9(server, tmp_path):
@@ -254,9 +263,10 @@ def test_kill_9(server, tmp_path):
     (["--val_fraction=1"], "val_fraction must be between 0 and 1"), (["--max_tokens=0"], "max_tokens must be at least 1"),
     (["--workers=0"], "workers must be at least 1"), (["--tokens_per_file=0"], "tokens_per_file must be at least 1"),
     (["--colum=text"], "did you mean column?"), (["--tokenizer=nonsense"], "there is no tokenizer 'nonsense'"),
-    (["--subset=other"], "answers 404 (Not Found): check --repo, --subset and --split"), (["--endpoint=ftp:/x"], "is no address of a Hub"),
-    (["--input=/no/such"], "there are no parquet files at /no/such: name one"), (["--column=words"], "no column of text 'words': choose --column from text"),
-    (["--column=id"], "choose --column from text"), (["--val_fraction=1e-9"], "no text for the val split"),
+    (["--subset=other"], "answers 404 (Not Found): check --repo, --subset and --split"),
+    (["--endpoint=ftp:/x"], "is no address of a Hub"), (["--input=/no/such"], "there are no parquet files at /no/such: name"),
+    (["--column=words"], "no column of text 'words': choose --column from text"), (["--column=id"], "--column from text"),
+    (["--val_fraction=1e-9"], "no text for the val split"),
     (["--endpoint=http://127.0.0.1:1"], "6 times in a row): run the same command later")])
 def test_bad_settings(server, tmp_path, capsys, args, words):
     assert words in fails(main, arguments(server, tmp_path / "out", *args), capsys)
@@ -323,7 +333,7 @@ def test_tokenizer_files_tokenize_batches_as_they_do_texts(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     parquet(tmp_path / "x.parquet", texts(400))
-    main([f"--tokenizer={tmp_path}", f"--input={tmp_path / 'x.parquet'}", f"--data_dir={tmp_path / 'out'}", "--val_fraction=0.1"])
+    main([f"--tokenizer={tmp_path}", f"--input={tmp_path}/x.parquet", f"--data_dir={tmp_path}/out", "--val_fraction=0.1"])
     encoding, train = HuggingFaceTokenizer(tmp_path), Dataset(tmp_path / "out").train
     val = [text for text in texts(400) if int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < 0.1 * 2**64]
     want = [i for text in texts(400) if text not in val for i in [*encoding.encode_ordinary(text), encoding.eot_token]]
@@ -353,6 +363,14 @@ def test_windows_of_many_files_are_those_of_one(tmp_path):
         assert (split.windows(starts, length) == np.stack([whole[start:start + length] for start in starts])).all()
     with pytest.raises(IndexError):
         split.windows([len(whole) - 3], 4)
+
+
+def test_a_file_that_shrinks_while_it_is_used(tmp_path):
+    (tmp_path / "a.bin").write_bytes(bytes(200))
+    split = make(tmp_path, [("a.bin", 100)]).train
+    os.truncate(tmp_path / "a.bin", 100)
+    with pytest.raises(UserError, match="a.bin has become shorter"):
+        split.windows([40], 20)
 
 
 def test_opening_checks_a_bounded_number_of_tokens(tmp_path, monkeypatch):

@@ -7,8 +7,7 @@
 Needs pyarrow. Takes one parquet file after the other, in the order of the Hub's list of them; of large data sets that
 list may hold a first part only (its split is then called partial-train). Documents stay whole and in order; nulls are
 left out. What is done so far is in DATA_DIR/hub.part: the same command goes on there after any interruption, and the
-data set that it makes is the same to the byte. sha256 in meta.json is that of the lines that sha256sum prints for the
-.bin files, train first.
+data set that it makes is the same to the byte.
 """
 import hashlib
 import http.client
@@ -27,13 +26,13 @@ from itertools import chain
 from pathlib import Path
 from urllib.parse import quote
 
-import numpy as np
 import tiktoken
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, build, parse, program
-from dataloader import PrepareConfig, Split, copy_tokenizer, open_tokenizer, print_counts, read_meta
+from dataloader import (PrepareConfig, ShardWriter, Split, copy_tokenizer, open_tokenizer, print_counts, publish, read_meta,
+                        write_json)
 
 RETRIES, BACKOFF = 6, 1.0  # tries in a row that bring no new byte, and the seconds before the first, which then double
 SAVE_SECONDS = 10  # of work that a kill may cost
@@ -43,14 +42,14 @@ NETWORK = (urllib.error.URLError, http.client.HTTPException, TimeoutError, Conne
 
 @dataclass
 class HubConfig(PrepareConfig):
-    tokenizer: str = "gpt2"       # byte, the name of any tiktoken encoding (gpt2, cl100k_base, ...), or a folder with a tokenizer.json
+    tokenizer: str = "gpt2"       # byte, the name of any tiktoken encoding, or a folder with a tokenizer.json
     input: str | None = None      # a parquet file, or a folder of them, to read instead of the Hub's
     overwrite: bool = False       # replace another data set, or an unfinished one of other settings
     repo: str = "HuggingFaceFW/fineweb-edu"  # the Hub's name of the data set
     subset: str = "sample-10BT"   # the Hub's name of its part (default where there is but one)
     split: str = "train"          # the Hub's split, which is split again into train and val
     column: str = "text"          # the column that holds the documents
-    max_tokens: int | None = None # stop after the document that reaches so many tokens, train and val together; None: take all
+    max_tokens: int | None = None  # stop after the document that reaches so many tokens, train and val together; None: take all
     val_fraction: float = 0.001   # share of the documents that validates, by a hash of their text: equal texts stay together
     tokens_per_file: int = 10**8  # a file of the train split ends with the document that reaches so many
     workers: int | None = None    # threads that tokenize; None: one a core (for a tokenizer.json, RAYON_NUM_THREADS says it)
@@ -91,10 +90,7 @@ def download(url, path):
                 return
         except NETWORK as error:
             problem, code = str(error), getattr(error, "code", 500)
-            if code == 416:  # nothing follows these bytes: they are all, or of another file
-                if error.headers["Content-Range"] == f"bytes */{have}":
-                    os.replace(part, path)
-                    return
+            if code == 416:  # these bytes are of another file, or all that there are
                 part.unlink()
             elif code < 500 and code not in (408, 429):
                 raise UserError(f"{url} answers {code} ({error.reason}): check --repo, --subset and --split, or pass parquet "
@@ -108,7 +104,7 @@ def download(url, path):
 
 
 def find_sources(config):
-    """The parquet files in order: addresses on the Hub, or paths of --input."""
+    """The parquet files in order: addresses on the Hub, or paths below --input."""
     if config.input is not None:
         path = Path(config.input)
         paths = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
@@ -155,7 +151,7 @@ def read_batches(path, column, start):
 
 def tokenize(batches, encoding, pool):
     """(rows, texts, ids of each) of batches; the pool works on the next batch while one is written."""
-    def encode(texts):  # without the GIL, and without lists: threads do use all cores
+    def encode(texts):  # in threads: tiktoken works without the GIL, and into arrays, as lists would need it
         if isinstance(encoding, tiktoken.Encoding):
             return [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
         return encoding.encode_ordinary_batch(texts)
@@ -170,85 +166,21 @@ def tokenize(batches, encoding, pool):
         yield before
 
 
-# -- output ------------------------------------------------------------------------------------------------------------
-
-class Writer:
-    """The .bin files in folder; state, which save() writes to progress.json, says how far they are valid."""
-
-    def __init__(self, folder, state, encoding, dtype, tokens_per_file):
-        self.folder, self.state, self.dtype, self.tokens_per_file = folder, state, dtype, tokens_per_file
-        self.end, self.open, self.saved = np.array([encoding.eot_token], dtype=dtype), {}, time.monotonic()
-        for split, files in state["splits"].items():
-            if files and "sha256" not in files[-1]:
-                self.start(split)
-
-    def start(self, split):
-        """Opens the split's last file at its recorded length; what a killed run wrote after it is cut off."""
-        about = self.state["splits"][split][-1]
-        left, digest = about["tokens"] * self.dtype.itemsize, hashlib.sha256()
-        path = self.folder / about["name"]
-        if left and (not path.exists() or path.stat().st_size < left):
-            raise UserError(f"{path} is shorter than progress.json says: remove {self.folder} to begin again")
-        file = open(path, "r+b" if left else "wb")
-        while left:
-            digest.update(chunk := file.read(min(left, 2**24)))
-            left -= len(chunk)
-        file.truncate(file.tell())
-        self.open[split] = file, digest
-
-    def add(self, split, ids, n_bytes):
-        files = self.state["splits"][split]
-        if split not in self.open:
-            files.append(dict(name=f"train_{len(files):05d}.bin" if split == "train" else "val.bin", tokens=0, bytes=0))
-            self.start(split)
-        raw = np.concatenate([np.asarray(ids, dtype=self.dtype), self.end]).tobytes()
-        file, digest = self.open[split]
-        file.write(raw)
-        digest.update(raw)
-        files[-1]["tokens"] += len(ids) + 1
-        files[-1]["bytes"] += n_bytes
-        if split == "train" and files[-1]["tokens"] >= self.tokens_per_file:
-            self.close(split)
-
-    def close(self, split):
-        file, digest = self.open.pop(split)
-        sync(file)
-        file.close()
-        self.state["splits"][split][-1]["sha256"] = digest.hexdigest()
-
-    def save(self, **changes):
-        self.state.update(changes)
-        for file, _ in self.open.values():
-            sync(file)
-        write_json(self.folder / "progress.json", self.state)
-        self.saved = time.monotonic()
-
-
-def sync(file):
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def write_json(path, content):
-    with open(f"{path}.part", "w") as file:
-        json.dump(content, file, indent=1)
-        sync(file)
-    os.replace(f"{path}.part", path)
-
+# -- the data set ------------------------------------------------------------------------------------------------------
 
 def write_splits(config, folder, state, encoding, dtype):
     """Tokenizes the files of state["sources"] into folder, from where state stands."""
-    out = Writer(folder, state, encoding, dtype, config.tokens_per_file)
-    done = sum(file["tokens"] for file in chain(*state["splits"].values()))
-    limit, workers = config.max_tokens or 2**62, config.workers or os.cpu_count()
-    with ThreadPoolExecutor(workers if isinstance(encoding, tiktoken.Encoding) else 1) as pool, tqdm(
-            total=config.max_tokens, initial=done, desc="tokenizing", unit=" tokens", unit_scale=True, disable=None) as bar:
-        second = False  # whether this file was downloaded twice
+    out = ShardWriter(folder, state, encoding.eot_token, dtype, config.tokens_per_file)
+    done, limit = sum(file["tokens"] for file in chain(*state["splits"].values())), config.max_tokens or 2**62
+    workers = (config.workers or os.cpu_count()) if isinstance(encoding, tiktoken.Encoding) else 1
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=config.max_tokens, initial=done, desc="tokenizing", unit=" tokens",
+                                                   unit_scale=True, disable=None) as bar:
+        corrupt = None  # the file that was downloaded twice
         while state["file"] < len(state["sources"]) and done < limit:
-            source, local = state["sources"][state["file"]], config.input is not None
-            path = Path(source) if local else folder / f"{state['file']:05d}.parquet"
+            source = state["sources"][state["file"]]
+            path = folder / f"{state['file']:05d}.parquet" if config.input is None else Path(source)
             bar.set_postfix_str(f"file {state['file'] + 1} of {len(state['sources'])}")
-            if not path.exists() and not local:
+            if config.input is None and not path.exists():
                 download(source, path)
             try:
                 for rows, texts, ids in tokenize(read_batches(path, config.column, state["rows"]), encoding, pool):
@@ -265,49 +197,16 @@ def write_splits(config, folder, state, encoding, dtype):
                     if time.monotonic() - out.saved >= SAVE_SECONDS:
                         out.save()
             except Corrupt as error:
-                if not local:
+                if config.input is None:
                     path.unlink()
-                if local or second:
+                if config.input is not None or corrupt == source:
                     raise UserError(f"{source} is no sound parquet file ({error}): get it again, or go without it") from None
-                second = True
+                corrupt = source
                 continue
             out.save(file=state["file"] + 1, rows=0)
-            second = False
-            if not local:
+            if config.input is None:
                 path.unlink()
-    for split in [*out.open]:
-        out.close(split)
-    out.save(finished=True)
-
-
-def finish(data_dir, folder, state):
-    """Moves the files of folder to data_dir in place of what is there, meta.json last. Returns its content."""
-    for split, files in state["splits"].items():
-        if not sum(file["bytes"] for file in files):
-            raise UserError(f"no text for the {split} split: take more, or another --val_fraction, with --overwrite=True")
-    files = [*state["splits"]["train"], *state["splits"]["val"]]
-    lines = "".join(f"{file['sha256']}  {file['name']}\n" for file in files)
-    meta = dict(state["about"], sha256=hashlib.sha256(lines.encode()).hexdigest(), splits=state["splits"])
-    try:
-        old = {file["name"] for split in read_meta(data_dir)["splits"].values() for file in split}
-    except UserError:
-        old = set()
-    (data_dir / "meta.json").unlink(missing_ok=True)
-    for name in {file["name"] for file in files} | old:
-        if (folder / name).exists():  # not so where a former run was killed in the middle of this
-            os.replace(folder / name, data_dir / name)
-        elif name in old:
-            (data_dir / name).unlink(missing_ok=True)
-    write_json(data_dir / "meta.json", meta)
-    shutil.rmtree(folder)
-    return meta
-
-
-def is_whole(data_dir, meta):
-    try:
-        return all(Split(data_dir, split, meta).n_tokens for split in ("train", "val"))
-    except UserError:
-        return False
+    out.finish()
 
 
 @program
@@ -324,15 +223,15 @@ def main(argv):
     source |= dict(column=config.column, max_tokens=config.max_tokens, val_fraction=config.val_fraction,
                    tokens_per_file=config.tokens_per_file)
     about = dict(source=source, tokenizer=name, vocab_size=encoding.n_vocab, dtype=dtype.name)
+    there = {}
     try:
         there = read_meta(data_dir)
+        if about.items() <= there.items() and all(Split(data_dir, split, there) for split in ("train", "val")):
+            return print_counts(data_dir, there)
     except UserError:  # none, or a damaged one, which is made again
-        there = {}
-    same = about.items() <= there.items()
-    if there and not same and not config.overwrite:
+        pass
+    if there and not about.items() <= there.items() and not config.overwrite:
         raise UserError(f"{data_dir} holds a data set of other settings: pass another --data_dir, or --overwrite=True")
-    if same and is_whole(data_dir, there):
-        return print_counts(data_dir, there)
     folder, state = data_dir / "hub.part", None
     try:
         if (folder / "progress.json").exists():
@@ -349,10 +248,13 @@ def main(argv):
             write_json(folder / "progress.json", state)
         if "finished" not in state:
             write_splits(config, folder, state, encoding, dtype)
-        meta = finish(data_dir, folder, state)
+        for split, files in state["splits"].items():
+            if not sum(file["bytes"] for file in files):
+                raise UserError(f"no text for the {split} split: take more, or another --val_fraction, with --overwrite=True")
         copy_tokenizer(name, config.tokenizer, data_dir)
+        meta = publish(folder, data_dir, about, state["splits"])
     except OSError as error:
-        raise UserError(f"cannot write the data set to {data_dir} ({error.strerror}): mend that, or pass another --data_dir") from None
+        raise UserError(f"cannot write the data set to {data_dir} ({error.strerror}): pass another --data_dir") from None
     print_counts(data_dir, meta)
 
 
