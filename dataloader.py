@@ -200,7 +200,7 @@ def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
 
 class ShardWriter:
     """Writes a data set of many files that a kill does not undo: the .bin files in folder and progress.json beside them,
-    which save() writes and which says how far they are valid. state is its content: splits, and whatever the caller adds.
+    which save() writes and which says how far they are valid. state is its content: about, splits, and whatever the caller adds.
     A file of the train split ends with the document that reaches tokens_per_file."""
 
     def __init__(self, folder, state, eot, dtype, tokens_per_file):
@@ -255,6 +255,42 @@ class ShardWriter:
         for split in [*self.open]:
             self.close(split)
         self.save(finished=True)
+
+
+def find_finished(data_dir, about, overwrite=False):
+    """The meta of the whole data set in data_dir that has about in it; None where there is none, or it is damaged.
+
+    UserError where another one is there, unless overwrite.
+    """
+    try:
+        meta = read_meta(data_dir)
+    except UserError:
+        return None
+    if about.items() <= meta.items():
+        try:
+            return meta if all(Split(data_dir, split, meta) for split in ("train", "val")) else None
+        except UserError:
+            return None
+    if not overwrite:
+        raise UserError(f"{data_dir} holds a data set of other settings: pass another --data_dir, or --overwrite=True")
+
+
+def find_unfinished(folder, about, overwrite=False):
+    """The state of the ShardWriter that was killed in folder; None where there is nothing.
+
+    UserError where what is there is damaged, or of another about, unless overwrite.
+    """
+    try:
+        state = json.loads((folder / "progress.json").read_text())
+        if state["about"] == about:
+            return state
+        if any(state["splits"].values()) and not overwrite:
+            raise UserError(f"{folder} holds an unfinished data set of other settings: pass those to go on, another "
+                            "--data_dir, or --overwrite=True")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / 'progress.json'} is damaged: remove {folder} to begin again") from None
 
 
 def publish(folder, data_dir, about, splits):

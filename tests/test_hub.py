@@ -314,6 +314,9 @@ def test_damaged_progress(server, tmp_path, capsys):
     for file in (tmp_path / "out/hub.part").glob("train_*.bin"):
         file.write_bytes(b"")
     assert f"remove {tmp_path / 'out/hub.part'} to begin again" in fails(main, arguments(server, tmp_path / "out"), capsys)
+    for text in ("{", "[]", "{}", "null"):
+        (tmp_path / "out/hub.part/progress.json").write_text(text)
+        assert "progress.json is damaged: remove" in fails(main, arguments(server, tmp_path / "out"), capsys)
 
 
 def test_without_pyarrow(tmp_path, capsys, monkeypatch):

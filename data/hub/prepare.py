@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, build, parse, program
-from dataloader import (PrepareConfig, ShardWriter, Split, copy_tokenizer, open_tokenizer, print_counts, publish, read_meta,
-                        write_json)
+from dataloader import (PrepareConfig, ShardWriter, copy_tokenizer, find_finished, find_unfinished, open_tokenizer,
+                        print_counts, publish, write_json)
 
 RETRIES, BACKOFF = 6, 1.0  # tries in a row that bring no new byte, and the seconds before the first, which then double
 SAVE_SECONDS = 10  # of work that a kill may cost
@@ -173,14 +173,14 @@ def write_splits(config, folder, state, encoding, dtype):
     out = ShardWriter(folder, state, encoding.eot_token, dtype, config.tokens_per_file)
     done, limit = sum(file["tokens"] for file in chain(*state["splits"].values())), config.max_tokens or 2**62
     workers = (config.workers or os.cpu_count()) if isinstance(encoding, tiktoken.Encoding) else 1
+    local, corrupt = config.input is not None, None  # corrupt: the file that was downloaded twice
     with ThreadPoolExecutor(workers) as pool, tqdm(total=config.max_tokens, initial=done, desc="tokenizing", unit=" tokens",
                                                    unit_scale=True, disable=None) as bar:
-        corrupt = None  # the file that was downloaded twice
         while state["file"] < len(state["sources"]) and done < limit:
             source = state["sources"][state["file"]]
-            path = folder / f"{state['file']:05d}.parquet" if config.input is None else Path(source)
+            path = Path(source) if local else folder / f"{state['file']:05d}.parquet"
             bar.set_postfix_str(f"file {state['file'] + 1} of {len(state['sources'])}")
-            if config.input is None and not path.exists():
+            if not local and not path.exists():
                 download(source, path)
             try:
                 for rows, texts, ids in tokenize(read_batches(path, config.column, state["rows"]), encoding, pool):
@@ -197,14 +197,14 @@ def write_splits(config, folder, state, encoding, dtype):
                     if time.monotonic() - out.saved >= SAVE_SECONDS:
                         out.save()
             except Corrupt as error:
-                if config.input is None:
+                if not local:
                     path.unlink()
-                if config.input is not None or corrupt == source:
+                if local or corrupt == source:
                     raise UserError(f"{source} is no sound parquet file ({error}): get it again, or go without it") from None
                 corrupt = source
                 continue
             out.save(file=state["file"] + 1, rows=0)
-            if config.input is None:
+            if not local:
                 path.unlink()
     out.finish()
 
@@ -218,29 +218,17 @@ def main(argv):
         raise UserError("parquet files are read with pyarrow, which is not installed: pip install pyarrow") from None
     data_dir = Path(config.data_dir or Path(__file__).parent)
     name, encoding, dtype = open_tokenizer(config.tokenizer, data_dir, config.overwrite)
-    source = dict(input=Path(config.input).name) if config.input else dict(
-        repo=config.repo, subset=config.subset, split=config.split)
+    source = dict(repo=config.repo, subset=config.subset, split=config.split)
+    if config.input is not None:
+        source = dict(input=Path(config.input).resolve().name)
     source |= dict(column=config.column, max_tokens=config.max_tokens, val_fraction=config.val_fraction,
                    tokens_per_file=config.tokens_per_file)
     about = dict(source=source, tokenizer=name, vocab_size=encoding.n_vocab, dtype=dtype.name)
-    there = {}
+    if meta := find_finished(data_dir, about, config.overwrite):
+        return print_counts(data_dir, meta)
+    folder = data_dir / "hub.part"
     try:
-        there = read_meta(data_dir)
-        if about.items() <= there.items() and all(Split(data_dir, split, there) for split in ("train", "val")):
-            return print_counts(data_dir, there)
-    except UserError:  # none, or a damaged one, which is made again
-        pass
-    if there and not about.items() <= there.items() and not config.overwrite:
-        raise UserError(f"{data_dir} holds a data set of other settings: pass another --data_dir, or --overwrite=True")
-    folder, state = data_dir / "hub.part", None
-    try:
-        if (folder / "progress.json").exists():
-            state = json.loads((folder / "progress.json").read_text())
-        if state and state["about"] != about:
-            if any(state["splits"].values()) and not config.overwrite:
-                raise UserError(f"{folder} holds an unfinished data set of other settings: pass those to go on, another "
-                                "--data_dir, or --overwrite=True")
-            state = None
+        state = find_unfinished(folder, about, config.overwrite)
         if not state:
             state = dict(about=about, sources=find_sources(config), file=0, rows=0, splits=dict(train=[], val=[]))
             shutil.rmtree(folder, ignore_errors=True)
