@@ -3,11 +3,14 @@
 A data set is a folder of .bin files (raw uint16 or uint32 token ids, one after another) and one meta.json, which lists
 the files of each split with their token and byte counts. Every document ends with the end-of-text token.
 """
+import bisect
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from configurator import UserError
 
 DATA = Path(__file__).resolve().parent / "data"
 EOT = "<|endoftext|>"
-SCANNED = 2**24  # tokens at the start of each file that are checked when it is opened; the rest is checked as it is read
+SCANNED = 2**24  # tokens at the start of a split that are checked when it is opened; the rest is checked as it is read
 
 
 # -- tokenizers --------------------------------------------------------------------------------------------------------
@@ -90,6 +93,11 @@ class HuggingFaceTokenizer:
     def encode_ordinary(self, text):
         return self.encode(text, allowed_special=())
 
+    def encode_ordinary_batch(self, texts):
+        """Ids of each text, on all cores, or as many as the environment's RAYON_NUM_THREADS says."""
+        self.tokenizer.encode_special_tokens = True
+        return [encoded.ids for encoded in self.tokenizer.encode_batch(texts)]
+
     def decode_single_token_bytes(self, token):
         """The bytes of one id, which may be a part of a character. KeyError where there is no such id."""
         piece = self.tokenizer.id_to_token(token)
@@ -127,23 +135,39 @@ def held_out(names):
     return set(ranked[:max(1, len(ranked) // 10)])
 
 
+def open_tokenizer(tokenizer, data_dir, overwrite=False):
+    """Name, encoding and dtype of the ids of tokenizer, a name or a folder, which is to write a data set to data_dir.
+
+    UserError where a data set of another tokenizer is there, unless overwrite.
+    """
+    name = HuggingFaceTokenizer(tokenizer).name if os.path.exists(os.path.join(tokenizer, HF_TOKENIZER)) else tokenizer
+    if (Path(data_dir) / "meta.json").exists() and not overwrite:
+        try:
+            there = read_meta(data_dir)["tokenizer"]
+        except UserError:
+            there = name  # a damaged data set is mended by making it again
+        if there != name:
+            raise UserError(f"{data_dir} holds a data set of tokenizer {there!r}: pass another --data_dir, or --overwrite=True")
+    encoding = get_tokenizer(name, tokenizer)
+    return name, encoding, np.dtype("uint16" if encoding.n_vocab <= 2**16 else "uint32").newbyteorder("<")
+
+
+def print_counts(data_dir, meta):
+    """The last lines of every prepare.py: the tokens of each split, and the hash."""
+    for files in meta["splits"].values():
+        names = files[0]["name"] + (f" to {files[-1]['name']}" if len(files) > 1 else "")
+        tokens, size = (sum(file[count] for file in files) for count in ("tokens", "bytes"))
+        print(f"{Path(data_dir) / names}: {tokens:,} tokens from {size:,} bytes of text")
+    print(f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids, content sha256 {meta['sha256'][:16]}")
+
+
 def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
     """Tokenizes documents, pairs of split ("train" or "val") and text, into data_dir; about is added to meta.json.
 
     The files take their names only when all are complete, meta.json last. Prints the counts.
     """
-    data_dir, source = Path(data_dir), tokenizer
-    if os.path.exists(os.path.join(source, HF_TOKENIZER)):
-        tokenizer = HuggingFaceTokenizer(source).name
-    if (data_dir / "meta.json").exists() and not overwrite:
-        try:
-            there = read_meta(data_dir)["tokenizer"]
-        except UserError:
-            there = tokenizer  # a damaged data set is mended by making it again
-        if there != tokenizer:
-            raise UserError(f"{data_dir} holds a data set of tokenizer {there!r}: pass another --data_dir, or --overwrite=True")
-    encoding = get_tokenizer(tokenizer, source)
-    dtype = np.dtype("uint16" if encoding.n_vocab <= 2**16 else "uint32").newbyteorder("<")
+    data_dir = Path(data_dir)
+    name, encoding, dtype = open_tokenizer(tokenizer, data_dir, overwrite)
     part = f".{os.getpid()}.part"
     splits = {split: [dict(name=f"{split}.bin", tokens=0, bytes=0)] for split in ("train", "val")}
     digest = hashlib.sha256()
@@ -160,20 +184,149 @@ def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
             file.close()
             if not splits[split][0]["bytes"]:
                 raise UserError(f"no text for the {split} split: give more text with --input")
-        meta = dict(about, tokenizer=tokenizer, vocab_size=encoding.n_vocab, dtype=dtype.name, sha256=digest.hexdigest(),
+        meta = dict(about, tokenizer=name, vocab_size=encoding.n_vocab, dtype=dtype.name, sha256=digest.hexdigest(),
                     splits=splits)
         (data_dir / f"meta.json{part}").write_text(json.dumps(meta, indent=1))
-        copy_tokenizer(tokenizer, source, data_dir)
-        for name in ("train.bin", "val.bin", "meta.json"):
-            os.replace(data_dir / f"{name}{part}", data_dir / name)
+        copy_tokenizer(name, tokenizer, data_dir)
+        for file in ("train.bin", "val.bin", "meta.json"):
+            os.replace(data_dir / f"{file}{part}", data_dir / file)
     except OSError as error:
         raise UserError(f"cannot write the data set to {data_dir} ({error.strerror}): pass another --data_dir") from None
     finally:
         for left in data_dir.glob(f"*{part}"):
             left.unlink()
-    for split, (file,) in splits.items():
-        print(f"{data_dir / file['name']}: {file['tokens']:,} tokens from {file['bytes']:,} bytes of text")
-    print(f"tokenizer {tokenizer}, {encoding.n_vocab:,} ids, content sha256 {meta['sha256'][:16]}")
+    print_counts(data_dir, meta)
+
+
+class ShardWriter:
+    """Writes a data set of many files that a kill does not undo: the .bin files in folder and progress.json beside them,
+    which save() writes and which says how far they are valid. state is its content: about, splits, and whatever the caller adds.
+    A file of the train split ends with the document that reaches tokens_per_file."""
+
+    def __init__(self, folder, state, eot, dtype, tokens_per_file):
+        self.folder, self.state, self.dtype, self.tokens_per_file = folder, state, dtype, tokens_per_file
+        self.eot, self.open, self.saved = np.array([eot], dtype=dtype), {}, time.monotonic()
+        for split, files in state["splits"].items():
+            if files and "sha256" not in files[-1]:
+                self.start(split)
+
+    def start(self, split):
+        """Opens the split's last file at its recorded length; what a killed run wrote after it is cut off."""
+        about, digest = self.state["splits"][split][-1], hashlib.sha256()
+        path, left = self.folder / about["name"], about["tokens"] * self.dtype.itemsize
+        if left and (not path.exists() or path.stat().st_size < left):
+            raise UserError(f"{path} is shorter than progress.json says: remove {self.folder} to begin again")
+        file = open(path, "r+b" if left else "wb")
+        while left:
+            digest.update(chunk := file.read(min(left, 2**24)))
+            left -= len(chunk)
+        file.truncate(file.tell())
+        self.open[split] = file, digest
+
+    def add(self, split, ids, n_bytes):
+        """A document of n_bytes bytes of text; end-of-text is added."""
+        files = self.state["splits"][split]
+        if split not in self.open:
+            files.append(dict(name=f"train_{len(files):05d}.bin" if split == "train" else "val.bin", tokens=0, bytes=0))
+            self.start(split)
+        raw = np.concatenate([np.asarray(ids, dtype=self.dtype), self.eot]).tobytes()
+        file, digest = self.open[split]
+        file.write(raw)
+        digest.update(raw)
+        files[-1]["tokens"] += len(ids) + 1
+        files[-1]["bytes"] += n_bytes
+        if split == "train" and files[-1]["tokens"] >= self.tokens_per_file:
+            self.close(split)
+
+    def close(self, split):
+        file, digest = self.open.pop(split)
+        sync(file)
+        file.close()
+        self.state["splits"][split][-1]["sha256"] = digest.hexdigest()
+
+    def save(self, **changes):
+        self.state.update(changes)
+        for file, _ in self.open.values():
+            sync(file)
+        write_json(self.folder / "progress.json", self.state)
+        self.saved = time.monotonic()
+
+    def finish(self):
+        for split in [*self.open]:
+            self.close(split)
+        self.save(finished=True)
+
+
+def find_finished(data_dir, about, overwrite=False):
+    """The meta of the whole data set in data_dir that has about in it; None where there is none, or it is damaged.
+
+    UserError where another one is there, unless overwrite.
+    """
+    try:
+        meta = read_meta(data_dir)
+    except UserError:
+        return None
+    if about.items() <= meta.items():
+        try:
+            return meta if all(Split(data_dir, split, meta) for split in ("train", "val")) else None
+        except UserError:
+            return None
+    if not overwrite:
+        raise UserError(f"{data_dir} holds a data set of other settings: pass another --data_dir, or --overwrite=True")
+
+
+def find_unfinished(folder, about, overwrite=False):
+    """The state of the ShardWriter that was killed in folder; None where there is nothing.
+
+    UserError where what is there is damaged, or of another about, unless overwrite.
+    """
+    try:
+        state = json.loads((folder / "progress.json").read_text())
+        if state["about"] == about:
+            return state
+        if any(state["splits"].values()) and not overwrite:
+            raise UserError(f"{folder} holds an unfinished data set of other settings: pass those to go on, another "
+                            "--data_dir, or --overwrite=True")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder / 'progress.json'} is damaged: remove {folder} to begin again") from None
+
+
+def publish(folder, data_dir, about, splits):
+    """Moves what a ShardWriter finished in folder to data_dir in place of what is there, meta.json last; returns that.
+
+    May be called again after a kill. The set's sha256 is that of the lines sha256sum prints for its files, train first.
+    """
+    files = [*splits["train"], *splits["val"]]
+    lines = "".join(f"{file['sha256']}  {file['name']}\n" for file in files)
+    meta = dict(about, sha256=hashlib.sha256(lines.encode()).hexdigest(), splits=splits)
+    try:
+        old = {file["name"] for split in read_meta(data_dir)["splits"].values() for file in split}
+    except UserError:
+        old = set()
+    (data_dir / "meta.json").unlink(missing_ok=True)
+    for name in {file["name"] for file in files} | old:
+        if (folder / name).exists():  # not so where a former run was killed in the middle of this
+            os.replace(folder / name, data_dir / name)
+        elif name in old:
+            (data_dir / name).unlink(missing_ok=True)
+    write_json(data_dir / "meta.json", meta)
+    shutil.rmtree(folder)
+    return meta
+
+
+def sync(file):
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_json(path, content):
+    """Replaces path as a whole, and on the disk."""
+    with open(f"{path}.part", "w") as file:
+        json.dump(content, file, indent=1)
+        sync(file)
+    os.replace(f"{path}.part", path)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -210,19 +363,25 @@ class Split:
     def __init__(self, folder, name, meta):
         self.folder, self.vocab_size, self.dtype = Path(folder), meta["vocab_size"], np.dtype(meta["dtype"]).newbyteorder("<")
         self.files = meta["splits"][name]
-        self.n_tokens = sum(file["tokens"] for file in self.files)
+        self.ends = list(itertools.accumulate(file["tokens"] for file in self.files))  # where each file ends in the split
+        self.n_tokens = self.ends[-1] if self.ends else 0
         self.n_bytes = sum(file["bytes"] for file in self.files)
-        for file in self.files:
+        for i, file in enumerate(self.files):
             path, wanted = self.folder / file["name"], file["tokens"] * self.dtype.itemsize
             size = path.stat().st_size if path.is_file() else -1
             if size != wanted:
                 state = f"has {size:,} bytes where meta.json promises {wanted:,}" if size >= 0 else "is missing"
                 raise UserError(f"{path} {state}: {mend(folder)}")
-            self.check(self.map(file)[:SCANNED])
+            if (start := self.ends[i] - file["tokens"]) < SCANNED:
+                self.check(self.read(i, 0, SCANNED - start))
 
-    def map(self, file):
-        """The tokens of one file, memory-mapped for one call: a map that stays open seems to eat memory."""
-        return np.memmap(self.folder / file["name"], self.dtype, "r") if file["tokens"] else np.zeros(0, dtype=self.dtype)
+    def read(self, i, at, count):
+        """Tokens [at, at + count) of file i, or those up to its end. A map of the file would read ahead megabytes for each."""
+        path, count = self.folder / self.files[i]["name"], min(count, self.files[i]["tokens"] - at)
+        ids = np.fromfile(path, self.dtype, count, offset=at * self.dtype.itemsize)
+        if len(ids) < count:
+            raise UserError(f"{path} has become shorter: {mend(self.folder)}")
+        return ids
 
     def check(self, ids):
         """ids, none of which may lie beyond the vocabulary."""
@@ -234,16 +393,13 @@ class Split:
     def windows(self, starts, length):
         """Tokens [start, start + length) of the split for each start, across its files: int64 (len(starts), length)."""
         out = np.empty((len(starts), length), dtype=np.int64)
-        maps = {}
         for row, start in zip(out, starts):
             filled = 0
-            for i, file in enumerate(self.files):
-                if filled < length and start < file["tokens"]:
-                    maps[i] = maps[i] if i in maps else self.map(file)
-                    part = maps[i][start:start + length - filled]
-                    row[filled:filled + len(part)] = part
-                    filled, start = filled + len(part), start + len(part)
-                start -= file["tokens"]
+            while filled < length:
+                i = bisect.bisect_right(self.ends, start + filled)  # the file that holds this token; never an empty one
+                part = self.read(i, start + filled - self.ends[i] + self.files[i]["tokens"], length - filled)
+                row[filled:filled + len(part)] = part
+                filled += len(part)
         return self.check(out)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import keys_of
+from test_inputs import program as prepare
 
 from bench import BenchConfig
 from checkpoint import model_config
@@ -19,9 +20,11 @@ from sample import SampleConfig
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+HubConfig = prepare("hub").__wrapped__.__globals__["HubConfig"]
 PROGRAMS = {"train.py": TrainConfig, "sample.py": SampleConfig, "bench.py": BenchConfig,
             "compare.py": CompareConfig, **{f"convert.py {name}": cls for name, (_, cls) in COMMANDS.items()}, **{f"data/{name}/prepare.py": PrepareConfig
-                                                                  for name in ("python", "shakespeare", "text")}}
+                                                                  for name in ("python", "shakespeare", "text")},
+            "data/hub/prepare.py": HubConfig}
 CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
 
 
@@ -115,6 +118,6 @@ def test_readme_links_name_what_exists():
 def test_requirements_pin_what_pyproject_allows():
     pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M))
     ranges = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
-    assert ranges.keys() - {"matplotlib", "transformers", "safetensors"} == pins.keys() >= {"torch", "numpy", "tiktoken", "tqdm", "wandb"}  # extras apart
+    assert ranges.keys() - {"matplotlib", "transformers", "safetensors", "pyarrow"} == pins.keys() >= {"torch", "numpy", "tiktoken", "tqdm", "wandb"}  # extras apart
     for name, pin in pins.items():
         assert [int(n) for n in pin.split(".")] >= [int(n) for n in ranges[name].split(".")]

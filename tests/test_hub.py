@@ -1,0 +1,433 @@
+"""Data sets from parquet files, of a local stand-in for the Hub; splits of many and of large files."""
+import hashlib
+import http.server
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from test_inputs import ROOT, fails, program
+
+from configurator import UserError
+from dataloader import Dataset, get_tokenizer, train_batch, val_batch, val_windows, write_dataset
+
+main = program("hub")
+hub = sys.modules["prepare_hub"]
+LIST = "/api/datasets/some/text/parquet/part/train"
+
+
+def texts(n, seed=0):
+    rng = random.Random(seed)
+    return ["".join(rng.choices("abc é🙂\n", k=rng.randint(0, 40))) + rng.choice(["", "<|endoftext|>"]) for _ in range(n)]
+
+
+def parquet(path, column, **options):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table(dict(id=list(range(len(column))), text=pyarrow.array(column, pyarrow.string()))),
+                                path, **dict(dict(row_group_size=300), **options))
+    return path.read_bytes()
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A Hub of three files, 1,000 documents each. It has: files, by path; asked, the requests; plan, a list per path of how
+    the next ones go: how many bytes until the connection drops, a status, or other content."""
+    monkeypatch.setattr(hub, "BACKOFF", 0.001)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(hub, "BATCH", 128)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.asked.append((self.path, self.headers["Range"]))
+            plan = server.plan.get(self.path, [])
+            how = plan.pop(0) if plan else None
+            content = how if isinstance(how, bytes) else server.files.get(self.path)
+            start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "bytes=0-")[1]) if server.ranges else 0
+            if content is None or isinstance(how, tuple):
+                return self.send_error(how[0] if how else 404)
+            if start >= len(content) > 0:
+                return self.send_error(416)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start:start + how if isinstance(how, int) else None])
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    server.ranges, server.asked, server.plan = True, [], {}
+    server.documents = [texts(1000, seed) for seed in range(3)]
+    server.documents[1][3] = None
+    server.files = {f"/{i}.parquet": parquet(tmp_path / "made.parquet", column) for i, column in enumerate(server.documents)}
+    server.files[LIST] = json.dumps([f"{server.url}/{i}.parquet" for i in range(3)]).encode()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def arguments(server, folder, *more):
+    return ["--repo=some/text", "--subset=part", "--tokenizer=byte", f"--endpoint={server.url}", "--tokens_per_file=20000",
+            "--val_fraction=0.05", f"--data_dir={folder}", *more]
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def decoded(split):
+    ids = split.windows([0], split.n_tokens)[0]
+    assert ids[-1] == 256
+    return [bytes(document[:-1].astype(np.uint8)).decode() for document in np.split(ids, np.flatnonzero(ids == 256) + 1)[:-1]]
+
+
+def test_documents_stay_whole_and_in_order(server, tmp_path, capsys):
+    main(arguments(server, tmp_path / "out"))
+    data = Dataset(tmp_path / "out")
+    want = [text for column in server.documents for text in column if text is not None]
+    val = {text for text in want if int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < 0.05 * 2**64}
+    assert decoded(data.train) == [text for text in want if text not in val]
+    assert decoded(data.val) == [text for text in want if text in val] and 50 < data.val.n_tokens
+    assert data.train.n_bytes == sum(len(text.encode()) for text in want if text not in val)
+    files = data.meta["splits"]["train"]
+    assert [file["name"] for file in files] == [f"train_{i:05d}.bin" for i in range(len(files))] and len(files) > 3
+    for file in files:  # a file is full with the document that reaches tokens_per_file
+        ids = np.fromfile(tmp_path / "out" / file["name"], "<u2")
+        assert len(ids) == file["tokens"] and ids[-1] == 256
+        if file is not files[-1]:
+            assert len(ids) >= 20000 > np.flatnonzero(ids[:-1] == 256)[-1] + 1
+    sums = [f"{hashlib.sha256((tmp_path / 'out' / file['name']).read_bytes()).hexdigest()}  {file['name']}\n"
+            for file in [*files, *data.meta["splits"]["val"]]]
+    assert data.meta["sha256"] == hashlib.sha256("".join(sums).encode()).hexdigest()
+    assert data.meta["sha256"][:16] in capsys.readouterr().out
+    assert sorted(content(tmp_path / "out")) == sorted(["meta.json", "val.bin", *(file["name"] for file in files)])
+    assert [path for path, _ in server.asked] == [LIST, *(f"/{i}.parquet" for i in range(3))]
+    server.asked.clear()
+    main(arguments(server, tmp_path / "out"))  # it is there
+    assert not server.asked
+
+
+def test_workers_batches_and_folders_change_nothing(server, tmp_path, monkeypatch):
+    main(arguments(server, tmp_path / "out"))
+    monkeypatch.setattr(hub, "BATCH", 77)
+    monkeypatch.setattr(hub, "PART", 3)
+    main(arguments(server, tmp_path / "one", "--workers=1"))
+    assert content(tmp_path / "one") == content(tmp_path / "out")
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / f"in/{i}.parquet").write_bytes(server.files[f"/{i}.parquet"])
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    main(["--tokenizer=byte", "--tokens_per_file=20000", "--val_fraction=0.05", f"--input={tmp_path / 'in'}",
+          f"--data_dir={tmp_path / 'local'}"])
+    assert Dataset(tmp_path / "local").meta["sha256"] == Dataset(tmp_path / "out").meta["sha256"]
+    assert len(list((tmp_path / "in").iterdir())) == 3
+
+
+def test_max_tokens_ends_with_the_document_that_reaches_it(server, tmp_path):
+    main(arguments(server, tmp_path / "all"))
+    lengths = np.cumsum([len(text.encode()) + 1 for column in server.documents for text in column if text is not None])
+    for limit in (5000, int(lengths[600]), int(lengths[600]) + 1, int(lengths[1200])):
+        main(arguments(server, tmp_path / str(limit), f"--max_tokens={limit}"))
+        data, whole = Dataset(tmp_path / str(limit)), Dataset(tmp_path / "all")
+        total = data.train.n_tokens + data.val.n_tokens
+        assert total == lengths[np.searchsorted(lengths, limit)]
+        for some, every in ((data.train, whole.train), (data.val, whole.val)):
+            assert (some.windows([0], some.n_tokens) == every.windows([0], some.n_tokens)).all()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_dropped_connections_and_busy_servers(server, tmp_path, ranges):
+    main(arguments(server, tmp_path / "out"))
+    server.asked.clear()
+    server.ranges = ranges
+    server.plan = {"/1.parquet": [1000, 0, (503,), 2000, (429,)], LIST: [(500,), 10]}
+    main(arguments(server, tmp_path / "again"))
+    assert content(tmp_path / "again") == content(tmp_path / "out")
+    starts = [int((header or "bytes=0-")[6:-1]) for path, header in server.asked if path == "/1.parquet"]
+    assert starts == ([0, 1000, 1000, 1000, 3000, 3000] if ranges else [0, 1000, 0, 0, 2000, 2000])
+
+
+def test_a_corrupt_file_is_downloaded_once_more(server, tmp_path, capsys):
+    main(arguments(server, tmp_path / "out"))
+    good = server.files["/1.parquet"]
+    middle = len(good) // 2
+    for bad in (good[:-4] + b"oops", b"<html>", good[:middle] + bytes(200) + good[middle + 200:]):
+        server.plan = {"/1.parquet": [bad]}
+        server.asked.clear()
+        main(arguments(server, tmp_path / "again", "--overwrite=True", f"--tokens_per_file={20000}"))
+        assert content(tmp_path / "again") == content(tmp_path / "out")
+        assert [path for path, _ in server.asked].count("/1.parquet") == 2
+        (tmp_path / "again/meta.json").unlink()
+    server.plan = {"/1.parquet": [b"no", b"parquet"]}
+    server.asked.clear()
+    error = fails(main, arguments(server, tmp_path / "third"), capsys)
+    assert f"{server.url}/1.parquet is no sound parquet file" in error and not (tmp_path / "third/meta.json").exists()
+    main(arguments(server, tmp_path / "third"))  # the server has mended it
+    assert content(tmp_path / "third") == content(tmp_path / "out")
+    assert [path for path, _ in server.asked].count("/0.parquet") == 1
+
+
+@pytest.mark.parametrize("kill_at,save", [(1, 0), (900, 0), (1700, 0), (1700, 99), (2500, 0), (2998, 0)])
+def test_a_run_goes_on_where_it_stopped(server, tmp_path, monkeypatch, kill_at, save):
+    """The run stops at a document; whatever the files hold beyond the recorded length is cut off."""
+    main(arguments(server, tmp_path / "out"))
+    server.asked.clear()
+    monkeypatch.setattr(hub, "SAVE_SECONDS", save)
+    add, added = hub.ShardWriter.add, []
+
+    def counted(self, *args):
+        added.append(args)
+        if len(added) == kill_at:
+            for file, _ in self.open.values():
+                file.flush()
+            raise KeyboardInterrupt
+        add(self, *args)
+    monkeypatch.setattr(hub.ShardWriter, "add", counted)
+    with pytest.raises(SystemExit):
+        main(arguments(server, tmp_path / "again"))
+    assert not (tmp_path / "again/meta.json").exists()
+    main(arguments(server, tmp_path / "again"))
+    assert content(tmp_path / "again") == content(tmp_path / "out")
+    assert sorted(path for path, _ in server.asked) == sorted([LIST, *(f"/{i}.parquet" for i in range(3))])
+    if not save:
+        assert len(added) < 3000 + 128 + 2
+    elif kill_at > 1000:
+        assert len(added) < 3000 + kill_at - 1000 + 2
+
+
+def test_a_left_over_that_is_longer_than_the_file(server, tmp_path):
+    """Such a one is of another file: it is thrown away."""
+    server.plan = {"/1.parquet": [500, (404,)]}
+    with pytest.raises(SystemExit):
+        main(arguments(server, tmp_path / "out"))
+    part = tmp_path / "out/hub.part/00001.parquet.part"
+    assert part.stat().st_size == 500
+    part.write_bytes(bytes(10**6))
+    server.asked.clear()
+    main(arguments(server, tmp_path / "out"))
+    assert server.asked[:2] == [("/1.parquet", "bytes=1000000-"), ("/1.parquet", None)] and Dataset(tmp_path / "out")
+
+
+def test_a_run_goes_on_after_it_was_killed_while_finishing(server, tmp_path, monkeypatch):
+    main(arguments(server, tmp_path / "out"))
+    for kill_at in (1, 3, 5):
+        moved, replace = [], os.replace
+
+        def counted(source, target):
+            moved.append(target)
+            if len(moved) == kill_at:
+                raise KeyboardInterrupt
+            replace(source, target)
+        folder = tmp_path / str(kill_at)
+        with monkeypatch.context() as patch:
+            publish = hub.publish
+            patch.setattr(hub, "publish", lambda *args: patch.setattr(os, "replace", counted) or publish(*args))
+            with pytest.raises(SystemExit):
+                main(arguments(server, folder))
+        assert not (folder / "meta.json").exists()
+        main(arguments(server, folder))
+        assert content(folder) == content(tmp_path / "out")
+
+
+def test_kill_9(server, tmp_path):
+    """A process that is killed in the third file; the last megabytes of the download come drop by drop."""
+    main(arguments(server, tmp_path / "out"))
+    server.asked.clear()
+    server.plan = {"/2.parquet": [500] + [(503,)] * 100}
+    command = [sys.executable, "data/hub/prepare.py", *arguments(server, tmp_path / "again")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while sum(path == "/2.parquet" for path, _ in server.asked) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert (tmp_path / "again/hub.part/train_00000.bin").exists() and not (tmp_path / "again/meta.json").exists()
+    server.plan.clear()
+    server.asked.clear()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    assert content(tmp_path / "again") == content(tmp_path / "out")
+    assert server.asked == [("/2.parquet", "bytes=500-")]
+
+
+@pytest.mark.parametrize("args,words", [
+    (["--val_fraction=1"], "val_fraction must be between 0 and 1"), (["--max_tokens=0"], "max_tokens must be at least 1"),
+    (["--workers=0"], "workers must be at least 1"), (["--tokens_per_file=0"], "tokens_per_file must be at least 1"),
+    (["--colum=text"], "did you mean column?"), (["--tokenizer=nonsense"], "there is no tokenizer 'nonsense'"),
+    (["--subset=other"], "answers 404 (Not Found): check --repo, --subset and --split"),
+    (["--endpoint=ftp:/x"], "is no address of a Hub"), (["--input=/no/such"], "there are no parquet files at /no/such: name"),
+    (["--column=words"], "no column of text 'words': choose --column from text"), (["--column=id"], "--column from text"),
+    (["--val_fraction=1e-9"], "no text for the val split"),
+    (["--endpoint=http://127.0.0.1:1"], "6 times in a row): run the same command later")])
+def test_bad_settings(server, tmp_path, capsys, args, words):
+    assert words in fails(main, arguments(server, tmp_path / "out", *args), capsys)
+    assert not list(tmp_path.glob("out/*.*n"))
+
+
+@pytest.mark.parametrize("answer", [b"{}", b"[]", b"[1]", b'["/etc/passwd"]', b"<html>", b"7", b'{"error": "no"}'])
+def test_a_list_that_is_none(server, tmp_path, capsys, answer):
+    server.files[LIST] = answer
+    assert "answers with no list of parquet files" in fails(main, arguments(server, tmp_path / "out"), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_data_sets_are_not_overwritten(server, tmp_path, capsys):
+    write_dataset([("train", "text"), ("val", "more")], tmp_path / "out", "byte")
+    before = content(tmp_path / "out")
+    assert "holds a data set of other settings" in fails(main, arguments(server, tmp_path / "out"), capsys)
+    (tmp_path / "out/meta.json").write_text(before["meta.json"].decode().replace('"byte"', '"gpt2"'))
+    assert "holds a data set of tokenizer 'gpt2'" in fails(main, arguments(server, tmp_path / "out"), capsys)
+    assert content(tmp_path / "out") == {**before, "meta.json": (tmp_path / "out/meta.json").read_bytes()} and not server.asked
+    main(arguments(server, tmp_path / "out", "--overwrite=True"))
+    assert "train.bin" not in content(tmp_path / "out") and decoded(Dataset(tmp_path / "out").train)
+    before = content(tmp_path / "out")
+    assert "of other settings" in fails(main, arguments(server, tmp_path / "out", "--max_tokens=99"), capsys)
+    assert before == content(tmp_path / "out")
+    (tmp_path / "out/val.bin").write_bytes(b"")  # a damaged set is mended by the same command
+    main(arguments(server, tmp_path / "out"))
+    assert before == content(tmp_path / "out")
+
+
+def test_an_unfinished_data_set_of_other_settings_is_kept(server, tmp_path, capsys):
+    server.plan = {"/1.parquet": [(404,)]}
+    assert "1.parquet answers 404" in fails(main, arguments(server, tmp_path / "out"), capsys)
+    part = content(tmp_path / "out/hub.part")
+    assert "an unfinished data set of other settings" in fails(main, arguments(server, tmp_path / "out", "--column=id"), capsys)
+    assert part == content(tmp_path / "out/hub.part")
+    (tmp_path / "out/hub.part/train_00000.bin").write_bytes(b"")
+    main(arguments(server, tmp_path / "out", "--overwrite=True", "--max_tokens=9000"))
+    assert Dataset(tmp_path / "out").meta["source"]["max_tokens"] == 9000
+
+
+def test_damaged_progress(server, tmp_path, capsys):
+    server.plan = {"/1.parquet": [(404,)]}
+    fails(main, arguments(server, tmp_path / "out"), capsys)
+    for file in (tmp_path / "out/hub.part").glob("train_*.bin"):
+        file.write_bytes(b"")
+    assert f"remove {tmp_path / 'out/hub.part'} to begin again" in fails(main, arguments(server, tmp_path / "out"), capsys)
+    for text in ("{", "[]", "{}", "null"):
+        (tmp_path / "out/hub.part/progress.json").write_text(text)
+        assert "progress.json is damaged: remove" in fails(main, arguments(server, tmp_path / "out"), capsys)
+
+
+def test_without_pyarrow(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install pyarrow" in fails(main, ["--tokenizer=byte", f"--data_dir={tmp_path / 'out'}"], capsys)
+
+
+def test_tokenizer_files_tokenize_batches_as_they_do_texts(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    from dataloader import HuggingFaceTokenizer
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts(200), tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    parquet(tmp_path / "x.parquet", texts(400))
+    main([f"--tokenizer={tmp_path}", f"--input={tmp_path}/x.parquet", f"--data_dir={tmp_path}/out", "--val_fraction=0.1"])
+    encoding, train = HuggingFaceTokenizer(tmp_path), Dataset(tmp_path / "out").train
+    val = [text for text in texts(400) if int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < 0.1 * 2**64]
+    want = [i for text in texts(400) if text not in val for i in [*encoding.encode_ordinary(text), encoding.eot_token]]
+    assert train.windows([0], train.n_tokens)[0].tolist() == want and (tmp_path / "out/tokenizer.json").exists()
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+def make(folder, files, **counts):
+    """A meta.json over files, pairs of name and tokens, that both splits share."""
+    listed = [dict(name=name, tokens=n, bytes=n + 1) for name, n in files]
+    meta = dict(tokenizer="byte", vocab_size=257, dtype="uint16", sha256="", splits=dict(train=listed, val=listed[-1:]))
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return Dataset(folder)
+
+
+def test_windows_of_many_files_are_those_of_one(tmp_path):
+    rng = np.random.default_rng(0)
+    sizes = [*rng.integers(0, 60, 300).tolist(), 0, 5]
+    whole = rng.integers(0, 257, sum(sizes)).astype("<u2")
+    files = [(f"train_{i:05d}.bin", n) for i, n in enumerate(sizes)]
+    for (name, n), end in zip(files, np.cumsum(sizes)):
+        whole[end - n:end].tofile(tmp_path / name)
+    split = make(tmp_path, files).train
+    for length in (1, 2, 33, 500, len(whole)):
+        starts = rng.integers(0, len(whole) - length + 1, 50)
+        assert (split.windows(starts, length) == np.stack([whole[start:start + length] for start in starts])).all()
+    with pytest.raises(IndexError):
+        split.windows([len(whole) - 3], 4)
+
+
+def test_a_file_that_shrinks_while_it_is_used(tmp_path):
+    (tmp_path / "a.bin").write_bytes(bytes(200))
+    split = make(tmp_path, [("a.bin", 100)]).train
+    os.truncate(tmp_path / "a.bin", 100)
+    with pytest.raises(UserError, match="a.bin has become shorter"):
+        split.windows([40], 20)
+
+
+def test_opening_checks_a_bounded_number_of_tokens(tmp_path, monkeypatch):
+    import dataloader
+    monkeypatch.setattr(dataloader, "SCANNED", 100)
+    files = [(f"{i}.bin", 30) for i in range(10)]
+    for name, n in files:
+        np.full(n, 7, "<u2").tofile(tmp_path / name)
+    seen = []
+    monkeypatch.setattr(dataloader.Split, "check", lambda self, ids: seen.append(len(ids)) or ids)
+    make(tmp_path, files)
+    assert seen == [30, 30, 30, 10, 30]
+
+
+SPARSE = """
+import re, sys, time
+import dataloader
+def peak():  # in kB, of this process alone: that of getrusage() begins with its parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before, start = peak(), time.perf_counter()
+data = dataloader.Dataset(sys.argv[1])
+opened = time.perf_counter() - start
+for sequence in range(0, 400, 8):
+    x, y = dataloader.train_batch(data.train, 1, sequence, 8, 1024)
+    assert x.shape == y.shape == (8, 1024) and not x.any()
+starts = dataloader.val_windows(data.val, 1024, 64 * 1024)
+for i in range(0, len(starts), 8):
+    dataloader.val_batch(data.val, starts[i:i + 8], 8, 1024)
+end = data.train.windows([data.train.n_tokens - 2], 2)[0].tolist()
+print(opened, (peak() - before) / 1024, *end)
+"""
+
+
+def test_a_file_of_20_gb_opens_in_a_second_and_in_little_memory(tmp_path):
+    """The file is a hole but for its last token; a process of its own tells its memory: 300 MB at most are added."""
+    n = 10**10
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("no /proc here")
+    try:
+        with open(tmp_path / "train.bin", "wb") as file:
+            file.seek(2 * n - 2)
+            file.write(b"\x07\x00")
+    except OSError:
+        pytest.skip("no file of 20 GB here")
+    make(tmp_path, [("train.bin", n)])
+    out = subprocess.run([sys.executable, "-c", SPARSE, tmp_path], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    opened, grown, *end = map(float, out.split())
+    assert opened < 1 and grown < 300 and end == [0, 7], out
+
+
+def test_a_thousand_files_open_in_a_second(tmp_path):
+    files = [(f"{i}.bin", 64) for i in range(3000)]
+    for name, n in files:
+        (tmp_path / name).write_bytes(bytes(2 * n))
+    start = time.perf_counter()
+    split = make(tmp_path, files).train
+    assert time.perf_counter() - start < 1 and split.n_tokens == 3000 * 64
