@@ -71,7 +71,7 @@ def trained(toy_data, tmp_path_factory):
     (["--device=cuda:99"], "--device=cpu"),
     (["--dataset=none"], "there is no data set 'none': choose one of hub, python, shakespeare, text"),
     (["--init_from=resume"], "init_from takes scratch"),
-    (["--init_from=nowhere"], "init_from takes scratch, resume, auto or a folder"),
+    (["--init_from=nowhere"], "init_from takes scratch, resume, auto, a folder"),
     (["--eval_only=True"], "eval_only needs weights"),
     (["--eval_tokens=0"], "eval_tokens must be at least 1"),
     (["--trainable=("], "trainable='(' is no regular expression"),
