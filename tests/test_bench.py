@@ -1,5 +1,6 @@
 """bench.py: what it prints, and that what it times is the model."""
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -211,9 +212,81 @@ def test_decode_times_a_checkpoint(capsys, toy_run, tmp_path):
 @pytest.mark.parametrize("args,words", [
     (["--mode=fly"], "mode must be decode or train"), (["--n_kv_head=3"], "does not divide"), (["--batch_size=0"], "batch_size must be"),
     (["--batch_size=1,x"], "batch_size must be a whole number"), (["--out_dir=/no"], "and out_dir exclude each other"),
-    (["--mode=train", "--out_dir=x"], "out_dir is for --mode=decode")])
+    (["--mode=train", "--out_dir=x"], "out_dir is for --mode=decode"),
+    (["--mode=scale"], "and no other setting: leave the rest out"), (["--mode=train,scale"], "and no other setting")])
 def test_bad_settings_of_bench(capsys, args, words):
     with pytest.raises(SystemExit) as exit:
         bench.main([*SHAPE, *args])
     error = capsys.readouterr().err.strip()
     assert exit.value.code == 2 and words in error and "\n" not in error
+
+
+def test_scale_formulas_by_hand():
+    config, model = bench.size_of("gpt2_124m")
+    P, tables = 123_588_864, 50304 * 768
+    assert model.num_params() == P and model.embed.weight.is_meta
+    assert bench.state_bytes(model, 1, True) == bench.state_bytes(model, 64, False) == P * 16 + P * 2 == 2_224_599_552
+    assert bench.state_bytes(model, 8, True) == P * 2 + 6 * (tables + (P - tables) / 6)
+    assert bench.sent_bytes(P, 1, False) == bench.sent_bytes(P, 1, True) == 0
+    assert bench.sent_bytes(P, 2, False) == 4 * P  # 2 (n - 1) / n = 1
+    assert bench.sent_bytes(1000, 8, False) == 7000 and bench.sent_bytes(1000, 8, True, micro_steps=3) == 21000
+    row = bench.scale(config, model, 64, False)  # 8 of 512 sequences each
+    assert row["tokens"] == 2**19 and row["compute_s"] == pytest.approx(8192 * 854_654_976 / (0.4 * 989e12), rel=1e-9)
+    assert row["communication_s"] == pytest.approx(2 * 63 / 64 * 4 * P / 400e9)
+    assert bench.scale(config, model, 8, False)["communication_s"] == pytest.approx(7 * P / 450e9)
+    assert bench.scale(config, model, 8, True)["sent"] == 4 * 7 * P  # 64 sequences each, 4 micro-steps of 16
+    assert bench.scale(config, model, 1024, False)["tokens"] == 2**20  # one sequence each
+    row = dict(tokens=1200, memory=100.0, recomputing=50.0, compute_s=3.0, communication_s=2.0)
+    assert bench.speed(row, 112) == "240 to 400" and bench.speed(row, 60) == "200 to 300, recomputing"
+    assert bench.speed(row, 55) == "does not fit" and bench.speed(dict(row, communication_s=0.0), 112) == "400"
+
+
+def test_scale_falls_and_grows_as_it_must():
+    for name in bench.SIZES:
+        size = bench.size_of(name)
+        fsdp, ddp = ([bench.scale(*size, gpus, sharded) for gpus in (2, 8, 64, 1024)] for sharded in (True, False))
+        for rows in (fsdp, ddp):
+            assert all(row["recomputing"] < row["memory"] for row in rows)
+            assert [row["compute_s"] for row in rows] == sorted((row["compute_s"] for row in rows), reverse=True)
+        states = [bench.state_bytes(size[1], gpus, True) for gpus in (2, 8, 64, 1024)]
+        assert all(a > b for a, b in zip(states, states[1:])) and states[0] < bench.state_bytes(size[1], 2, False)
+        assert all(a["memory"] > b["memory"] for a, b in zip(fsdp, fsdp[1:]))
+        assert all(a["sent"] < b["sent"] for a, b in zip(ddp, ddp[1:]))  # towards 8 bytes a parameter
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_activations_of_a_block_are_what_autograd_keeps(n_kv_head, qk_norm):
+    """In bfloat16 on a CPU, whose RMSNorm is no fused one: it keeps two float32 copies of its input and a root mean square."""
+    def kept(n_layer):
+        model, ids, seen = toy_model(n_layer=n_layer, n_kv_head=n_kv_head, qk_norm=qk_norm, head_dim=16), toy_ids(2, 48), {}
+
+        def pack(x):
+            seen[x.untyped_storage().data_ptr()] = x
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            model(ids, ids, logits="none")
+        for p in model.parameters():
+            seen.pop(p.untyped_storage().data_ptr(), None)
+        return model, sum(x.untyped_storage().nbytes() for x in seen.values())
+    (one, bytes_of_one), (two, bytes_of_two) = kept(1), kept(2)
+    c = two.config
+    heads, copies = c.n_head + c.n_kv_head, 2 * (two.num_params() - one.num_params() - 2 * c.n_embd)  # weights in bfloat16
+    composite = 2 * (4 * c.n_embd + 4) + (4 * heads * 16 + 4 * heads if qk_norm else 0)
+    formula = bench.activation_bytes(c, 96) - bench.activation_bytes(one.config, 96)
+    assert bytes_of_two - bytes_of_one - copies == formula + 96 * composite
+    recomputing = bench.activation_bytes(c, 96, True) - bench.activation_bytes(one.config, 96, True)
+    assert recomputing == 96 * 4 * c.n_embd  # the input of one more block
+
+
+def test_the_document_of_scale_is_the_committed_one(capsys):
+    capsys.readouterr()
+    bench.main(["--mode=scale"])
+    text = capsys.readouterr().out
+    assert text.encode() == (ROOT / "docs/scale.md").read_bytes(), "run python bench.py --mode=scale > docs/scale.md"
+    assert "does not fit" in text and "not measured on a GPU (no GPU was at hand)" in text
+    for name, _, _, tokens, hours, ddp, _, fsdp, recomputing in re.findall(r"^\| \[(.+?)\].*?" + r" \| ([\d.,]+)" * 8, text, re.M):
+        words = [f"{tokens} billion tokens", f"{hours} GPU-hours", f"{ddp} GB"]
+        words += [f"{fsdp} GB", f"{recomputing} GB"] if name == "llama_8b" else []
+        said = " ".join((ROOT / f"config/{name}.py").read_text().split())
+        assert name == "gpt2_124m" or all(word in said for word in [*words, "not measured"]), name
+    assert re.findall(r"^\| \[(.+?)\]", text, re.M) == list(bench.SIZES)

@@ -9,7 +9,7 @@ import torch
 from conftest import keys_of
 from test_inputs import program as prepare
 
-from bench import BenchConfig
+from bench import SIZES, BenchConfig
 from checkpoint import model_config
 from compare import CompareConfig
 from convert import COMMANDS
@@ -17,7 +17,7 @@ from configurator import build, combinations, help_text, parse
 from dataloader import PrepareConfig
 from model import GPT, GPTConfig
 from sample import SampleConfig
-from train import TrainConfig
+from train import TrainConfig, batch_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 HubConfig = prepare("hub").__wrapped__.__globals__["HubConfig"]
@@ -26,6 +26,7 @@ PROGRAMS = {"train.py": TrainConfig, "sample.py": SampleConfig, "bench.py": Benc
                                                                   for name in ("python", "shakespeare", "text")},
             "data/hub/prepare.py": HubConfig}
 CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
+PUBLISHED = {"gpt2_350m.py": 354.8e6, "gpt2_1.5b.py": 1557.6e6, "llama_1b.py": 1235.8e6, "llama_8b.py": 8030.3e6}  # parameters
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,11 @@ def at_root(monkeypatch):
 def test_every_config_builds_a_model_that_runs(name):
     config = build(TrainConfig, parse(TrainConfig, [f"config/{name}"], ""))
     config.vocab_size = config.vocab_size or 257
+    if name in PUBLISHED:
+        with torch.device("meta"):  # shapes alone: the largest would take 32 GB
+            model = GPT(model_config(config))
+        assert model.num_params() == pytest.approx(PUBLISHED[name], rel=0.03)
+        return
     model = GPT(model_config(config))
     with torch.inference_mode():
         logits = model(torch.zeros(1, 4, dtype=torch.long))[0]
@@ -53,6 +59,14 @@ def test_variants_differ_in_n_kv_head_and_out_dir_alone():
         assert build(TrainConfig, given).n_kv_head == kv
     composed = build(TrainConfig, parse(TrainConfig, ["config/gpt2_124m.py", "config/gqa.py"], ""))
     assert (composed.n_layer, composed.n_head, composed.n_kv_head, composed.out_dir) == (12, 12, 2, "out/gpt2_124m/gqa")
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("variant,kv", [("mha", None), ("gqa", 2), ("mqa", 1)])
+def test_sizes_compose_with_variants_and_share_their_steps_out(name, variant, kv):
+    config = build(TrainConfig, parse(TrainConfig, [f"config/{name}.py", f"config/{variant}.py"], ""))
+    assert (config.n_kv_head, config.out_dir) == (kv or config.n_head, f"out/{name}/{variant}")
+    assert batch_shape(config, 1)[0] == batch_shape(config, 8)[0] == config.batch_size and config.head_dim % 8 == 0
 
 
 def test_model_settings_have_one_set_of_defaults():
