@@ -266,8 +266,8 @@ STEP_COLUMNS = ("GPUs", "", "tokens per step", "memory, GB", "recomputing, GB", 
 SCALE = """# What larger runs would take
 
 Printed by `python bench.py --mode=scale`: calculated from the parameters and FLOPs that model.py counts and from data sheets.
-Nothing here was run. train.py has DDP; FSDP and recomputing (activation checkpointing), which it lacks, are beside it to show
-what they would bring.
+Nothing here was run. DDP and FSDP are train.py's `--parallel=ddp` and `--parallel=fsdp`, recomputing (activation checkpointing) is
+its `--recompute=True`.
 
 ## Sizes
 
