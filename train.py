@@ -5,6 +5,8 @@
 """
 import contextlib
 import ctypes
+import datetime
+import importlib.util
 import json
 import math
 import os
@@ -281,6 +283,8 @@ def plan(given):
         raise UserError("parallel=fsdp splits the matrices that Muon needs whole: choose --optimizer=adamw or --parallel=ddp")
     if config.parallel == "fsdp" and world()[1] == 1:
         raise UserError("parallel=fsdp splits a model over ranks, and there is one: start with torchrun, or choose --parallel=ddp")
+    if config.parallel == "fsdp" and importlib.util.find_spec("safetensors") is None:
+        raise UserError("parallel=fsdp writes its checkpoints by safetensors, which is not installed: pip install safetensors")
     if meta["vocab_size"] > config.vocab_size:
         raise UserError(f"data set {config.dataset!r} has {meta['vocab_size']} token ids, more than vocab_size="
                         f"{config.vocab_size}: raise vocab_size, or leave it out")
@@ -563,7 +567,9 @@ def main(argv):
 def join_ranks():
     """Makes the process group. After a restart by torchrun its store still holds the addresses of the ranks that died, which
     torch 2.13 lets the new ones read; so each attempt has names of its own, where one agent counts attempts for all."""
-    store, rank, ranks = next(rendezvous("env://"))
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no rank waits for a torchrun that was killed
+    store, rank, ranks = next(rendezvous("env://", timeout=datetime.timedelta(minutes=5)))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=ranks)

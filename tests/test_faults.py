@@ -55,6 +55,16 @@ def test_workers_without_their_agent_save_and_end(toy_run, tmp_path):
     assert "stopped by SIGTERM" in text and checkpoint.load(tmp_path / "run")["step"] >= 5
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for a signal")
+def test_workers_that_still_start_end_with_their_agent(toy_run, tmp_path):
+    process = torchrun(toy_run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while len(kill_runs.children(process.pid)) < 2:
+        time.sleep(0.01)
+    time.sleep(random.uniform(1, 4))  # while they import, meet or begin
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=400)  # at worst the five minutes after which nobody is waited for any more
+
+
 def test_a_folder_belongs_to_one_run(toy_run, tmp_path, monkeypatch, capsys):
     train.main([*toy_run, "--max_steps=2"])
     monkeypatch.setattr(checkpoint.lock.__wrapped__, "__defaults__", (0.3,))
@@ -102,7 +112,9 @@ FSDP = ["--parallel=fsdp", "--tokens_per_step=384", "--max_steps=50", "--eval_in
 
 def test_fsdp_has_the_losses_of_ddp_and_moves_between_numbers_of_ranks(toy_run, tmp_path):
     """50 steps on 2 ranks as DDP; as FSDP with recomputed blocks; and as FSDP that is stopped, and goes on on 3 ranks."""
+    pytest.importorskip("safetensors")
     toy_run = [arg for arg in toy_run if not arg.startswith("--batch_size")]
+
     def run(name, ranks, *args, stop=None):
         process = torchrun(out([*toy_run, *FSDP, *args], tmp_path / name), ranks, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if stop is None:
