@@ -569,7 +569,13 @@ def join_ranks():
     torch 2.13 lets the new ones read; so each attempt has names of its own, where one agent counts attempts for all."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no rank waits for a torchrun that was killed
-    store, rank, ranks = next(rendezvous("env://", timeout=datetime.timedelta(minutes=5)))
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # then it has been there before us
+    try:
+        store, rank, ranks = next(rendezvous("env://", timeout=datetime.timedelta(seconds=30 if by_agent else 600)))
+    except dist.DistError:
+        raise UserError(f"nobody answers at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, where the ranks meet: start all "
+                        "of them again") from None
+    store.set_timeout(datetime.timedelta(minutes=10))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=ranks)

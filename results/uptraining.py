@@ -1,6 +1,6 @@
 """Makes GQA and MQA of trained MHA checkpoints, and trains them on for 5 and 10 % of the original steps.
 
-    python results/uptraining.py [SEED ...]        1337 1338 1339 unless named; the report covers all that have run
+    python results/uptraining.py [SEED ...]        1337 1338 1339 unless named
 
 After figure 5 of Ainslie et al. 2023 (arXiv 2305.13245), at the size of the default model. Runs go to out/uptraining, what is
 there is not run again; the table goes to results/uptraining.md. About 20 minutes a seed on two CPU cores.
@@ -52,16 +52,16 @@ def measure(seed):
     return losses
 
 
-def report(seeds):
-    runs = [measure(seed) for seed in seeds]
-    table = [f"| validation loss, nats per byte: mean of {len(seeds)} seeds ± standard error | 0 % | 5 % | 10 % | 100 % |", "|---|---|---|---|---|"]
-    for key in runs[0]:
-        cells = []
+def report(runs):
+    table = ["| validation loss, nats per byte: mean of the seeds ± standard error | 0 % | 5 % | 10 % | 100 % | seeds |",
+             "|---|---|---|---|---|---|"]
+    for key in dict.fromkeys(key for losses in runs for key in losses):
+        cells, having = [], [losses[key] for losses in runs if key in losses]
         for percent in (0, 5, 10, 100):
-            x = [losses[key].get(percent) for losses in runs]
-            error = f" ± {statistics.stdev(x) / len(x) ** 0.5:.3f}" if len(x) > 1 and x[0] is not None else ""
-            cells.append("" if x[0] is None else f"{statistics.mean(x):.3f}{error}")
-        table.append(f"| {', '.join(key)} | {' | '.join(cells)} |")
+            x = [losses[percent] for losses in having if percent in losses]
+            error = f" ± {statistics.stdev(x) / len(x) ** 0.5:.3f}" if len(x) > 1 else ""
+            cells.append(f"{statistics.mean(x):.3f}{error}" if x else "")
+        table.append(f"| {', '.join(key)} | {' | '.join(cells)} | {len(having)} |")
     gaps = [losses["GQA, 2 heads", "aligned, queries and keys trained"][5] - losses["MHA", "from scratch"][100] for losses in runs]
     table += ["", f"GQA, aligned, queries and keys trained for 5 % of the steps, less MHA: {', '.join(f'{gap:+.4f}' for gap in gaps)} nats."]
     (ROOT / "results/uptraining.md").write_text("\n".join(table) + "\n")
@@ -69,7 +69,4 @@ def report(seeds):
 
 
 if __name__ == "__main__":
-    named = [int(seed) for seed in sys.argv[1:]]
-    for seed in named or [1337, 1338, 1339]:
-        measure(seed)
-    report([seed for seed in (1337, 1338, 1339) if (OUT / f"{seed}/scratch1/done").exists()])
+    report([measure(int(seed)) for seed in sys.argv[1:] or (1337, 1338, 1339)])
