@@ -39,7 +39,7 @@ def program(main):
             # torchrun ends every rank as soon as one exits: the others wait, so that rank 0 gets to say it, once.
             # A rank whose trouble is its own (a missing disk, say) speaks after the wait.
             if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
-                time.sleep(20)
+                time.sleep(10)
             print(f"{os.path.basename(sys.modules[main.__module__].__file__)}: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         except KeyboardInterrupt:

@@ -571,7 +571,7 @@ def join_ranks():
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no rank waits for a torchrun that was killed
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # then it has been there before us
     try:
-        store, rank, ranks = next(rendezvous("env://", timeout=datetime.timedelta(seconds=30 if by_agent else 600)))
+        store, rank, ranks = next(rendezvous("env://", timeout=datetime.timedelta(seconds=10 if by_agent else 600)))
     except dist.DistError:
         raise UserError(f"nobody answers at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, where the ranks meet: start all "
                         "of them again") from None

@@ -62,7 +62,7 @@ def test_workers_that_still_start_end_with_their_agent(toy_run, tmp_path):
         time.sleep(0.01)
     time.sleep(random.uniform(1, 4))  # while they import, meet or begin
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=120)  # at worst half a minute after which a torchrun that does not answer is given up
+    process.communicate(timeout=120)  # at worst when a torchrun that does not answer is given up
 
 
 def test_a_folder_belongs_to_one_run(toy_run, tmp_path, monkeypatch, capsys):
