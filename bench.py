@@ -143,8 +143,8 @@ def decode(config, runtime, peak):
     bound = decoding_bytes(shape, B, config.prompt_len if config.prefill else 1, config.block_size, runtime)
     return dict(mode="decode", n_layer=shape.n_layer, n_head=shape.n_head, n_kv_head=shape.n_kv_head, n_embd=shape.n_embd,
                 attention=shape.attention, batch_size=B, prompt_len=config.prompt_len, new_tokens=config.new_tokens,
-                warmup_s=runs[0][1] - began, prefill_s=prefill_s, step_ms=step * 1e3, decode_tok_s=B / step, kv_cache_bytes=cache.nbytes,
-                bytes_per_step=bytes_per_step, bandwidth_gb_s=bytes_per_step / step / 1e9,
+                warmup_s=runs[0][1] - began, prefill_s=prefill_s, step_ms=step * 1e3, decode_tok_s=B / step,
+                kv_cache_bytes=cache.nbytes, bytes_per_step=bytes_per_step, bandwidth_gb_s=bytes_per_step / step / 1e9,
                 mbu=bytes_per_step / step / peak if peak else None,
                 peak_memory_bytes=peak_memory(runtime), memory_bound_bytes=sum(bound.values()))
 
@@ -176,7 +176,8 @@ def train(config, runtime):
     step, flops = statistics.median(seconds[5:]), peak_flops(runtime)
     return dict(mode="train", n_layer=config.n_layer, n_head=config.n_head, n_kv_head=config.n_kv_head, n_embd=config.n_embd,
                 attention=config.attention, batch_size=B, block_size=T, warmup_s=warmup_s, step_ms=step * 1e3,
-                tok_s=B * T / step, mfu=B * T * model.flops_per_token(T) / step / flops if flops else None, peak_memory_bytes=peak_memory(runtime))
+                tok_s=B * T / step, mfu=B * T * model.flops_per_token(T) / step / flops if flops else None,
+                peak_memory_bytes=peak_memory(runtime))
 
 
 @program
