@@ -58,7 +58,7 @@ class CompareConfig(TrainConfig):
 # what every run of a comparison shares, so that a list would have no meaning; and what says nothing about its results
 SHARED = {"out_dir", "seeds", "seed", "match", "controls", "dataset", "vocab_size", "block_size", "max_steps", "eval_interval",
           "eval_tokens", "device", "dtype", "compile", "report_only", "overwrite"}
-ASIDE = {"out_dir", "report_only", "overwrite", "log_interval", "profile", "wandb_log", "wandb_project", "wandb_run_name"}
+ASIDE = {"out_dir", "report_only", "overwrite", "log_interval", "profile", "keep_checkpoints", "wandb_log", "wandb_project", "wandb_run_name"}
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
