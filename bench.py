@@ -144,9 +144,9 @@ def decode(config, runtime, peak):
     bytes_per_step = read + B * kv_bytes * (config.prompt_len + config.new_tokens // 2)
     bound = decoding_bytes(shape, B, config.prompt_len if config.prefill else 1, config.block_size, runtime)
     return dict(mode="decode", n_layer=shape.n_layer, n_head=shape.n_head, n_kv_head=shape.n_kv_head, n_embd=shape.n_embd,
-                batch_size=B, prompt_len=config.prompt_len, new_tokens=config.new_tokens, warmup_s=runs[0][1] - began,
-                prefill_s=prefill_s, step_ms=step * 1e3, decode_tok_s=B / step, kv_cache_bytes=cache.nbytes,
-                bytes_per_step=bytes_per_step, bandwidth_gb_s=bytes_per_step / step / 1e9,
+                attention=shape.attention, batch_size=B, prompt_len=config.prompt_len, new_tokens=config.new_tokens,
+                warmup_s=runs[0][1] - began, prefill_s=prefill_s, step_ms=step * 1e3, decode_tok_s=B / step,
+                kv_cache_bytes=cache.nbytes, bytes_per_step=bytes_per_step, bandwidth_gb_s=bytes_per_step / step / 1e9,
                 mbu=bytes_per_step / step / peak if peak else None,
                 peak_memory_bytes=peak_memory(runtime), memory_bound_bytes=sum(bound.values()))
 
@@ -177,8 +177,9 @@ def train(config, runtime):
         seconds.append(clock(runtime) - start)
     step, flops = statistics.median(seconds[5:]), peak_flops(runtime)
     return dict(mode="train", n_layer=config.n_layer, n_head=config.n_head, n_kv_head=config.n_kv_head, n_embd=config.n_embd,
-                batch_size=B, block_size=T, warmup_s=warmup_s, step_ms=step * 1e3, tok_s=B * T / step,
-                mfu=B * T * model.flops_per_token(T) / step / flops if flops else None, peak_memory_bytes=peak_memory(runtime))
+                attention=config.attention, batch_size=B, block_size=T, warmup_s=warmup_s, step_ms=step * 1e3,
+                tok_s=B * T / step, mfu=B * T * model.flops_per_token(T) / step / flops if flops else None,
+                peak_memory_bytes=peak_memory(runtime))
 
 
 # -- --mode=scale: what larger runs would take, calculated ---------------------------------------------------------------
@@ -336,9 +337,9 @@ def main(argv):
         row = decode(config, runtime, peak) if config.mode == "decode" else train(config, runtime)
         row |= dict({key: runtime.describe()[key] for key in ("device", "dtype", "compile")}, torch=torch.__version__)
         rows.append({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()})
-        shown = ("n_kv_head", "batch_size", "prompt_len", "prefill_s", "step_ms", "decode_tok_s", "kv_cache_bytes", "mbu")
+        shown = ("attention", "n_kv_head", "batch_size", "prompt_len", "prefill_s", "step_ms", "decode_tok_s", "kv_cache_bytes", "mbu")
         if config.mode == "train":
-            shown = ("n_kv_head", "batch_size", "block_size", "step_ms", "tok_s", "mfu", "peak_memory_bytes")
+            shown = ("attention", "n_kv_head", "batch_size", "block_size", "step_ms", "tok_s", "mfu", "peak_memory_bytes")
         print("  ".join(f"{key} {rows[-1][key]}" for key in shown), flush=True)
     print(json.dumps(rows[0] if len(rows) == 1 else dict(rows=rows)))
 

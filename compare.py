@@ -2,6 +2,7 @@
 
     python compare.py                                        the built-in comparison, which prints how long it will take
     python compare.py config/gpt2_124m.py --dataset=PATH --n_kv_head=12,4,2,1 --seeds=3
+    python compare.py --attention=gqa,mla                    with multi-head latent attention as a fourth
     python compare.py --n_head=1,2,4,8 --match=shape         any key with a list is an axis
 
 Every key of train.py passes through. out_dir receives the runs, results.json, report.md and, with matplotlib, pictures.
@@ -27,6 +28,7 @@ from tqdm import tqdm
 import checkpoint
 from configurator import UserError, build, combinations, parse, program
 from dataloader import Dataset
+from model import LATENT
 from train import TrainConfig, bits_per_byte, check_writable, pick_runtime, prepare_default
 
 PUBLISHED = (0.008, 0.04)  # nats between MHA, GQA and MQA in papers, near 124 million parameters
@@ -79,30 +81,43 @@ class Variant:
 
 def attention_name(config):
     kv, H = config.n_kv_head, config.n_head
-    return "MHA" if kv == H else "MQA" if kv == 1 else f"GQA-{kv}"
+    return "MLA" if config.attention == "mla" else "MHA" if kv == H else "MQA" if kv == 1 else f"GQA-{kv}"
+
+
+def choices_of(given):
+    """combinations(given), each once; where both kinds of attention are listed, without the settings of the other kind."""
+    chosen = combinations(given)
+    if isinstance(given.get("attention"), list):
+        chosen = [{key: value for key, value in values.items()
+                   if key not in (LATENT if values["attention"] == "gqa" else ("n_kv_head", "qkv_bias"))} for values in chosen]
+    return [values for i, values in enumerate(chosen) if values not in chosen[:i]]
 
 
 def plan(given):
     """(settings, variants) of the command line's values; the first variant is what the others are compared to."""
     if listed := [key for key in SHARED if isinstance(given.get(key), list)]:
         raise UserError(f"{listed[0]} takes one value in a comparison: every run shares it")
-    base = build(CompareConfig, combinations(given)[0])
+    base = build(CompareConfig, choices_of(given)[0])
     runtime = pick_runtime(base.device, base.dtype, base.compile)
     prepare_default(base.dataset)
     keys = {f.name for f in fields(TrainConfig)}
     values = {key: given[key] for key in given if key in keys}
     values |= dict(max_steps=base.max_steps, eval_interval=base.eval_interval, out_dir="", overwrite=False,
                    vocab_size=base.vocab_size or Dataset(base.dataset).meta["vocab_size"])
-    if not any(isinstance(value, list) for value in values.values()):
+    if isinstance(values.get("attention"), list):
+        values = dict(attention=values["attention"]) | values           # all of one kind, then the other
+    lists = {key for key in values if isinstance(values[key], list)}
+    if (not lists and base.attention == "gqa") or (lists == {"attention"} and "n_kv_head" not in values):
         values["n_kv_head"] = list({base.n_head: 0, max(1, base.n_head // 2): 0, 1: 0})
     if isinstance(values.get("n_kv_head"), list):
         values["n_kv_head"].sort(reverse=True)  # MHA first
-    axes = [key for key in values if isinstance(values[key], list) and key != "n_kv_head"]
+    axes = [key for key in values if isinstance(values[key], list) and key not in ("attention", "n_kv_head")]
+    named = not axes or any(isinstance(values.get(key), list) for key in ("attention", "n_kv_head"))
     choices = []  # (name, settings)
-    for chosen in combinations(values):
+    for chosen in choices_of(values):
         c = build(TrainConfig, chosen)
-        names = [f"{key}={chosen[key]}" for key in axes]
-        choices.append((" ".join(names if names and not isinstance(values.get("n_kv_head"), list) else [attention_name(c), *names]), chosen))
+        names = [f"{key}={chosen[key]}" for key in axes if key in chosen]
+        choices.append((" ".join([attention_name(c)] * named + names), chosen))
         if base.controls and c.n_kv_head < c.n_head:
             K, D = c.n_kv_head, c.head_dim
             thin = D * K // c.n_head
@@ -441,7 +456,7 @@ def load_results(path):
 @program
 def main(argv):
     given = parse(CompareConfig, argv, __doc__, axes=True)
-    config = build(CompareConfig, combinations(given)[0])
+    config = build(CompareConfig, choices_of(given)[0])
     out_dir = Path(config.out_dir)
     path = out_dir / "results.json"
     if config.report_only:

@@ -76,16 +76,30 @@ FAMILIES = {"llama": ("LlamaForCausalLM", False, False), "mistral": ("MistralFor
 SIZES = dict(vocab_size="vocab_size", n_embd="hidden_size", n_ff="intermediate_size", n_layer="num_hidden_layers",
              n_head="num_attention_heads", block_size="max_position_embeddings", n_kv_head="num_key_value_heads",
              head_dim="head_dim", norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings")
+MLA = dict(kv_lora_rank="kv_lora_rank", q_lora_rank="q_lora_rank", rope_head_dim="qk_rope_head_dim",
+           nope_head_dim="qk_nope_head_dim", v_head_dim="v_head_dim")
 LLAMA3 = dict(rope_factor="factor", rope_low_freq_factor="low_freq_factor", rope_high_freq_factor="high_freq_factor",
               rope_original_block_size="original_max_position_embeddings")
 
 
 def hf_name(name):
-    """The name of a weight of model.py in Hugging Face's Llama. Both turn halves in RoPE, so no weight is permuted."""
+    """The name of a weight of model.py in Hugging Face's Llama, or DeepSeek-V3 for mla."""
     for ours, theirs in (("embed.", "embed_tokens."), ("attn_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"),
-                         (".attn.", ".self_attn.")):
+                         (".attn.", ".self_attn."), ("kv_a_proj", "kv_a_proj_with_mqa"), ("_a_norm", "_a_layernorm")):
         name = name.replace(ours, theirs)
     return name if name.startswith("lm_head") else f"model.{name}"
+
+
+def hf_weights(weights, c):
+    """weights by Hugging Face's names. Llama turns halves in RoPE, too; DeepSeek-V3 neighbours, so those rows change places."""
+    if c.attention == "mla":
+        P, weights = c.rope_head_dim, dict(weights)
+        turn = torch.arange(P).view(2, -1).T.flatten()                  # 0, P/2, 1, P/2 + 1, ...
+        for name, x in weights.items():
+            if name.endswith(("q_proj.weight", "q_b_proj.weight", "kv_a_proj.weight")):
+                x = x.unflatten(0, (-1, c.kv_lora_rank + P if "kv_a" in name else c.nope_head_dim + P))
+                weights[name] = torch.cat((x[:, :-P], x[:, -P:][:, turn]), 1).flatten(0, 1)
+    return {hf_name(name): x for name, x in weights.items()}
 
 
 def library(name):
@@ -106,18 +120,26 @@ def to_hf(config):
     model, c = checkpoint.build_model(state).eval(), GPTConfig(**state["config"])
     if c.qk_norm and c.qkv_bias:
         raise UserError("qk_norm with qkv_bias is no architecture of Hugging Face: only a model with one of them can be exported")
+    if c.attention == "mla" and not c.qk_norm:
+        raise UserError("attention=mla without qk_norm is no architecture of Hugging Face: DeepSeek-V3 norms its latents")
     family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
+    architecture, more = FAMILIES[family][0], {}
+    if c.attention == "mla":  # every layer is one of the first, dense ones, before any experts
+        family, architecture = "deepseek_v3", "DeepseekV3ForCausalLM"
+        more = {theirs: getattr(c, ours) for ours, theirs in MLA.items()} | dict(
+            head_dim=c.rope_head_dim, first_k_dense_replace=c.n_layer, num_nextn_predict_layers=0)
     save_torch_state_dict = (library("transformers"), library("huggingface_hub"))[1].save_torch_state_dict
     encoding = None if state["tokenizer"] == "none" else get_tokenizer(state["tokenizer"], config.out_dir)
     ends = {} if encoding is None else dict(eos_token_id=encoding.eot_token, bos_token_id=encoding.bos_token if
                                             isinstance(encoding, HuggingFaceTokenizer) else encoding.eot_token)
     scaling = dict(rope_type="llama3", **{theirs: getattr(c, ours) for ours, theirs in LLAMA3.items()}) if c.rope_factor > 1 else None
-    described = dict(architectures=[FAMILIES[family][0]], model_type=family, hidden_act="silu",
-                     **{theirs: getattr(c, ours) for ours, theirs in SIZES.items()}, rope_theta=c.rope_theta, rope_scaling=scaling,
+    described = dict(architectures=[architecture], model_type=family, hidden_act="silu",
+                     **{theirs: getattr(c, ours) for ours, theirs in SIZES.items()} | more, rope_theta=c.rope_theta, rope_scaling=scaling,
                      attention_bias=False, mlp_bias=False, use_sliding_window=False, torch_dtype=config.dtype, **ends)
     with whole(config.hf_dir, "hf_dir") as part:
         # a tied head is the embedding table: one of the two is written
-        save_torch_state_dict({hf_name(name): x.to(getattr(torch, config.dtype)) for name, x in model.state_dict().items()}, part)
+        weights = hf_weights(model.state_dict(), c)
+        save_torch_state_dict({name: x.to(getattr(torch, config.dtype)) for name, x in weights.items()}, part)
         (part / "config.json").write_text(json.dumps(described, indent=1))
         (part / "generation_config.json").write_text(json.dumps(ends, indent=1))
         copy_tokenizer(state["tokenizer"], config.out_dir, part)
@@ -128,7 +150,7 @@ def to_hf(config):
                 clean_up_tokenization_spaces=False, model_max_length=c.block_size), indent=1))
             check_tokenizer(encoding, part)
         compared = compare_logits(model, part, config.dtype)
-    print(f"{config.hf_dir}: {FAMILIES[family][0]}, {model.num_params():,} parameters in {config.dtype}\n{compared}")
+    print(f"{config.hf_dir}: {architecture}, {model.num_params():,} parameters in {config.dtype}\n{compared}")
     if encoding is None:
         print(f"warning: {config.out_dir} has no tokenizer, so {config.hf_dir} has none", file=sys.stderr)
 
@@ -324,6 +346,9 @@ def pool(config):
     state = checkpoint.load(config.out_dir)
     model = checkpoint.build_model(state).eval()
     before = GPTConfig(**state["config"])
+    if before.attention == "mla":
+        raise UserError(f"{config.out_dir} has attention=mla, whose heads share one latent already: only a model with key/value "
+                        "heads can be pooled")
     if config.n_kv_head is None:
         raise UserError("the new number of key/value heads is missing: pass --n_kv_head")
     after = build(GPTConfig, asdict(before) | dict(n_kv_head=config.n_kv_head))

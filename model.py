@@ -1,7 +1,8 @@
 """A Llama-shaped decoder in one file, whose key/value heads are one number: n_kv_head.
 
 n_kv_head = n_head is multi-head attention (MHA), 1 is multi-query attention (MQA, Shazeer 2019, arXiv 1911.02150)
-and anything between is grouped-query attention (GQA, Ainslie et al. 2023, arXiv 2305.13245).
+and anything between is grouped-query attention (GQA, Ainslie et al. 2023, arXiv 2305.13245). The fourth answer to the
+same cache, multi-head latent attention (MLA), is a class of its own, LatentAttention, for attention = "mla".
 
 Dimension letters, used in every shape comment:
     B batch   T new tokens   S tokens attended to (cached ones and the new)   V vocab_size
@@ -12,11 +13,14 @@ import hashlib
 import math
 import platform
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+LATENT = ("kv_lora_rank", "q_lora_rank", "rope_head_dim", "nope_head_dim", "v_head_dim")  # settings of attention = "mla" alone
 
 
 @dataclass
@@ -35,14 +39,20 @@ class GPTConfig:
     rope_high_freq_factor: float = 4.0  # those under rope_original_block_size / this stay, between there is a ramp
     rope_original_block_size: int | None = None  # block_size before the stretching
     norm_eps: float = 1e-5        # added to the mean square in RMSNorm
-    qk_norm: bool = True          # RMSNorm on every query and key head, as in Qwen3; without it the model is a Llama
+    qk_norm: bool = True          # RMSNorm on every query and key head, as in Qwen3; without it a Llama. mla: on its latents
     qkv_bias: bool = False        # biases on q_proj, k_proj and v_proj, as in Qwen2
+    attention: Literal["gqa", "mla"] = "gqa"  # mla: a latent in place of keys and values, as in DeepSeek-V2
+    kv_lora_rank: int | None = None   # mla: width of that latent; None: 4 head_dim
+    q_lora_rank: int | None = None    # mla: width of a latent of the queries, which is not cached; None: no such latent
+    rope_head_dim: int | None = None  # mla: the part of a query and key that RoPE turns; None: head_dim / 2
+    nope_head_dim: int | None = None  # mla: the part that it does not turn; None: head_dim
+    v_head_dim: int | None = None     # mla: width of a value; None: head_dim
     tie_embeddings: bool = True   # the embedding table is also the output head
     dropout: float = 0.0          # on the embedding and on what each block adds; never on attention weights
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ff",
-                     "rope_original_block_size"):
+                     "rope_original_block_size", *LATENT):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -58,6 +68,20 @@ class GPTConfig:
             self.head_dim = self.n_embd // self.n_head
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd, and RoPE turns pairs: make it even")
+        if self.attention == "mla":
+            if self.n_kv_head != self.n_head or self.qkv_bias:
+                name = "qkv_bias" if self.qkv_bias else "n_kv_head"
+                raise ValueError(f"{name}={getattr(self, name)} is for attention=gqa: leave it out, mla has no such thing")
+            for name, default in zip(LATENT, (4 * self.head_dim, None, self.head_dim // 2, self.head_dim, self.head_dim)):
+                if getattr(self, name) is None:
+                    setattr(self, name, default)
+            if self.rope_head_dim % 2:
+                raise ValueError(f"rope_head_dim={self.rope_head_dim} is odd, and RoPE turns pairs: make it even")
+            if self.v_head_dim > self.nope_head_dim + self.rope_head_dim:
+                raise ValueError(f"v_head_dim={self.v_head_dim} is more than nope_head_dim + rope_head_dim = "
+                                 f"{self.nope_head_dim + self.rope_head_dim}, the width of keys: lower it")
+        elif given := [name for name in LATENT if getattr(self, name) is not None]:
+            raise ValueError(f"{given[0]} is for attention=mla: set that too, or leave {given[0]} out")
         if self.n_ff is None:
             self.n_ff = math.ceil(self.n_embd * 8 / 3 / 32) * 32
         for name in ("rope_theta", "norm_eps"):
@@ -72,6 +96,18 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
+    @property
+    def cached(self):
+        """(tensors, heads, width) that the cache holds for one token of a layer: keys and values, or with mla one latent."""
+        mla = self.attention == "mla"
+        return (1, 1, self.kv_lora_rank + self.rope_head_dim) if mla else (2, self.n_kv_head, self.head_dim)
+
+    @property
+    def heads(self):
+        """The numbers that decide the cache, in words: to print."""
+        rank = f"kv_lora_rank {self.kv_lora_rank}, rope_head_dim {self.rope_head_dim}"
+        return f"n_head {self.n_head}, {rank if self.attention == 'mla' else f'n_kv_head {self.n_kv_head}'}"
+
 
 def rope_frequencies(config, device=None):
     """(D/2,) radians per position of each pair, float32: theta^(-2i/D) (Su et al. 2021, arXiv 2104.09864).
@@ -79,7 +115,8 @@ def rope_frequencies(config, device=None):
     With rope_factor, low frequencies are divided by it as in Llama 3.1 (its reference code, apply_scaling): turns is how often
     a pair goes round within rope_original_block_size.
     """
-    exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    D = config.rope_head_dim if config.attention == "mla" else config.head_dim
+    exponent = torch.arange(0, D, 2, device=device, dtype=torch.float32) / D
     frequency = 1.0 / config.rope_theta**exponent
     if config.rope_factor == 1:
         return frequency
@@ -111,7 +148,7 @@ class KVCache:
     """Keys and values of all layers, for at most max_length tokens in each of batch_size rows.
 
     Allocated by the caller and passed to GPT.forward; the model keeps no state between calls. It holds n_kv_head
-    heads and never n_head. It owns the position: GPT.forward asks where the new tokens stand, each layer appends
+    heads and never n_head; with mla one latent, as keys, and no values. It owns the position: GPT.forward asks where the new tokens stand, each layer appends
     its keys and values there, and GPT.forward advances once after the last layer.
 
     Rows of different length end together: padding, (batch_size,), says how many of the first tokens of each row are
@@ -125,9 +162,10 @@ class KVCache:
     def __init__(self, config, batch_size, max_length, device=None, dtype=None, padding=None, static=False):
         if not 1 <= max_length <= config.block_size:
             raise ValueError(f"a cache of {max_length} tokens: it must be 1 to block_size={config.block_size}")
-        shape = (batch_size, config.n_kv_head, max_length, config.head_dim)
+        tensors, heads, width = config.cached
+        shape = (batch_size, heads, max_length, width)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer if tensors == 2 else 0)]
         self.max_length, self.padding, self.static = max_length, padding, static
         # tokens held, fillers included, the same in every row
         self.length = torch.zeros((), dtype=torch.long, device=device) if static else 0
@@ -163,15 +201,16 @@ class KVCache:
         mask = (self.places(T)[:, None] >= places)[None]
         return mask if self.padding is None else mask & (places >= self.padding[:, None, None])
 
-    def append(self, layer, k, v):
+    def append(self, layer, k, v=None):
         """Writes the new (B, K, T, D) keys and values of a layer; returns all that attention reads, (B, K, S, D)."""
+        return self.write(self.k[layer], k), None if v is None else self.write(self.v[layer], v)
+
+    def write(self, kept, new):
         if self.static:
-            places = self.places(k.size(2))
-            return self.k[layer].index_copy_(2, places, k), self.v[layer].index_copy_(2, places, v)
-        end = self.length + k.size(2)
-        self.k[layer][:, :, self.length:end] = k
-        self.v[layer][:, :, self.length:end] = v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+            return kept.index_copy_(2, self.places(new.size(2)), new)
+        end = self.length + new.size(2)
+        kept[:, :, self.length:end] = new
+        return kept[:, :, :end]
 
     def advance(self, T):
         self.length += T
@@ -198,14 +237,17 @@ def fused_causal(device, dtype, repeats):
 
 def attention_route(config, device, dtype):
     """How attend runs, in words: to print once."""
+    if config.attention == "mla":
+        return "expanded to all heads over prompts, over the latents while decoding"
     native = fused_causal(device, dtype, config.n_head // config.n_kv_head)
     return f"{'native' if native else 'folded'} over prompts, folded while decoding"
 
 
-def attend(q, k, v, mask=None):
+def attend(q, k, v, mask=None, scale=None):
     """Attention of (B, H, T, D) queries over (B, K, S, D) keys and values -> (B, H, T, D).
 
     mask is (B, T, S), True where a token may look; None means causal where T = S and everything where T = 1.
+    scale multiplies q k; None: D^-1/2.
     Query head h reads key/value head h // (H / K). With H = 8 and K = 2:
 
         query head       0 1 2 3  4 5 6 7
@@ -221,13 +263,13 @@ def attend(q, k, v, mask=None):
     if mask is None and T > 1 and fused_causal(q.device, q.dtype, H // K):
         # is_causal is aligned to the top left: right only for square T = S, so a warm cache must bring a mask
         assert T == S, (T, S)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H != K)
     if mask is None and T > 1:
         mask = torch.ones(1, T, S, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         mask = mask[:, None].repeat(1, 1, H // K, 1)                   # (B, 1, H/K * T, S)
     q = q.reshape(B, K, H // K * T, D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).reshape(B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -255,6 +297,56 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))         # (B, T, C)
 
 
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C). Widths, beside those above:
+
+    R kv_lora_rank   P rope_head_dim   N nope_head_dim   U v_head_dim        (d_c, d_h^R, d_h and d_h there)
+
+    All that is cached of a token is its latent c and one key that RoPE turned, r. Head h has the key (A_h c, r) and the
+    value B_h c, where A_h and B_h are its rows of kv_b_proj. Two ways to the same numbers:
+    expanded  makes keys and values of every head: where new tokens see only each other, in training and a first chunk.
+    absorbed  looks into a cache without making them. Since q A_h c = (A_h^T q) c, and B_h stands behind the sum over
+              tokens, every query goes over the (c, r) themselves: one shared head as in MQA, R + P wide.
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        H, C, R, P, N, U = (config.n_head, config.n_embd, config.kv_lora_rank, config.rope_head_dim, config.nope_head_dim,
+                            config.v_head_dim)
+        norm = (lambda n: RMSNorm(n, 1e-6)) if config.qk_norm else lambda n: nn.Identity()  # DeepSeek's, whatever norm_eps is
+        self.layer, self.widths, self.q_lora_rank = layer, (R, P, N, U), config.q_lora_rank
+        if self.q_lora_rank is None:
+            self.q_proj = Linear(C, H * (N + P), bias=False)
+        else:
+            self.q_a_proj, self.q_a_norm = Linear(C, self.q_lora_rank, bias=False), norm(self.q_lora_rank)
+            self.q_b_proj = Linear(self.q_lora_rank, H * (N + P), bias=False)
+        self.kv_a_proj, self.kv_a_norm = Linear(C, R + P, bias=False), norm(R)
+        self.kv_b_proj = Linear(R, H * (N + U), bias=False)
+        self.o_proj = Linear(H * U, C, bias=False)
+
+    def forward(self, x, cos, sin, cache, mask):
+        B, T, C = x.shape
+        R, P, N, U = self.widths
+        q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
+        q, q_rope = q.view(B, T, -1, N + P).transpose(1, 2).split((N, P), -1)  # (B, H, T, N) and (B, H, T, P)
+        c, r = self.kv_a_proj(x)[:, None].split((R, P), -1)             # (B, 1, T, R) and (B, 1, T, P)
+        q_rope, c, r = apply_rope(q_rope, cos, sin), self.kv_a_norm(c), apply_rope(r, cos, sin)
+        if cache is not None:
+            latent, _ = cache.append(self.layer, torch.cat((c, r), -1))  # (B, 1, S, R + P)
+        if cache is None or (mask is None and T > 1):                   # expanded
+            k, v = self.kv_b_proj(c[:, 0]).view(B, T, -1, N + U).transpose(1, 2).split((N, U), -1)
+            k = torch.cat((k, r.expand(-1, k.size(1), -1, -1)), -1)     # (B, H, T, N + P)
+            # values as wide as keys, or fused kernels refuse: without them a CPU takes 2.4 to 3.4 x as long forward, 1.3 to
+            # 1.9 x with the gradient (2 cores of an AMD EPYC, torch 2.13, 64 to 1,024 tokens)
+            y = attend(torch.cat((q, q_rope), -1), k, F.pad(v, (0, N + P - U)))[..., :U]
+        else:                                                           # absorbed
+            a, b = self.kv_b_proj.weight.view(-1, N + U, R).split((N, U), 1)  # (H, N, R) and (H, U, R)
+            q = torch.cat((torch.einsum("bhtn,hnr->bhtr", q, a), q_rope), -1)  # (B, H, T, R + P)
+            y = attend(q, latent, latent, mask, scale=(N + P) ** -0.5)[..., :R]  # r as values too: fused, and cut off
+            y = torch.einsum("bhtr,hur->bhtu", y, b)                    # (B, H, T, U)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))         # (B, T, C)
+
+
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
 
@@ -272,7 +364,7 @@ class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
-        self.attn = Attention(config, layer)
+        self.attn = (LatentAttention if config.attention == "mla" else Attention)(config, layer)
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -358,17 +450,17 @@ class GPT(nn.Module):
     def flops_per_token(self, T=None):
         """Training FLOPs for one token of a T-token sequence (block_size if None), forward and backward:
         6 per matmul weight and 12 L H D T for attention, the causal half not taken off (PaLM, arXiv 2204.02311, app. B).
-        n_kv_head changes the first term only."""
+        n_kv_head changes the first term only. With mla, D is the mean width of a key and a value, both expanded."""
         c = self.config
         matmul = sum(p.numel() for p in self.parameters() if p.dim() == 2)
         if self.lm_head is not None:
             matmul -= self.embed.weight.numel()  # a lookup, no product
-        return 6 * matmul + 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
+        widths = c.nope_head_dim + c.rope_head_dim + c.v_head_dim if c.attention == "mla" else 2 * c.head_dim
+        return 6 * matmul + 6 * c.n_layer * c.n_head * widths * (T or c.block_size)
 
     def kv_bytes_per_token(self, dtype=torch.float32):
-        """Bytes that the cache holds for one token of one sequence: 2 (key and value) L K D elements."""
-        c = self.config
-        return 2 * c.n_layer * c.n_kv_head * c.head_dim * dtype.itemsize
+        """Bytes that the cache holds for one token of one sequence: 2 (key and value) L K D elements, or L (R + P) with mla."""
+        return self.config.n_layer * math.prod(self.config.cached) * dtype.itemsize
 
 
 # -- linear layers and norms ---------------------------------------------------------------------------------------------

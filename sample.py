@@ -18,7 +18,7 @@ from torch import nn
 import checkpoint
 from configurator import UserError, build, parse, program
 from dataloader import get_tokenizer
-from model import ONEDNN, KVCache, attention_route, onednn_product
+from model import GPT, ONEDNN, KVCache, attention_route, onednn_product
 from train import pick_runtime, warn_eager
 
 
@@ -73,7 +73,7 @@ def prepare_for_decoding(model, rows):
         return model
     for module in [m for m in model.modules() if not isinstance(m, nn.Linear)]:  # a list of all would keep them alive
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
+            if isinstance(child, nn.Linear) and name != "kv_b_proj":  # LatentAttention reads that one as matrices, too
                 setattr(module, name, PackedLinear(child.weight, child.bias, rows))
     if model.lm_head is None:
         model.lm_head = PackedLinear(model.embed.weight, None, rows)
@@ -106,7 +106,7 @@ def context_start(n_tokens, block_size):
 
 def prefill_chunk(config, batch_size):
     """Tokens of each row that are read at once: 2,048 in all rows, and few enough that the mask stays small."""
-    return max(1, 2048 // max(4, batch_size, config.n_head // config.n_kv_head))
+    return max(1, 2048 // max(4, batch_size, config.n_head // config.cached[1]))
 
 
 def prefill(model, idx, cache, chunk):
@@ -120,16 +120,25 @@ def decoding_bytes(config, batch_size, prompt_len, max_length, runtime):
     """What decoding holds at most, in bytes: weights, cache, a row of logits per sequence, and what a chunk of prefill takes.
 
     In a chunk of n = batch_size * t tokens, elements live at once: the residual, its norm and one more, 3 n C, and then
-    either 4 n F of the MLP or 7 n H D + 4 n K D of queries and keys as they are normed and turned. From the second chunk
-    on, a mask of t S H/K bytes, which attention turns into numbers. The tests compare this with what is allocated.
+    either 4 n F of the MLP or 7 n H D + 4 n K D of queries and keys as they are normed and turned (mla, in the letters of
+    LatentAttention: 2 n (R + P) of latents, and 8 n H (N + P) expanded or n H (3 (R + P) + 2 (N + P)) absorbed). From the
+    second chunk on, a mask of t S H/K bytes, which attention turns into numbers. The tests compare this with what is
+    allocated.
     """
     c, size, packed = config, runtime.dtype.itemsize, packs(runtime.device, runtime.dtype)
-    C, D, H, K, F, V = c.n_embd, c.head_dim, c.n_head, c.n_kv_head, c.n_ff, c.vocab_size
-    matrices = c.n_layer * (2 * H * D * C + 2 * K * D * C + 3 * F * C) + V * C * (1 if c.tie_embeddings and not packed else 2)
+    C, D, H, F, V = c.n_embd, c.head_dim, c.n_head, c.n_ff, c.vocab_size
+    tensors, K, width = c.cached
+    with torch.device("meta"):  # shapes alone
+        matrices = sum(p.numel() for p in GPT(c).parameters() if p.dim() == 2)
+    matrices += V * C if c.tie_embeddings and packed else 0
     t = min(prompt_len, prefill_chunk(c, batch_size))
-    activations = batch_size * t * (3 * C + max(4 * F, 7 * H * D + 4 * K * D)) * size
+    heads = 7 * H * D + 4 * K * D
+    if c.attention == "mla":
+        key = c.nope_head_dim + c.rope_head_dim
+        heads = 2 * width + H * max(8 * key, 3 * width + 2 * key)
+    activations = batch_size * t * (3 * C + max(4 * F, heads)) * size
     mask = t * prompt_len * H // K * (1 + size) if prompt_len > t else 0
-    return dict(weights=matrices * size, cache=2 * c.n_layer * batch_size * K * D * max_length * size,
+    return dict(weights=matrices * size, cache=c.n_layer * tensors * batch_size * K * width * max_length * size,
                 logits=batch_size * V * size, prefill=activations + mask)
 
 
@@ -293,8 +302,8 @@ def main(argv):
     cache = "no KV cache"
     if config.kv_cache:
         cache = f"KV cache {kv_bytes:,} bytes per token, {kv_bytes * length * n_texts:,} in all"
-    print(f"{runtime.why}; {config.out_dir} at step {state['step']}, n_head {model.config.n_head}, n_kv_head "
-          f"{model.config.n_kv_head}; attention {attention_route(model.config, runtime.device, runtime.dtype)}; {cache}",
+    print(f"{runtime.why}; {config.out_dir} at step {state['step']}, {model.config.heads}; "
+          f"attention {attention_route(model.config, runtime.device, runtime.dtype)}; {cache}",
           file=sys.stderr)
 
     if max(map(len, ids)) > model.config.block_size:

@@ -765,7 +765,7 @@ def announcement(config, model, dataset, state, runtime, batch_size, accumulatio
     meta, epochs = dataset.meta, config.tokens_per_step * config.max_steps / dataset.train.n_tokens
     yield f"{runtime.why}; {count(runtime.ranks, 'rank')}"
     yield (f"model: {model.num_params():,} parameters ({model.num_params(embedding=False):,} without the embedding table), "
-           f"n_head {config.n_head}, n_kv_head {config.n_kv_head}, KV cache {model.kv_bytes_per_token():,} bytes per token in float32")
+           f"{config.heads}, KV cache {model.kv_bytes_per_token():,} bytes per token in float32")
     yield (f"data: {config.dataset}, {dataset.train.n_tokens:,} training tokens, tokenizer {meta['tokenizer']}, "
            f"sha256 {meta['sha256'][:16]}")
     yield (f"batch: {config.tokens_per_step:,} tokens per step = {count(batch_size, 'sequence')} x {config.block_size} tokens x "

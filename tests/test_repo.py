@@ -57,6 +57,7 @@ def test_variants_differ_in_n_kv_head_and_out_dir_alone():
         given = parse(TrainConfig, [f"config/{name}.py"], "")
         assert set(given) == {"n_kv_head", "out_dir"} and given["out_dir"] == f"out/{name}"
         assert build(TrainConfig, given).n_kv_head == kv
+    assert parse(TrainConfig, ["config/mla.py"], "") == dict(attention="mla", out_dir="out/mla")
     composed = build(TrainConfig, parse(TrainConfig, ["config/gpt2_124m.py", "config/gqa.py"], ""))
     assert (composed.n_layer, composed.n_head, composed.n_kv_head, composed.out_dir) == (12, 12, 2, "out/gpt2_124m/gqa")
 

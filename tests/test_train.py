@@ -113,7 +113,8 @@ class StopAt(train.StopSignal):
 
 
 @pytest.mark.parametrize("changes", [[], ["--dropout=0.2", "--n_kv_head=1"], ["--optimizer=muon", "--tie_embeddings=False"],
-                                     ["--trainable=q_proj|norm"]], ids=["gqa", "mqa-dropout", "muon", "trainable"])
+                                     ["--trainable=q_proj|norm"], ["--attention=mla", "--n_kv_head=None", "--q_lora_rank=16"]],
+                         ids=["gqa", "mqa-dropout", "muon", "trainable", "mla"])
 @pytest.mark.parametrize("stop", [7, 10])
 def test_resume_is_bit_identical(toy_run, tmp_path, monkeypatch, capsys, stop, changes):
     whole, parts = out([*toy_run, *changes], tmp_path / "whole"), out([*toy_run, *changes], tmp_path / "parts")
@@ -132,9 +133,10 @@ def test_resume_is_bit_identical(toy_run, tmp_path, monkeypatch, capsys, stop, c
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
 
 
-def test_two_ranks_make_the_same_losses_and_resume_bit_for_bit(toy_run, tmp_path):
+@pytest.mark.parametrize("changes", [[], ["--attention=mla", "--n_kv_head=None"]], ids=["gqa", "mla"])
+def test_two_ranks_make_the_same_losses_and_resume_bit_for_bit(toy_run, tmp_path, changes):
     """One process with 4 micro-steps, 2 ranks with 2, and 2 ranks that are stopped by a SIGTERM and resumed."""
-    args = [*toy_run, "--batch_size=2", "--max_steps=120", "--eval_interval=60", "--learning_rate=1e-3"]
+    args = [*toy_run, *changes, "--batch_size=2", "--max_steps=120", "--eval_interval=60", "--learning_rate=1e-3"]
     train.main(out(args, tmp_path / "one"))
     whole = torchrun(out(args, tmp_path / "whole"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     text = whole.communicate(timeout=100)[0]
