@@ -120,7 +120,8 @@ def rope_frequencies(config, device=None):
     frequency = 1.0 / config.rope_theta**exponent
     if config.rope_factor == 1:
         return frequency
-    turns, low, high = config.rope_original_block_size * frequency / (2 * math.pi), config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_block_size * frequency / (2 * math.pi)
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return frequency * (keep + (1 - keep) / config.rope_factor)
 
@@ -148,8 +149,8 @@ class KVCache:
     """Keys and values of all layers, for at most max_length tokens in each of batch_size rows.
 
     Allocated by the caller and passed to GPT.forward; the model keeps no state between calls. It holds n_kv_head
-    heads and never n_head; with mla one latent, as keys, and no values. It owns the position: GPT.forward asks where the new tokens stand, each layer appends
-    its keys and values there, and GPT.forward advances once after the last layer.
+    heads and never n_head; with mla one latent, as keys, and no values. It owns the position: GPT.forward asks where the new
+    tokens stand, each layer appends its keys and values there, and GPT.forward advances once after the last layer.
 
     Rows of different length end together: padding, (batch_size,), says how many of the first tokens of each row are
     fillers, which nothing looks at. Tokens are written at the same place in all rows, positions count from the first

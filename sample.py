@@ -320,7 +320,8 @@ def main(argv):
     began, count = time.perf_counter(), 0
     tokens = generate(model, ids, config.max_new_tokens, config.num_samples,
                       known_ids(encoding, model.config.vocab_size).to(runtime.device), config.kv_cache,
-                      lambda row: texts[row].done, compile_for_decoding(model, runtime) if runtime.compile else None, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+                      lambda row: texts[row].done, compile_for_decoding(model, runtime) if runtime.compile else None,
+                      temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
                       generator=torch.Generator(runtime.device).manual_seed(config.seed))
     for rows, new in tokens:
         count += len(rows)
