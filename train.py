@@ -503,6 +503,10 @@ class StopSignal:
             signal.signal(number, signal.default_int_handler)
 
     def __exit__(self, *error):
+        if not self.number or any(error):  # else not before the end is told: a killed agent makes a signal for each of its threads
+            self.restore()
+
+    def restore(self):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -729,6 +733,7 @@ def train(config, model, dataset, state, runtime, batch_size, accumulation):
     if stopping and not last:
         say(f"stopped by {signal.Signals(stopping).name} after step {step} and saved: the same command with "
             "--init_from=resume goes on")
+        stop.restore()
         raise SystemExit(128 + stopping)
     minutes, seconds = divmod(time.perf_counter() - began, 60)
     val_loss = state["val_loss"] if val_loss is None else val_loss  # resumed where it had ended
