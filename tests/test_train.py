@@ -308,7 +308,7 @@ def test_newest_best_and_kept_checkpoints(toy_run, tmp_path, monkeypatch):
 
 
 def test_writing_does_not_hold_up_training(toy_run, tmp_path, monkeypatch):
-    """A disk that takes half a second for each file, five of them, costs the run only the last."""
+    """A save returns before a disk that takes half a second for each file has it."""
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda *args: (time.sleep(0.5), save(*args)))
     monkeypatch.setattr(train, "evaluate", lambda *args: 1.0)
