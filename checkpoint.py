@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configurator import UserError, build, check_key, convert
+from dataloader import write_json
 from model import GPT, GPTConfig
 
 NAME = "ckpt.pt"
@@ -131,8 +132,7 @@ class ShardedSaver(Saver):
             with warnings.catch_warnings(action="ignore"):  # of an interface that torch may still change
                 dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
             if self.rank == 0:
-                (folder / "state.part").write_text(json.dumps(plain))
-                os.replace(folder / "state.part", folder / "state.json")
+                write_json(folder / "state.json", plain)  # last: it says that the rest is whole
             self.failed = None
             clear_sharded(self.out_dir, self.rank, but=folder)
         except (dcp.api.CheckpointException, OSError) as error:
