@@ -42,7 +42,7 @@ class GPTConfig:
     qk_norm: bool = True          # RMSNorm on every query and key head, as in Qwen3; without it a Llama. mla: on its latents
     qkv_bias: bool = False        # biases on q_proj, k_proj and v_proj, as in Qwen2
     attention: Literal["gqa", "mla"] = "gqa"  # mla: a latent in place of keys and values, as in DeepSeek-V2
-    kv_lora_rank: int | None = None   # mla: width of that latent; None: 4 head_dim
+    kv_lora_rank: int | None = None   # mla: width of that latent; None: 4 head_dim, or half of n_embd where that is less
     q_lora_rank: int | None = None    # mla: width of a latent of the queries, which is not cached; None: no such latent
     rope_head_dim: int | None = None  # mla: the part of a query and key that RoPE turns; None: head_dim / 2
     nope_head_dim: int | None = None  # mla: the part that it does not turn; None: head_dim
@@ -72,7 +72,8 @@ class GPTConfig:
             if self.n_kv_head != self.n_head or self.qkv_bias:
                 name = "qkv_bias" if self.qkv_bias else "n_kv_head"
                 raise ValueError(f"{name}={getattr(self, name)} is for attention=gqa: leave it out, mla has no such thing")
-            for name, default in zip(LATENT, (4 * self.head_dim, None, self.head_dim // 2, self.head_dim, self.head_dim)):
+            rank = min(4 * self.head_dim, (self.n_embd + 1) // 2)  # the paper's 4 head_dim, but a latent is to be narrow
+            for name, default in zip(LATENT, (rank, None, self.head_dim // 2, self.head_dim, self.head_dim)):
                 if getattr(self, name) is None:
                     setattr(self, name, default)
             if self.rope_head_dim % 2:
