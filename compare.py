@@ -107,7 +107,7 @@ def plan(given):
     if isinstance(values.get("attention"), list):
         values = dict(attention=values["attention"]) | values           # all of one kind, then the other
     lists = {key for key in values if isinstance(values[key], list)}
-    if (not lists and base.attention == "gqa") or (lists == {"attention"} and "n_kv_head" not in values):
+    if (not lists and base.attention == "gqa") or ("attention" in lists <= {"attention", *LATENT} and "n_kv_head" not in values):
         values["n_kv_head"] = list({base.n_head: 0, max(1, base.n_head // 2): 0, 1: 0})
     if isinstance(values.get("n_kv_head"), list):
         values["n_kv_head"].sort(reverse=True)  # MHA first

@@ -323,6 +323,7 @@ def test_a_changed_latent_is_no_resumption(run_dir, capsys):
     (["--attention=mla,gqa", "--n_kv_head=4"], ["MLA", "MHA"]),
     (["--n_kv_head=1,4", "--attention=gqa,mla", "--kv_lora_rank=8"], ["MHA", "MQA", "MLA"]),
     (["--attention=gqa,mla", "--n_kv_head=2", "--kv_lora_rank=8,16"], ["GQA-2", "MLA kv_lora_rank=8", "MLA kv_lora_rank=16"]),
+    (["--attention=gqa,mla", "--kv_lora_rank=8,16"], ["MHA", "GQA-2", "MQA", "MLA kv_lora_rank=8", "MLA kv_lora_rank=16"]),
     (["--attention=mla", "--kv_lora_rank=8,16"], ["kv_lora_rank=8", "kv_lora_rank=16"]),
     (["--attention=mla"], ["MLA"])], ids=str)
 def test_a_comparison_has_it_as_a_row(toy_data, args, names):
