@@ -22,7 +22,7 @@ import torch
 
 import checkpoint
 from configurator import UserError, build, combinations, parse, program
-from model import GPT, GPTConfig, KVCache
+from model import LATENT, GPT, GPTConfig, KVCache
 from sample import compile_for_decoding, decoding_bytes, prefill, prefill_chunk, prepare_for_decoding
 from train import PEAK_FLOPS, TrainConfig, compile_model, keep_freed_memory, make_optimizer, peak_flops, pick_runtime
 
@@ -55,6 +55,21 @@ class BenchConfig(GPTConfig):
             self.vocab_size = 257
         if self.mode == "decode":  # the context is as long as asked for, and no longer
             self.block_size = self.prompt_len + self.new_tokens
+
+
+def choices_of(given):
+    """combinations(given), each once; where both kinds of attention are listed, without the settings of the other kind."""
+    chosen = combinations(given)
+    if isinstance(given.get("attention"), list):
+        chosen = [{key: value for key, value in values.items()
+                   if key not in (LATENT if values["attention"] == "gqa" else ("n_kv_head", "qkv_bias"))} for values in chosen]
+    return [values for i, values in enumerate(chosen) if values not in chosen[:i]]
+
+
+def heads_of(config):
+    """What decides the cache, for a row of results."""
+    mla = config.attention == "mla"
+    return dict(attention=config.attention, n_kv_head=None if mla else config.n_kv_head, kv_lora_rank=config.kv_lora_rank)
 
 
 def clock(runtime):
@@ -143,8 +158,8 @@ def decode(config, runtime, peak):
     step = min(seconds for seconds, _ in runs[1:])
     bytes_per_step = read + B * kv_bytes * (config.prompt_len + config.new_tokens // 2)
     bound = decoding_bytes(shape, B, config.prompt_len if config.prefill else 1, config.block_size, runtime)
-    return dict(mode="decode", n_layer=shape.n_layer, n_head=shape.n_head, n_kv_head=shape.n_kv_head, n_embd=shape.n_embd,
-                attention=shape.attention, batch_size=B, prompt_len=config.prompt_len, new_tokens=config.new_tokens,
+    return dict(mode="decode", n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, **heads_of(shape),
+                batch_size=B, prompt_len=config.prompt_len, new_tokens=config.new_tokens,
                 warmup_s=runs[0][1] - began, prefill_s=prefill_s, step_ms=step * 1e3, decode_tok_s=B / step,
                 kv_cache_bytes=cache.nbytes, bytes_per_step=bytes_per_step, bandwidth_gb_s=bytes_per_step / step / 1e9,
                 mbu=bytes_per_step / step / peak if peak else None,
@@ -176,9 +191,8 @@ def train(config, runtime):
         optimizer.zero_grad(set_to_none=True)
         seconds.append(clock(runtime) - start)
     step, flops = statistics.median(seconds[5:]), peak_flops(runtime)
-    return dict(mode="train", n_layer=config.n_layer, n_head=config.n_head, n_kv_head=config.n_kv_head, n_embd=config.n_embd,
-                attention=config.attention, batch_size=B, block_size=T, warmup_s=warmup_s, step_ms=step * 1e3,
-                tok_s=B * T / step, mfu=B * T * model.flops_per_token(T) / step / flops if flops else None,
+    return dict(mode="train", n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, **heads_of(config),
+                batch_size=B, block_size=T, warmup_s=warmup_s, step_ms=step * 1e3, tok_s=B * T / step, mfu=B * T * model.flops_per_token(T) / step / flops if flops else None,
                 peak_memory_bytes=peak_memory(runtime))
 
 
@@ -318,7 +332,7 @@ what autograd keeps on a CPU, and the parameters with the published counts.
 @program
 def main(argv):
     given = parse(BenchConfig, argv, __doc__, axes=True)
-    configs, rows, peak = [build(BenchConfig, values) for values in combinations(given)], [], None
+    configs, rows, peak = [build(BenchConfig, values) for values in choices_of(given)], [], None
     if any(config.mode == "scale" for config in configs):
         if len(given) > 1 or len(configs) > 1:
             raise UserError("--mode=scale takes its shapes from config/ and no other setting: leave the rest out")
@@ -337,10 +351,11 @@ def main(argv):
         row = decode(config, runtime, peak) if config.mode == "decode" else train(config, runtime)
         row |= dict({key: runtime.describe()[key] for key in ("device", "dtype", "compile")}, torch=torch.__version__)
         rows.append({key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()})
-        shown = ("attention", "n_kv_head", "batch_size", "prompt_len", "prefill_s", "step_ms", "decode_tok_s", "kv_cache_bytes", "mbu")
+        shown = ("prompt_len", "prefill_s", "step_ms", "decode_tok_s", "kv_cache_bytes", "mbu")
         if config.mode == "train":
-            shown = ("attention", "n_kv_head", "batch_size", "block_size", "step_ms", "tok_s", "mfu", "peak_memory_bytes")
-        print("  ".join(f"{key} {rows[-1][key]}" for key in shown), flush=True)
+            shown = ("block_size", "step_ms", "tok_s", "mfu", "peak_memory_bytes")
+        shown = (*heads_of(config), "batch_size", *shown)
+        print("  ".join(f"{key} {rows[-1][key]}" for key in shown if rows[-1][key] is not None), flush=True)
     print(json.dumps(rows[0] if len(rows) == 1 else dict(rows=rows)))
 
 

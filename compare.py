@@ -26,7 +26,8 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from configurator import UserError, build, combinations, parse, program
+from bench import choices_of
+from configurator import UserError, build, parse, program
 from dataloader import Dataset
 from model import LATENT
 from train import TrainConfig, bits_per_byte, check_writable, pick_runtime, prepare_default
@@ -82,15 +83,6 @@ class Variant:
 def attention_name(config):
     kv, H = config.n_kv_head, config.n_head
     return "MLA" if config.attention == "mla" else "MHA" if kv == H else "MQA" if kv == 1 else f"GQA-{kv}"
-
-
-def choices_of(given):
-    """combinations(given), each once; where both kinds of attention are listed, without the settings of the other kind."""
-    chosen = combinations(given)
-    if isinstance(given.get("attention"), list):
-        chosen = [{key: value for key, value in values.items()
-                   if key not in (LATENT if values["attention"] == "gqa" else ("n_kv_head", "qkv_bias"))} for values in chosen]
-    return [values for i, values in enumerate(chosen) if values not in chosen[:i]]
 
 
 def plan(given):

@@ -251,6 +251,10 @@ def plan(given):
         if resume and not state["settings"]:
             raise UserError(f"{source} holds converted weights and no run to resume: pass it as --init_from={source}, with "
                             "another --out_dir")
+        kind = state["config"].get("attention", "gqa")
+        if given.get("attention", kind) != kind:  # said before the other settings of either kind are found not to fit
+            raise UserError(f"attention={given['attention']}, but the model in {source} has {kind}: leave attention out, or start from "
+                            "scratch in another --out_dir")
         base = {**state["config"], **(checkpoint.typed(TrainConfig, state["settings"], source) if resume else {})}
     config = build(TrainConfig, {**base, **given, "init_from": init_from})
 

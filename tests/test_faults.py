@@ -175,8 +175,9 @@ def test_a_sharded_checkpoint_is_read_by_its_run_alone(toy_run, tmp_path, capsys
         assert "state.json is damaged" in error or "is not a checkpoint" in error
 
 
-def test_recomputed_blocks_make_the_same_gradients(toy_run, tmp_path):
+@pytest.mark.parametrize("changes", [[], ["--attention=mla", "--n_kv_head=None"]], ids=["gqa", "mla"])
+def test_recomputed_blocks_make_the_same_gradients(toy_run, tmp_path, changes):
     for name, args in (("plain", []), ("recomputed", ["--recompute=True"])):
-        train.main(out([*toy_run, "--dropout=0.1", *args], tmp_path / name))
+        train.main(out([*toy_run, "--dropout=0.1", *changes, *args], tmp_path / name))
     for a, b in zip(rows(tmp_path / "plain"), rows(tmp_path / "recomputed"), strict=True):
         assert a["train_loss"] == b["train_loss"] or a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-6)

@@ -280,6 +280,9 @@ def test_decode_and_train_are_timed_and_accounted(capsys):
     weights = 65 * 32 + 2 * (32 * 48 + 32 * 20 + 16 * 64 + 32 * 32 + 3 * 32 * 96 + 2 * 32 + 16) + 32
     assert mla["bytes_per_step"] == 4 * weights + 3 * 13 * 2 * 20 * 4
     assert 0 < mla["mbu"] < 1 and mla["memory_bound_bytes"] > 4 * weights
+    bench.main([*shape, "--attention=gqa,mla", "--n_kv_head=4,1", "--kv_lora_rank=8,16", "--new_tokens=2", "--repeats=1"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["n_kv_head"], row["kv_lora_rank"]) for row in rows] == [(4, None), (1, None), (None, 8), (None, 16)]
     bench.main([*shape, "--attention=mla", "--prefill=False", "--prompt_len=50", "--new_tokens=2", "--repeats=1"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["prefill_s"] is None
     bench.main([*shape, "--attention=mla", "--mode=train", "--batch_size=4", "--block_size=16", "--steps=2"])
@@ -316,6 +319,10 @@ def test_a_changed_latent_is_no_resumption(run_dir, capsys):
     with pytest.raises(SystemExit) as exit:
         train.main([f"--out_dir={run_dir}", "--init_from=resume", "--kv_lora_rank=8"])
     assert exit.value.code == 2 and "kv_lora_rank=8, but the model in" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        train.main([f"--out_dir={run_dir}", "--init_from=resume", "--attention=gqa"])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and "attention=gqa, but the model in" in error and "has mla: leave attention out" in error
 
 
 @pytest.mark.parametrize("args,names", [
