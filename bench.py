@@ -67,9 +67,9 @@ def choices_of(given):
 
 
 def heads_of(config):
-    """What decides the cache, for a row of results."""
-    mla = config.attention == "mla"
-    return dict(attention=config.attention, n_kv_head=None if mla else config.n_kv_head, kv_lora_rank=config.kv_lora_rank)
+    """What sets the kinds of attention apart, for a row of results."""
+    return dict(attention=config.attention, n_kv_head=None if config.attention == "mla" else config.n_kv_head,
+                **{name: getattr(config, name) for name in LATENT})
 
 
 def clock(runtime):
@@ -157,7 +157,8 @@ def decode(config, runtime, peak):
         runs.append((statistics.median(seconds), clock(runtime)))
     step = min(seconds for seconds, _ in runs[1:])
     bytes_per_step = read + B * kv_bytes * (config.prompt_len + config.new_tokens // 2)
-    bound = decoding_bytes(shape, B, config.prompt_len if config.prefill else 1, config.block_size, runtime)
+    bound = decoding_bytes(shape, B, config.prompt_len if config.prefill else 1, config.block_size, runtime,
+                           static=runtime.compile)
     return dict(mode="decode", n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, **heads_of(shape),
                 batch_size=B, prompt_len=config.prompt_len, new_tokens=config.new_tokens,
                 warmup_s=runs[0][1] - began, prefill_s=prefill_s, step_ms=step * 1e3, decode_tok_s=B / step,
@@ -192,7 +193,8 @@ def train(config, runtime):
         seconds.append(clock(runtime) - start)
     step, flops = statistics.median(seconds[5:]), peak_flops(runtime)
     return dict(mode="train", n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, **heads_of(config),
-                batch_size=B, block_size=T, warmup_s=warmup_s, step_ms=step * 1e3, tok_s=B * T / step, mfu=B * T * model.flops_per_token(T) / step / flops if flops else None,
+                batch_size=B, block_size=T, warmup_s=warmup_s, step_ms=step * 1e3,
+                tok_s=B * T / step, mfu=B * T * model.flops_per_token(T) / step / flops if flops else None,
                 peak_memory_bytes=peak_memory(runtime))
 
 

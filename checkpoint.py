@@ -280,7 +280,7 @@ def new_model(config, seed=1337):
         return GPT(config, seed)
     except (RuntimeError, TypeError, MemoryError, OverflowError) as error:
         raise UserError(f"a model of this size cannot be made here ({' '.join(str(error).split())[:100]}): lower n_layer, "
-                        "n_embd, n_ff or vocab_size") from None
+                        "n_embd, n_ff, vocab_size or the widths of heads and latents") from None
 
 
 def load_optimizer(optimizer, state):

@@ -26,10 +26,10 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from bench import choices_of
+from bench import choices_of, heads_of
 from configurator import UserError, build, parse, program
 from dataloader import Dataset
-from model import LATENT
+from model import LATENT, GPTConfig
 from train import TrainConfig, bits_per_byte, check_writable, pick_runtime, prepare_default
 
 PUBLISHED = (0.008, 0.04)  # nats between MHA, GQA and MQA in papers, near 124 million parameters
@@ -102,7 +102,7 @@ def plan(given):
     if (not lists and base.attention == "gqa") or ("attention" in lists <= {"attention", *LATENT} and "n_kv_head" not in values):
         values["n_kv_head"] = list({base.n_head: 0, max(1, base.n_head // 2): 0, 1: 0})
     if isinstance(values.get("n_kv_head"), list):
-        values["n_kv_head"].sort(reverse=True)  # MHA first
+        values["n_kv_head"].sort(key=lambda n: n or sys.maxsize, reverse=True)  # MHA first
     axes = [key for key in values if isinstance(values[key], list) and key not in ("attention", "n_kv_head")]
     named = not axes or any(isinstance(values.get(key), list) for key in ("attention", "n_kv_head"))
     choices = []  # (name, settings)
@@ -127,7 +127,7 @@ def plan(given):
                 config.n_ff = matching_n_ff(config, model.num_params(), wanted)
                 model = checkpoint.new_model(checkpoint.model_config(config))
             variants.append(Variant(name, match, config, dict(
-                n_head=config.n_head, n_kv_head=config.n_kv_head, head_dim=config.head_dim, n_ff=config.n_ff,
+                heads=config.heads, n_head=config.n_head, head_dim=config.head_dim, n_ff=config.n_ff, **heads_of(config),
                 params=model.num_params(), non_embedding_params=model.num_params(embedding=False),
                 flops_per_token=model.flops_per_token(), kv_bytes_per_token=model.kv_bytes_per_token(runtime.dtype))))
     return base, runtime, variants
@@ -314,6 +314,7 @@ def report(results, pictures):
             f"(sha256 {results['dataset_sha256'][:16]}), tokenizer {results['tokenizer']}. {machine['gpu'] or machine['cpu']}, "
             f"{machine['threads']} threads, torch {machine['torch']}, {machine['dtype']}, {machine['ranks']} rank(s), "
             f"{results['date']}.\n\n")
+    text += "".join(f"- {name}: {heads}\n" for name, heads in {row["variant"]: row["heads"] for row in rows if "heads" in row}.items()) + "\n"
     titles = dict(shape=f"The shape held equal: only what the name says differs from {first}",
                   params=f"The parameters held equal: n_ff makes up for what differs from {first}")
     for match, title in titles.items():
@@ -346,7 +347,7 @@ def report(results, pictures):
                     "none of those would show in a run like this.") + "\n")
     shapes = {}
     for row in rows:
-        shapes.setdefault(row["shape"], row["variant"] + (" (n_ff up)" if row["match"] == "params" else ""))
+        shapes.setdefault(row["shape"], row["variant"] + (f" (n_ff {row['n_ff']})" if row["match"] == "params" else ""))
     speed = results["speed"]
     text += "\n## Speed\n\n" + table(
         ["variant", "training step, ms", "tokens/s", "peak memory, MB", "tokens/s in the runs, median"],
@@ -463,10 +464,12 @@ def main(argv):
     this = identity(base, given, variants, dataset)
     results = load_results(path) if path.exists() and not base.overwrite else None
     if results is not None:
-        there, here = ({**r, **r["settings"]} for r in (results, this))
+        # what an older version did not know of was as it is by default
+        settings, shape = ({f.name: f.default for f in fields(cls)} for cls in (CompareConfig, GPTConfig))
+        there, here = ({**settings, **r, **r["settings"]} for r in (results, this))
         changed = [f"{key} {there.get(key)} there, {here[key]} here" for key in here
                    if there.get(key) != here[key] and key not in ("settings", "variants")]
-        if changed or results["variants"] != this["variants"]:
+        if changed or [{**shape, **variant} for variant in results["variants"]] != this["variants"]:
             raise UserError(f"{out_dir} holds a comparison of other settings ({'; '.join(changed)[:200] or 'other variants'}): choose "
                             "another --out_dir, or replace it with --overwrite=True")
     if results is None and (out_dir / "runs").exists() and not base.overwrite:

@@ -44,8 +44,8 @@ class GPTConfig:
     attention: Literal["gqa", "mla"] = "gqa"  # mla: a latent in place of keys and values, as in DeepSeek-V2
     kv_lora_rank: int | None = None   # mla: width of that latent; None: 4 head_dim, or half of n_embd where that is less
     q_lora_rank: int | None = None    # mla: width of a latent of the queries, which is not cached; None: no such latent
-    rope_head_dim: int | None = None  # mla: the part of a query and key that RoPE turns; None: head_dim / 2
-    nope_head_dim: int | None = None  # mla: the part that it does not turn; None: head_dim
+    rope_head_dim: int | None = None  # mla: the part of a query and key that RoPE turns; None: head_dim / 2, at least 32 of it
+    nope_head_dim: int | None = None  # mla: the part that it does not turn; None: what is missing to 3/2 head_dim
     v_head_dim: int | None = None     # mla: width of a value; None: head_dim
     tie_embeddings: bool = True   # the embedding table is also the output head
     dropout: float = 0.0          # on the embedding and on what each block adds; never on attention weights
@@ -66,14 +66,17 @@ class GPTConfig:
                 raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: change one of them, "
                                  "or set head_dim")
             self.head_dim = self.n_embd // self.n_head
-        if self.head_dim % 2:
+        if self.head_dim % 2 and self.attention == "gqa":
             raise ValueError(f"head_dim={self.head_dim} is odd, and RoPE turns pairs: make it even")
         if self.attention == "mla":
             if self.n_kv_head != self.n_head or self.qkv_bias:
                 name = "qkv_bias" if self.qkv_bias else "n_kv_head"
                 raise ValueError(f"{name}={getattr(self, name)} is for attention=gqa: leave it out, mla has no such thing")
-            rank = min(4 * self.head_dim, (self.n_embd + 1) // 2)  # the paper's 4 head_dim, but a latent is to be narrow
-            for name, default in zip(LATENT, (rank, None, self.head_dim // 2, self.head_dim, self.head_dim)):
+            # DeepSeek's proportions from heads of 64 and 8 of them on; below, a latent would be as wide as the stream, and RoPE
+            # have too few pairs to tell places apart (results/README.md)
+            D = self.head_dim
+            rope = self.rope_head_dim or max(D // 4 * 2, min(D, 32))
+            for name, default in zip(LATENT, (min(4 * D, (self.n_embd + 1) // 2), None, rope, max(1, 3 * D // 2 - rope), D)):
                 if getattr(self, name) is None:
                     setattr(self, name, default)
             if self.rope_head_dim % 2:
@@ -240,7 +243,7 @@ def fused_causal(device, dtype, repeats):
 def attention_route(config, device, dtype):
     """How attend runs, in words: to print once."""
     if config.attention == "mla":
-        return "expanded to all heads over prompts, over the latents while decoding"
+        return "expanded to all heads where nothing is cached and no mask is needed, else over the latents"
     native = fused_causal(device, dtype, config.n_head // config.n_kv_head)
     return f"{'native' if native else 'folded'} over prompts, folded while decoding"
 
@@ -306,7 +309,7 @@ class LatentAttention(nn.Module):
 
     All that is cached of a token is its latent c and one key that RoPE turned, r. Head h has the key (A_h c, r) and the
     value B_h c, where A_h and B_h are its rows of kv_b_proj. Two ways to the same numbers:
-    expanded  makes keys and values of every head: where new tokens see only each other, in training and a first chunk.
+    expanded  makes keys and values of every head: where new tokens see only each other and no mask is needed, as in training.
     absorbed  looks into a cache without making them. Since q A_h c = (A_h^T q) c, and B_h stands behind the sum over
               tokens, every query goes over the (c, r) themselves: one shared head as in MQA, R + P wide.
     """
@@ -525,7 +528,7 @@ def linear(x, weight, bias=None):
 
 class Linear(nn.Linear):
     def forward(self, x):
-        return linear(x, self.weight, self.bias)
+        return linear(x.contiguous(), self.weight, self.bias)  # rows with gaps take oneDNN many times as long
 
 
 class HeadLoss(torch.autograd.Function):

@@ -251,10 +251,8 @@ def plan(given):
         if resume and not state["settings"]:
             raise UserError(f"{source} holds converted weights and no run to resume: pass it as --init_from={source}, with "
                             "another --out_dir")
-        kind = state["config"].get("attention", "gqa")
-        if given.get("attention", kind) != kind:  # said before the other settings of either kind are found not to fit
-            raise UserError(f"attention={given['attention']}, but the model in {source} has {kind}: leave attention out, or start from "
-                            "scratch in another --out_dir")
+        # first what was given, or what follows from it would be named
+        check_same_model({key: value for key, value in given.items() if value is not None}, state["config"], source, resume)
         base = {**state["config"], **(checkpoint.typed(TrainConfig, state["settings"], source) if resume else {})}
     config = build(TrainConfig, {**base, **given, "init_from": init_from})
 
@@ -264,11 +262,7 @@ def plan(given):
     if config.vocab_size is None:
         config.vocab_size = meta["vocab_size"] if state is None else state["config"]["vocab_size"]
     if state is not None:
-        for f in fields(GPTConfig):
-            here, before = getattr(config, f.name), state["config"].get(f.name)
-            if here != before and (resume or f.name not in ("block_size", "dropout")):
-                raise UserError(f"{f.name}={here}, but the model in {source} has {before}: leave {f.name} out, or start "
-                                "from scratch in another --out_dir")
+        check_same_model(asdict(config), state["config"], source, resume)
         if state["tokenizer"] not in (meta["tokenizer"], "none"):
             same = source if state["tokenizer"].startswith("tokenizer.json") else state["tokenizer"]
             raise UserError(f"data set {config.dataset!r} is of tokenizer {meta['tokenizer']!r}, the model in {source} of "
@@ -297,6 +291,14 @@ def plan(given):
             raise UserError(f"block_size={config.block_size} needs {config.block_size + 1} tokens in each split, data set "
                             f"{config.dataset!r} has one of {split.n_tokens}: lower block_size, or use more text")
     return config, dataset, state
+
+
+def check_same_model(values, before, source, resume):
+    """UserError where a setting of the model in values is not that of the checkpoint in source, before."""
+    for name in before:  # in the order of GPTConfig
+        if values.get(name, before[name]) != before[name] and (resume or name not in ("block_size", "dropout")):
+            raise UserError(f"{name}={values[name]}, but the model in {source} has {before[name]}: leave {name} out, or start "
+                            "from scratch in another --out_dir")
 
 
 def batch_shape(config, ranks):

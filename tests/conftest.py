@@ -55,5 +55,17 @@ def toy_run(toy_data, tmp_path):
             "--eval_interval=10", "--eval_tokens=1024", "--log_interval=5", "--warmup_steps=4"]
 
 
+def peak_allocated(function):
+    """The most bytes that torch's allocator had handed out while function ran: the same on every machine."""
+    now = peak = 0
+    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
+        function()
+    for event in sorted(run.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
 def keys_of(cls):
     return [f.name for f in fields(cls)]

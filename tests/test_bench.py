@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import toy_config, toy_ids, toy_model
+from conftest import peak_allocated, toy_config, toy_ids, toy_model
 
 import bench
 import sample
@@ -83,21 +83,20 @@ def test_a_prompt_read_in_chunks_gives_the_same_text(monkeypatch, n_kv_head):
     assert calls == [7, 7, 7, 7, 2]
 
 
-@pytest.mark.parametrize("qk_norm", [True, False])
-@pytest.mark.parametrize("kv,batch,length", [(8, 1, 64), (8, 16, 256), (1, 16, 256), (2, 3, 700), (1, 1, 2000)])
-def test_prefill_takes_no_more_than_the_formula_says(kv, batch, length, qk_norm):
-    """What torch's allocator hands out, which is the same on every machine; the resident size is asserted below."""
-    config = toy_config(block_size=length, n_head=8, n_kv_head=kv, n_embd=64, n_ff=192, vocab_size=300, qk_norm=qk_norm)
+@pytest.mark.parametrize("shape", [dict(n_kv_head=8), dict(n_kv_head=8, qk_norm=False), dict(n_kv_head=2), dict(n_kv_head=1),
+                                   dict(attention="mla"), dict(attention="mla", q_lora_rank=24)], ids=str)
+@pytest.mark.parametrize("batch,length,static,padded", [
+    (1, 64, False, False), (16, 256, False, False), (3, 700, False, False), (1, 2000, False, False), (1, 64, True, False),
+    (2, 256, True, True), (2, 256, False, True)])
+def test_prefill_takes_no_more_than_the_formula_says(shape, batch, length, static, padded):
+    """Of torch's allocator; the resident size of a process is asserted below."""
+    places = 2 * length if static else length
+    config = toy_config(block_size=places, n_head=8, n_embd=64, n_ff=96, vocab_size=300, **shape)
     model, idx = prepare_for_decoding(GPT(config).eval(), batch), toy_ids(batch, length)
-    bound = decoding_bytes(config, batch, length, length, pick_runtime("cpu", "float32", False))
-    cache, now, peak = KVCache(config, batch, length), 0, 0
+    bound = decoding_bytes(config, batch, length, places, pick_runtime("cpu", "float32", False), static, padded)
+    cache = KVCache(config, batch, places, static=static, padding=torch.arange(batch) if padded else None)
     assert cache.nbytes == bound["cache"]
-    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
-        prefill(model, idx, cache, sample.prefill_chunk(config, batch))
-    for event in sorted(run.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
+    peak = peak_allocated(lambda: prefill(model, idx, cache, sample.prefill_chunk(config, batch)))
     assert 0.3 * bound["prefill"] < peak < bound["prefill"] + bound["logits"]
 
 

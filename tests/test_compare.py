@@ -69,7 +69,7 @@ def test_the_report_says_what_results_json_holds(comparison):
     half = 12.7062 * abs((c - a) - (d - b)) / 2
     shown = re.search(r"\| ([+-]\d+\.\d{4}) ± (\d+\.\d{4}) \| ([^|]*) \|", report)
     assert float(shown[1]) == pytest.approx((c + d - a - b) / 2, abs=6e-5) and float(shown[2]) == pytest.approx(half, abs=1e-4)
-    assert shown[3] == verdict((c + d - a - b) / 2, half)
+    assert shown[3] == verdict((c + d - a - b) / 2, half) and "- MQA: n_head 4, n_kv_head 1\n" in report
     speed = results["speed"][results["records"][0]["shape"]]
     assert [cell["batch_size"] for cell in speed["decode"]] == [1, 2] and f"| {speed['decode'][1]['step_ms']:.2f} |" in report
     assert results["records"][0]["kv_bytes_per_token"] == 4 * results["records"][2]["kv_bytes_per_token"] == 2 * 32 * 4
@@ -89,6 +89,20 @@ def test_other_settings_do_not_mix_with_results_that_are_there(comparison, capsy
         error = capsys.readouterr().err.strip()
         assert exit.value.code == 2 and words in error and "\n" not in error and "--overwrite=True" in error
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_results_of_before_a_setting_existed_are_gone_on_with(comparison, capsys):
+    folder, args, *_ = comparison
+    path = folder / "results.json"
+    text = path.read_text()
+    old = json.loads(text)
+    for values in (old["settings"], *old["variants"]):
+        for key in ("attention", "kv_lora_rank", "rope_head_dim"):
+            del values[key]
+    path.write_text(json.dumps(old))
+    compare.main(args)
+    assert "4 of them finished" in capsys.readouterr().out
+    path.write_text(text)
 
 
 def test_two_runs_of_one_variant_and_seed_give_one_curve(toy_data, tmp_path, comparison):

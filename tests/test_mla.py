@@ -1,6 +1,7 @@
 """Multi-head latent attention: against the paper's formulas, and one way of computing it against the other."""
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import sample
 import train
 from configurator import UserError, build, parse
 from model import GPT, GPTConfig, KVCache, LatentAttention
-from sample import compile_for_decoding, decoding_bytes, generate, prefill, prefill_chunk, prepare_for_decoding
+from sample import compile_for_decoding, decoding_bytes, generate, prepare_for_decoding
 from train import TrainConfig, pick_runtime
 
 SHAPES = {"default": {}, "query-latent": dict(q_lora_rank=12),
@@ -120,7 +121,7 @@ def test_which_way_is_taken(monkeypatch):
     monkeypatch.setattr(model_module, "attend", lambda q, k, v, *rest, **options: seen.append(
         (k.shape[1], k.shape[3], k is v)) or attend(q, k, v, *rest, **options))
     model, ids = mla_model(n_layer=1), toy_ids(2, 9)
-    expanded, absorbed = (4, 12, False), (1, 20, True)
+    expanded, absorbed = (4, 12, False), (1, 24, True)
     with torch.inference_mode():
         for static, padding, expected in ((False, None, [expanded, absorbed, absorbed]), (True, None, [absorbed] * 3),
                                           (False, torch.tensor([0, 2]), [absorbed] * 3)):
@@ -154,7 +155,7 @@ def test_rows_of_unequal_length_equal_themselves_alone(chunks, static):
 
 def test_the_cache_is_one_latent_and_one_key():
     """On the tensors themselves: (R + P) x 4 bytes x layers for a token, no values, no heads."""
-    for changes, width in (({}, 16 + 4), (dict(kv_lora_rank=9, rope_head_dim=10), 19)):
+    for changes, width in (({}, 16 + 8), (dict(kv_lora_rank=9, rope_head_dim=10), 19)):
         model = mla_model(**changes)
         for static in (False, True):
             cache = KVCache(model.config, 3, 20, static=static)
@@ -163,19 +164,19 @@ def test_the_cache_is_one_latent_and_one_key():
             assert cache.nbytes == 60 * model.kv_bytes_per_token() == 2 * 60 * model.kv_bytes_per_token(torch.bfloat16)
             assert cache.nbytes == decoding_bytes(model.config, 3, 5, 20, pick_runtime("cpu", "float32", False))["cache"]
     cache = KVCache(mla_model().config, 1, 8)
-    kept, nothing = cache.append(0, torch.ones(1, 1, 5, 20))
-    assert nothing is None and kept.data_ptr() == cache.k[0].data_ptr() and kept.shape == (1, 1, 5, 20)
+    kept, nothing = cache.append(0, torch.ones(1, 1, 5, 24))
+    assert nothing is None and kept.data_ptr() == cache.k[0].data_ptr() and kept.shape == (1, 1, 5, 24)
 
 
 @pytest.mark.parametrize("rank", [None, 12])
 def test_costs_equal_a_hand_count(rank):
-    """2 layers, width 32, MLP 64, vocabulary 65, 4 heads: latent 16, RoPE 4, the rest of a key 8, values 8."""
+    """2 layers, width 32, MLP 64, vocabulary 65, 4 heads: latent 16, RoPE 8, the rest of a key 4, values 8."""
     model = mla_model(q_lora_rank=rank)
     queries = 32 * 4 * 12 if rank is None else 32 * 12 + 12 * 4 * 12
-    matrices = 2 * (queries + 32 * (16 + 4) + 16 * 4 * (8 + 8) + 4 * 8 * 32 + 3 * 32 * 64)
+    matrices = 2 * (queries + 32 * (16 + 8) + 16 * 4 * (4 + 8) + 4 * 8 * 32 + 3 * 32 * 64)
     assert model.num_params() == matrices + 2 * (32 + 32 + 16 + (rank or 0)) + 32 + 65 * 32
     assert model.flops_per_token(10) == 6 * (matrices + 65 * 32) + 2 * 3 * 10 * 2 * 4 * (12 + 8)
-    assert model.kv_bytes_per_token() == 2 * (16 + 4) * 4
+    assert model.kv_bytes_per_token() == 2 * (16 + 8) * 4
     bound = decoding_bytes(model.config, 1, 5, 10, pick_runtime("cpu", "bfloat16", False))
     assert bound["weights"] == 2 * (matrices + 65 * 32)
 
@@ -200,7 +201,7 @@ def test_the_other_attention_is_untouched():
     (dict(n_kv_head=2), "n_kv_head=2 is for attention=gqa: leave it out"),
     (dict(qkv_bias=True), "qkv_bias=True is for attention=gqa"),
     (dict(rope_head_dim=5), "rope_head_dim=5 is odd"),
-    (dict(head_dim=6), "rope_head_dim=3 is odd"),
+    (dict(head_dim=6, rope_head_dim=3), "rope_head_dim=3 is odd"),
     (dict(kv_lora_rank=0), "kv_lora_rank must be at least 1, not 0"),
     (dict(q_lora_rank=-1), "q_lora_rank must be at least 1, not -1"),
     (dict(v_head_dim=13), "v_head_dim=13 is more than nope_head_dim + rope_head_dim = 12"),
@@ -213,10 +214,12 @@ def test_impossible_shapes_are_named(changes, words):
     assert words in str(error.value)
 
 
-def test_derived_defaults_are_those_of_deepseek():
+def test_derived_defaults_are_those_of_deepseek_where_heads_are_wide():
     c = GPTConfig(attention="mla", n_embd=768, n_head=12)
     assert (c.kv_lora_rank, c.q_lora_rank, c.rope_head_dim, c.nope_head_dim, c.v_head_dim) == (256, None, 32, 64, 64)
-    assert GPTConfig(attention="mla", n_embd=128, n_head=4).kv_lora_rank == 64, "a latent as wide as the stream would keep nothing out"
+    for n_embd, n_head, widths in ((4096, 32, (512, 64, 128)), (128, 4, (64, 32, 16)), (144, 4, (72, 32, 22)), (24, 4, (12, 6, 3))):
+        c = GPTConfig(attention="mla", n_embd=n_embd, n_head=n_head)
+        assert (c.kv_lora_rank, c.rope_head_dim, c.nope_head_dim) == widths and c.rope_head_dim + c.nope_head_dim == 3 * c.head_dim // 2
     assert toy_config(attention="mla", n_kv_head=4) == toy_config(attention="mla") == GPTConfig(**vars(toy_config(attention="mla")))
     given = parse(TrainConfig, ["config/gpt2_124m.py", "config/mla.py"], "")
     composed = build(TrainConfig, given)
@@ -241,20 +244,16 @@ def test_prepared_weights_give_the_same_logits(shape, tied):
         assert left == {"embed.weight"} | {f"layers.{i}.attn.kv_b_proj.weight" for i in range(2)}
 
 
-@pytest.mark.parametrize("rank", [None, 24])
-@pytest.mark.parametrize("batch,length", [(1, 64), (16, 256), (3, 700), (1, 1400)])
-def test_prefill_takes_no_more_than_the_formula_says(batch, length, rank):
-    config = toy_config(block_size=length, n_head=8, n_embd=64, n_ff=64, vocab_size=300, attention="mla", q_lora_rank=rank)
-    model, idx = prepare_for_decoding(GPT(config).eval(), batch), toy_ids(batch, length)
-    bound = decoding_bytes(config, batch, length, length, pick_runtime("cpu", "float32", False))
-    cache, now, peak = KVCache(config, batch, length), 0, 0
-    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
-        prefill(model, idx, cache, prefill_chunk(config, batch))
-    for event in sorted(run.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    assert 0.3 * bound["prefill"] < peak < bound["prefill"] + bound["logits"]
+def test_rows_with_gaps_cost_no_more_than_rows_without():
+    """Without qk_norm the latent goes into kv_b_proj as a slice, for which oneDNN has a way that takes twenty times as long."""
+    ids, seconds = toy_ids(8, 256), {}
+    for qk_norm in (True, False):
+        model = GPT(toy_config(attention="mla", n_embd=128, block_size=256, n_layer=1, qk_norm=qk_norm))
+        for _ in range(5):
+            start = time.perf_counter()
+            model(ids, ids)[1].backward()
+            seconds[qk_norm] = min(seconds.get(qk_norm, math.inf), time.perf_counter() - start)
+    assert seconds[False] < 4 * seconds[True], seconds
 
 
 @pytest.mark.parametrize("prompts", [1, 3], ids=["one", "ragged"])
@@ -276,9 +275,9 @@ def test_decode_and_train_are_timed_and_accounted(capsys):
     bench.main([*shape, "--attention=gqa,mla", "--batch_size=3", "--prompt_len=10", "--new_tokens=6", "--repeats=1"])
     gqa, mla = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert (gqa["attention"], mla["attention"]) == ("gqa", "mla")
-    assert gqa["kv_cache_bytes"] == 3 * 16 * 2 * 2 * 32 * 4 and mla["kv_cache_bytes"] == 3 * 16 * 2 * 20 * 4
-    weights = 65 * 32 + 2 * (32 * 48 + 32 * 20 + 16 * 64 + 32 * 32 + 3 * 32 * 96 + 2 * 32 + 16) + 32
-    assert mla["bytes_per_step"] == 4 * weights + 3 * 13 * 2 * 20 * 4
+    assert gqa["kv_cache_bytes"] == 3 * 16 * 2 * 2 * 32 * 4 and mla["kv_cache_bytes"] == 3 * 16 * 2 * 24 * 4
+    weights = 65 * 32 + 2 * (32 * 48 + 32 * 24 + 16 * 48 + 32 * 32 + 3 * 32 * 96 + 2 * 32 + 16) + 32
+    assert mla["bytes_per_step"] == 4 * weights + 3 * 13 * 2 * 24 * 4
     assert 0 < mla["mbu"] < 1 and mla["memory_bound_bytes"] > 4 * weights
     bench.main([*shape, "--attention=gqa,mla", "--n_kv_head=4,1", "--kv_lora_rank=8,16", "--new_tokens=2", "--repeats=1"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
@@ -295,34 +294,35 @@ def test_decode_and_train_are_timed_and_accounted(capsys):
 def run_dir(toy_data, tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("mla"))
     train.main([f"--dataset={toy_data}", f"--out_dir={folder}", "--device=cpu", "--n_layer=2", "--n_head=4", "--attention=mla",
-                "--n_embd=32", "--block_size=32", "--batch_size=8", "--tokens_per_step=256", "--max_steps=240", "--q_lora_rank=16",
-                "--eval_interval=240", "--eval_tokens=1024", "--warmup_steps=4", "--learning_rate=1e-2"])
+                "--n_embd=32", "--block_size=32", "--batch_size=8", "--tokens_per_step=256", "--max_steps=60", "--q_lora_rank=16",
+                "--eval_interval=60", "--eval_tokens=1024", "--warmup_steps=4", "--learning_rate=1e-2"])
     return folder
 
 
-def test_greedy_text_with_cache_is_the_text_of_full_forwards(run_dir, capsys, tmp_path):
-    """Past the end of the context, for one prompt and for a ragged batch."""
+def test_text_with_cache_is_the_text_of_full_forwards(run_dir, capsys, tmp_path):
+    """Past the end of the context, for one prompt and for a ragged batch; drawn, since the likeliest text is too dull to prove it."""
     (tmp_path / "prompts.txt").write_text("the \na much longer prompt than the first \nx\n")
     for prompts in ("--prompt=the ", f"--prompts={tmp_path / 'prompts.txt'}"):
         outs = []
         for kv_cache in (True, False):
             capsys.readouterr()
-            sample.main([f"--out_dir={run_dir}", "--device=cpu", prompts, "--max_new_tokens=60", "--temperature=0",
+            sample.main([f"--out_dir={run_dir}", "--device=cpu", prompts, "--max_new_tokens=60", "--temperature=1",
                          f"--kv_cache={kv_cache}"])
             outs.append(capsys.readouterr())
-        assert outs[0].out == outs[1].out and len(outs[0].out) > 60 and len(set(outs[0].out)) > 5, outs
-        assert "kv_lora_rank 16, rope_head_dim 4" in outs[0].err and "n_kv_head" not in outs[0].err
-        assert "KV cache 160 bytes per token" in outs[0].err
+        assert outs[0].out == outs[1].out and len(outs[0].out) > 60 and len(set(outs[0].out)) > 8, outs
+        assert "kv_lora_rank 16, rope_head_dim 8" in outs[0].err and "n_kv_head" not in outs[0].err
+        assert "KV cache 192 bytes per token" in outs[0].err
 
 
 def test_a_changed_latent_is_no_resumption(run_dir, capsys):
     with pytest.raises(SystemExit) as exit:
         train.main([f"--out_dir={run_dir}", "--init_from=resume", "--kv_lora_rank=8"])
     assert exit.value.code == 2 and "kv_lora_rank=8, but the model in" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as exit:
-        train.main([f"--out_dir={run_dir}", "--init_from=resume", "--attention=gqa"])
-    error = capsys.readouterr().err
-    assert exit.value.code == 2 and "attention=gqa, but the model in" in error and "has mla: leave attention out" in error
+    for setting, before in (("attention=gqa", "mla"), ("n_head=8", 4), ("n_head=2", 4), ("nope_head_dim=2", 4)):
+        with pytest.raises(SystemExit) as exit:
+            train.main([f"--out_dir={run_dir}", "--init_from=resume", f"--{setting}"])
+        error = capsys.readouterr().err
+        assert exit.value.code == 2 and f"{setting}, but the model in" in error and f"has {before}: leave {setting.split('=')[0]} out" in error
 
 
 @pytest.mark.parametrize("args,names", [
@@ -332,6 +332,7 @@ def test_a_changed_latent_is_no_resumption(run_dir, capsys):
     (["--attention=gqa,mla", "--n_kv_head=2", "--kv_lora_rank=8,16"], ["GQA-2", "MLA kv_lora_rank=8", "MLA kv_lora_rank=16"]),
     (["--attention=gqa,mla", "--kv_lora_rank=8,16"], ["MHA", "GQA-2", "MQA", "MLA kv_lora_rank=8", "MLA kv_lora_rank=16"]),
     (["--attention=mla", "--kv_lora_rank=8,16"], ["kv_lora_rank=8", "kv_lora_rank=16"]),
+    (["--n_kv_head=1,None"], ["MHA", "MQA"]),
     (["--attention=mla"], ["MLA"])], ids=str)
 def test_a_comparison_has_it_as_a_row(toy_data, args, names):
     toy = [f"--dataset={toy_data}", "--device=cpu", "--n_layer=2", "--n_head=4", "--n_embd=64", "--block_size=32"]
