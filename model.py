@@ -75,7 +75,7 @@ class GPTConfig:
             # DeepSeek's proportions from heads of 64 and 8 of them on; below, a latent would be as wide as the stream, and RoPE
             # have too few pairs to tell places apart (results/README.md)
             D = self.head_dim
-            rope = self.rope_head_dim or max(D // 4 * 2, min(D, 32))
+            rope = self.rope_head_dim or max(2, D // 4 * 2, min(D // 2 * 2, 32))
             for name, default in zip(LATENT, (min(4 * D, (self.n_embd + 1) // 2), None, rope, max(1, 3 * D // 2 - rope), D)):
                 if getattr(self, name) is None:
                     setattr(self, name, default)

@@ -122,8 +122,8 @@ def decoding_bytes(config, batch_size, prompt_len, max_length, runtime, static=F
     In a chunk of n = batch_size * t tokens, elements live at once: the residual, its norm and one more, 3 n C, and then
     either 4 n F of the MLP or 7 n H D + 4 n K D of queries and keys as they are normed and turned (mla, in the letters of
     LatentAttention: 2 n (R + P) of latents, and 8 n H (N + P) expanded or n H (3 (R + P) + 2 (N + P)) absorbed). From the
-    second chunk on, or with a static cache or padded rows from the first, a mask of t S H/K bytes, of each row where rows are
-    padded, which attention turns into numbers. The tests compare this with what is allocated.
+    second chunk on, or with a static cache or padded rows from the first, masks of 3 t S bytes and one of t S H/K, which
+    attention turns into numbers; of each row where rows are padded. The tests compare this with what is allocated.
     """
     c, size, packed = config, runtime.dtype.itemsize, packs(runtime.device, runtime.dtype)
     C, D, H, F, V = c.n_embd, c.head_dim, c.n_head, c.n_ff, c.vocab_size
@@ -137,7 +137,7 @@ def decoding_bytes(config, batch_size, prompt_len, max_length, runtime, static=F
         key = c.nope_head_dim + c.rope_head_dim
         heads = 2 * width + H * max(8 * key, 3 * width + 2 * key)
     activations = batch_size * t * (3 * C + max(4 * F, heads)) * size
-    mask = t * (max_length if static else prompt_len) * H // K * (1 + size) * (batch_size if padded else 1)
+    mask = t * (max_length if static else prompt_len) * (3 + H // K * (1 + size)) * (batch_size if padded else 1)
     mask = mask if static or padded or prompt_len > t else 0
     return dict(weights=matrices * size, cache=c.n_layer * tensors * batch_size * K * width * max_length * size,
                 logits=batch_size * V * size, prefill=activations + mask)
