@@ -13,7 +13,8 @@ from bench import SIZES, BenchConfig
 from checkpoint import model_config
 from compare import CompareConfig
 from convert import COMMANDS
-from configurator import build, combinations, help_text, parse
+from bench import choices_of
+from configurator import build, help_text, parse
 from dataloader import PrepareConfig
 from model import GPT, GPTConfig
 from sample import SampleConfig
@@ -120,7 +121,7 @@ def test_readme_commands_name_what_exists():
         if program == "convert.py":
             program, args = f"{program} {args[0]}", args[1:]
         assert program in PROGRAMS, command
-        build(PROGRAMS[program], combinations(parse(PROGRAMS[program], args, "", axes=program in ("bench.py", "compare.py")))[0])
+        build(PROGRAMS[program], choices_of(parse(PROGRAMS[program], args, "", axes=program in ("bench.py", "compare.py")))[0])
         seen.add(program)
     assert seen == set(PROGRAMS)
 
