@@ -9,11 +9,10 @@ import torch
 from conftest import keys_of
 from test_inputs import program as prepare
 
-from bench import SIZES, BenchConfig
+from bench import SIZES, BenchConfig, choices_of
 from checkpoint import model_config
 from compare import CompareConfig
 from convert import COMMANDS
-from bench import choices_of
 from configurator import build, help_text, parse
 from dataloader import PrepareConfig
 from model import GPT, GPTConfig
