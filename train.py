@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -802,7 +803,17 @@ def contents(config, model, optimizer, step, val_loss, best_val_loss, dataset, r
 
 
 if __name__ == "__main__":
-    main()
-    if world()[1] > 1:  # threads of the process group outlive it, and now and then abort an interpreter that is being taken down
+    try:
+        main()
+        code = 0
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # threads of the process group outlive it: now and then they abort an interpreter that is being taken down, or wait for
+        # its lock while it waits for them
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(code)
+    sys.exit(code)
