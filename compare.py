@@ -28,7 +28,7 @@ from tqdm import tqdm
 import checkpoint
 from bench import choices_of, heads_of
 from configurator import UserError, build, parse, program
-from dataloader import Dataset
+from dataloader import Dataset, write_json
 from model import LATENT, GPTConfig
 from train import TrainConfig, bits_per_byte, check_writable, pick_runtime, prepare_default
 
@@ -59,7 +59,8 @@ class CompareConfig(TrainConfig):
 # what every run of a comparison shares, so that a list would have no meaning; and what says nothing about its results
 SHARED = {"out_dir", "seeds", "seed", "match", "controls", "dataset", "vocab_size", "block_size", "max_steps", "eval_interval",
           "eval_tokens", "device", "dtype", "compile", "report_only", "overwrite"}
-ASIDE = {"out_dir", "report_only", "overwrite", "log_interval", "profile", "keep_checkpoints", "wandb_log", "wandb_project", "wandb_run_name"}
+ASIDE = {"out_dir", "report_only", "overwrite", "log_interval", "profile", "keep_checkpoints", "wandb_log", "wandb_project",
+         "wandb_run_name"}
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
@@ -224,12 +225,6 @@ def describe_machine(runtime):
                 python=platform.python_version(), system=platform.system(), **runtime.describe())
 
 
-def write_json(path, value):
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
-
-
 # -- what the numbers say ------------------------------------------------------------------------------------------------
 
 def student_t(df, p=0.975):
@@ -314,7 +309,8 @@ def report(results, pictures):
             f"(sha256 {results['dataset_sha256'][:16]}), tokenizer {results['tokenizer']}. {machine['gpu'] or machine['cpu']}, "
             f"{machine['threads']} threads, torch {machine['torch']}, {machine['dtype']}, {machine['ranks']} rank(s), "
             f"{results['date']}.\n\n")
-    text += "".join(f"- {name}: {heads}\n" for name, heads in {row["variant"]: row["heads"] for row in rows if "heads" in row}.items()) + "\n"
+    heads = {row["variant"]: row["heads"] for row in rows if "heads" in row}
+    text += "".join(f"- {name}: {words}\n" for name, words in heads.items()) + "\n"
     titles = dict(shape=f"The shape held equal: only what the name says differs from {first}",
                   params=f"The parameters held equal: n_ff makes up for what differs from {first}")
     for match, title in titles.items():

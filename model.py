@@ -341,8 +341,8 @@ class LatentAttention(nn.Module):
         if cache is None or (mask is None and T > 1):                   # expanded
             k, v = self.kv_b_proj(c[:, 0]).view(B, T, -1, N + U).transpose(1, 2).split((N, U), -1)
             k = torch.cat((k, r.expand(-1, k.size(1), -1, -1)), -1)     # (B, H, T, N + P)
-            # values as wide as keys, or fused kernels refuse: without them a CPU takes 2.4 to 3.4 x as long forward, 1.3 to
-            # 1.9 x with the gradient (2 cores of an AMD EPYC, torch 2.13, 64 to 1,024 tokens)
+            # values as wide as keys, or fused kernels refuse: without them a CPU takes 1.2 to 3.0 x as long forward, 0.9 to
+            # 1.9 x with the gradient (results/latent_padding.py)
             y = attend(torch.cat((q, q_rope), -1), k, F.pad(v, (0, N + P - U)))[..., :U]
         else:                                                           # absorbed
             a, b = self.kv_b_proj.weight.view(-1, N + U, R).split((N, U), 1)  # (H, N, R) and (H, U, R)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dataloader import write_dataset
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, KVCache
 
 torch.set_num_threads(2)
 
@@ -53,6 +53,23 @@ def toy_run(toy_data, tmp_path):
     return [f"--dataset={toy_data}", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--n_layer=2", "--n_head=4",
             "--n_kv_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--tokens_per_step=256", "--max_steps=20",
             "--eval_interval=10", "--eval_tokens=1024", "--log_interval=5", "--warmup_steps=4"]
+
+
+def check_ragged(model, chunks, static):
+    """Fillers at the beginning of the shorter rows; the logits of real tokens are those of the row alone."""
+    rows = [toy_ids(1, n, seed=n)[0] for n in (15, 9, 4)]
+    idx = torch.stack([torch.cat((torch.full((15 - len(row),), 7), row)) for row in rows])
+    with torch.inference_mode():
+        cache = KVCache(model.config, 3, 15, padding=torch.tensor([0, 6, 11]), static=static)
+        out = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1)
+        for i, row in enumerate(rows):
+            torch.testing.assert_close(out[i, 15 - len(row):], model(row[None])[0][0], atol=1e-4, rtol=1e-4)
+        kept = KVCache(model.config, 3, 15, padding=torch.tensor([0, 6, 11]), static=static)
+        model(idx[:, :14], cache=kept)
+        out = model(idx[[2, 0], 14:], cache=kept.rows([2, 0]))[0]
+        torch.testing.assert_close(out[:, 0], torch.stack([model(rows[i][None])[0][0, -1] for i in (2, 0)]), atol=1e-4, rtol=1e-4)
+        kept.rewind(3)
+        assert kept.length == 3
 
 
 def peak_allocated(function):

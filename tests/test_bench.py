@@ -83,15 +83,16 @@ def test_a_prompt_read_in_chunks_gives_the_same_text(monkeypatch, n_kv_head):
     assert calls == [7, 7, 7, 7, 2]
 
 
-@pytest.mark.parametrize("shape", [dict(n_kv_head=8), dict(n_kv_head=8, qk_norm=False), dict(n_kv_head=2), dict(n_kv_head=1),
-                                   dict(attention="mla"), dict(attention="mla", q_lora_rank=24)], ids=str)
+@pytest.mark.parametrize("shape", [
+    dict(n_kv_head=8), dict(n_kv_head=8, n_ff=192), dict(n_kv_head=8, qk_norm=False), dict(n_kv_head=2), dict(n_kv_head=1),
+    dict(n_kv_head=1, n_ff=192, qk_norm=False), dict(attention="mla"), dict(attention="mla", q_lora_rank=24)], ids=str)
 @pytest.mark.parametrize("batch,length,static,padded", [
     (1, 64, False, False), (16, 256, False, False), (3, 700, False, False), (1, 2000, False, False), (1, 64, True, False),
     (2, 256, True, True), (2, 256, False, True)])
 def test_prefill_takes_no_more_than_the_formula_says(shape, batch, length, static, padded):
     """Of torch's allocator; the resident size of a process is asserted below."""
     places = 2 * length if static else length
-    config = toy_config(block_size=places, n_head=8, n_embd=64, n_ff=96, vocab_size=300, **shape)
+    config = toy_config(**{**dict(block_size=places, n_head=8, n_embd=64, n_ff=96, vocab_size=300), **shape})
     model, idx = prepare_for_decoding(GPT(config).eval(), batch), toy_ids(batch, length)
     bound = decoding_bytes(config, batch, length, places, pick_runtime("cpu", "float32", False), static, padded)
     cache = KVCache(config, batch, places, static=static, padding=torch.arange(batch) if padded else None)

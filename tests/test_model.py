@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import toy_config, toy_ids, toy_model
+from conftest import check_ragged, toy_config, toy_ids, toy_model
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -111,19 +111,7 @@ def test_the_cache_can_be_repeated_for_samples_and_rewound(static):
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 @pytest.mark.parametrize("chunks", [[12, 1, 1, 1], [5, 4, 3, 2, 1], [1] * 15], ids=str)
 def test_rows_of_unequal_length_equal_themselves_alone(n_kv_head, chunks, static):
-    """Fillers at the beginning of the shorter rows; the logits of real tokens are those of the row alone."""
-    model, lengths = toy_model(n_kv_head=n_kv_head), [15, 9, 4]
-    rows = [toy_ids(1, n, seed=n)[0] for n in lengths]
-    idx = torch.stack([torch.cat((torch.full((15 - len(row),), 7), row)) for row in rows])
-    with torch.inference_mode():
-        cache = KVCache(model.config, 3, 15, padding=torch.tensor([0, 6, 11]), static=static)
-        out = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1)
-        for i, row in enumerate(rows):
-            torch.testing.assert_close(out[i, 15 - len(row):], model(row[None])[0][0], atol=1e-4, rtol=1e-4)
-        kept = KVCache(model.config, 3, 15, padding=torch.tensor([0, 6, 11]), static=static)
-        model(idx[:, :14], cache=kept)
-        out = model(idx[[2, 0], 14:], cache=kept.rows([2, 0]))[0]
-        torch.testing.assert_close(out[:, 0], torch.stack([model(rows[i][None])[0][0, -1] for i in (2, 0)]), atol=1e-4, rtol=1e-4)
+    check_ragged(toy_model(n_kv_head=n_kv_head), chunks, static)
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["full", "chunked-cache"])
