@@ -20,8 +20,8 @@ from typing import Literal
 
 import torch
 
-import checkpoint
-from configurator import UserError, build, combinations, parse, program
+from nanogqa import checkpoint
+from nanogqa.configurator import UserError, build, combinations, parse, program, subset
 from model import LATENT, GPT, GPTConfig, KVCache
 from sample import compile_for_decoding, decoding_bytes, prefill, prefill_chunk, prepare_for_decoding
 from train import PEAK_FLOPS, TrainConfig, compile_model, keep_freed_memory, make_optimizer, peak_flops, pick_runtime
@@ -70,6 +70,11 @@ def heads_of(config):
     """What sets the kinds of attention apart, for a row of results."""
     return dict(attention=config.attention, n_kv_head=None if config.attention == "mla" else config.n_kv_head,
                 **{name: getattr(config, name) for name in LATENT})
+
+
+def load_model(out_dir):
+    state = checkpoint.load(out_dir, GPTConfig)
+    return checkpoint.load_model(GPT, GPTConfig(**state["config"]), state)
 
 
 def clock(runtime):
@@ -122,10 +127,10 @@ def decode(config, runtime, peak):
     """One row of results: a prompt is read once, then runs of new_tokens greedy steps continue it."""
     peak_memory(runtime, reset=True)
     if config.out_dir is not None:
-        model = checkpoint.build_model(checkpoint.load(config.out_dir))
+        model = load_model(config.out_dir)
         model.config.block_size = config.block_size
     else:
-        model = checkpoint.new_model(checkpoint.model_config(config), config.seed)
+        model = checkpoint.new_model(GPT, subset(GPTConfig, config), config.seed)
     shape, B = model.config, config.batch_size
     kv_bytes = model.kv_bytes_per_token(runtime.dtype)
     head = model.head_weight
@@ -171,7 +176,7 @@ def train(config, runtime):
     """One row of results: batch, forward, backward, clip and optimizer, on random tokens."""
     keep_freed_memory()
     peak_memory(runtime, reset=True)
-    model = checkpoint.new_model(checkpoint.model_config(config), config.seed).to(runtime.device)
+    model = checkpoint.new_model(GPT, subset(GPTConfig, config), config.seed).to(runtime.device)
     optimizer = make_optimizer(model, TrainConfig(optimizer=config.optimizer))
     B, T = config.batch_size, config.block_size
 
@@ -210,7 +215,7 @@ def size_of(name):
     """(TrainConfig of config/NAME.py, its GPT without weights)."""
     config = build(TrainConfig, parse(TrainConfig, [str(Path(__file__).parent / "config" / f"{name}.py")], ""))
     with torch.device("meta"):
-        return config, GPT(checkpoint.model_config(config))
+        return config, GPT(subset(GPTConfig, config))
 
 
 def state_bytes(model, gpus, sharded):

@@ -25,11 +25,12 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-import checkpoint
+from nanogqa import checkpoint
 from bench import choices_of, heads_of
-from configurator import UserError, build, parse, program
-from dataloader import Dataset, write_json
-from model import LATENT, GPTConfig
+from nanogqa.configurator import UserError, build, parse, program, subset
+from nanogqa.dataloader import Dataset
+from nanogqa.files import write_json
+from model import GPT, LATENT, GPTConfig
 from train import TrainConfig, bits_per_byte, check_writable, pick_runtime, prepare_default
 
 PUBLISHED = (0.008, 0.04)  # nats between MHA, GQA and MQA in papers, near 124 million parameters
@@ -122,11 +123,11 @@ def plan(given):
         wanted = None
         for name, chosen in choices:
             config = build(TrainConfig, chosen)
-            model = checkpoint.new_model(checkpoint.model_config(config))
+            model = checkpoint.new_model(GPT, subset(GPTConfig, config))
             wanted = wanted or model.num_params()
             if match == "params" and model.num_params() != wanted:
                 config.n_ff = matching_n_ff(config, model.num_params(), wanted)
-                model = checkpoint.new_model(checkpoint.model_config(config))
+                model = checkpoint.new_model(GPT, subset(GPTConfig, config))
             variants.append(Variant(name, match, config, dict(
                 heads=config.heads, n_head=config.n_head, head_dim=config.head_dim, n_ff=config.n_ff, **heads_of(config),
                 params=model.num_params(), non_embedding_params=model.num_params(embedding=False),
@@ -148,7 +149,7 @@ def identity(base, given, variants, dataset):
     """What a comparison is, as plain values: results of another one are not mixed with it."""
     settings = {key: value for key, value in asdict(base).items() if key not in ASIDE}
     settings |= {key: given.get(key) for key in ("decode_batch_size", "decode_prompt_len")}
-    shapes = [dict(match=v.match, name=v.name, **asdict(checkpoint.model_config(v.config))) for v in variants]
+    shapes = [dict(match=v.match, name=v.name, **asdict(subset(GPTConfig, v.config))) for v in variants]
     return json.loads(json.dumps(dict(settings=settings, variants=shapes, dataset_sha256=dataset.meta["sha256"],
                                       tokenizer=dataset.meta["tokenizer"])))
 
@@ -193,7 +194,7 @@ def run_training(folder, config, seed, bar):
 def measure(variants, base, given):
     """{shape: dict(train=row, decode=[rows])} of bench.py, each shape in processes of its own, the best of two rounds in
     turns: the machine may be busy with something else for a while."""
-    shapes, speed = {v.shape: asdict(checkpoint.model_config(v.config)) | dict(optimizer=v.config.optimizer) for v in variants}, {}
+    shapes, speed = {v.shape: asdict(subset(GPTConfig, v.config)) | dict(optimizer=v.config.optimizer) for v in variants}, {}
     grid = dict(batch_size=given["decode_batch_size"] if base.decode_batch_size else [1, 16],
                 prompt_len=given["decode_prompt_len"] if base.decode_prompt_len else [256, 1024, 4096])
     batch_size = base.batch_size or base.tokens_per_step // base.block_size

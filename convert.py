@@ -19,9 +19,10 @@ from typing import Literal
 import tiktoken
 import torch
 
-import checkpoint
-from configurator import UserError, build, help_text, parse, program
-from dataloader import EOT, HF_TOKENIZER, UNICODE_OF_BYTE, Dataset, HuggingFaceTokenizer, copy_tokenizer, get_tokenizer, train_batch
+from nanogqa import checkpoint
+from nanogqa.configurator import UserError, build, help_text, parse, program
+from nanogqa.dataloader import Dataset, train_batch
+from nanogqa.tokenizer import EOT, HF_TOKENIZER, HuggingFaceTokenizer, UNICODE_OF_BYTE, copy_tokenizer, get_tokenizer
 from model import GPT, GPTConfig
 
 
@@ -116,8 +117,8 @@ def library(name):
 
 
 def to_hf(config):
-    state = checkpoint.load(config.out_dir)
-    model, c = checkpoint.build_model(state).eval(), GPTConfig(**state["config"])
+    state = checkpoint.load(config.out_dir, GPTConfig)
+    model, c = checkpoint.load_model(GPT, GPTConfig(**state["config"]), state).eval(), GPTConfig(**state["config"])
     if c.qk_norm and c.qkv_bias:
         raise UserError("qk_norm with qkv_bias is no architecture of Hugging Face: only a model with one of them can be exported")
     if c.attention == "mla" and not c.qk_norm:
@@ -335,7 +336,7 @@ def read_tokenizer(folder, hf, part):
 def write(part, state):
     """Writes weights without a run, as a checkpoint at step 0; returns their model."""
     state = dict(optimizer={}, settings={}, runtime={}, step=0, val_loss=None, best_val_loss=None, dataset_sha256="") | state
-    model = checkpoint.build_model(state).eval()
+    model = checkpoint.load_model(GPT, GPTConfig(**state["config"]), state).eval()
     checkpoint.save(part, state)
     return model
 
@@ -343,8 +344,8 @@ def write(part, state):
 # -- key/value heads ---------------------------------------------------------------------------------------------------------
 
 def pool(config):
-    state = checkpoint.load(config.out_dir)
-    model = checkpoint.build_model(state).eval()
+    state = checkpoint.load(config.out_dir, GPTConfig)
+    model = checkpoint.load_model(GPT, GPTConfig(**state["config"]), state).eval()
     before = GPTConfig(**state["config"])
     if before.attention == "mla":
         raise UserError(f"{config.out_dir} has attention=mla, whose heads share one latent already: only a model with key/value "
@@ -358,7 +359,7 @@ def pool(config):
                         "another --n_kv_head")
     if config.dataset is not None and config.method != "aligned":
         raise UserError(f"--method={config.method} looks at no data: leave --dataset out, or choose --method=aligned")
-    fresh = checkpoint.new_model(after, config.seed).state_dict() if config.method == "random" else None
+    fresh = checkpoint.new_model(GPT, after, config.seed).state_dict() if config.method == "random" else None
     moments = [] if config.dataset is None else input_moments(model, state, Dataset(config.dataset))
     weights = dict(state["model"])
     for layer in range(before.n_layer):

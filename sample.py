@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-import checkpoint
-from configurator import UserError, build, parse, program
-from dataloader import get_tokenizer
-from model import GPT, ONEDNN, KVCache, attention_route, onednn_product
+from nanogqa import checkpoint
+from nanogqa.configurator import UserError, build, parse, program
+from nanogqa.tokenizer import get_tokenizer
+from model import GPT, ONEDNN, GPTConfig, KVCache, attention_route, onednn_product
 from train import pick_runtime, warn_eager
 
 
@@ -293,9 +293,9 @@ def main(argv):
     config = build(SampleConfig, parse(SampleConfig, argv, __doc__))
     prompts = read_prompts(config)
     runtime = pick_runtime(config.device, config.dtype, config.compile, config.max_new_tokens)
-    state = checkpoint.load(config.out_dir)
+    state = checkpoint.load(config.out_dir, GPTConfig)
     encoding = get_tokenizer(state["tokenizer"], checkpoint.find(config.out_dir).parent)
-    model = checkpoint.build_model(state).to(runtime.device, runtime.dtype).eval()
+    model = checkpoint.load_model(GPT, GPTConfig(**state["config"]), state).to(runtime.device, runtime.dtype).eval()
     kv_bytes, n_texts = model.kv_bytes_per_token(runtime.dtype), len(prompts) * config.num_samples
     model = prepare_for_decoding(model, n_texts)
     ids = [encoding.encode(prompt, allowed_special="all") or [encoding.eot_token] for prompt in prompts]

@@ -29,9 +29,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
-from configurator import UserError, build, parse, program, world
-from dataloader import DATA, Dataset, copy_tokenizer, keyed, train_batch, val_batch, val_windows
+from nanogqa import checkpoint
+from nanogqa.configurator import UserError, build, parse, program, subset, world
+from nanogqa.dataloader import DATA, Dataset, keyed, train_batch, val_batch, val_windows
+from nanogqa.tokenizer import copy_tokenizer
 from model import GPT, GPTConfig, initial_weight
 
 
@@ -248,7 +249,7 @@ def plan(given):
         if not Path(source).exists():
             raise UserError(f"{source} is no folder: init_from takes scratch, resume, auto, a folder that holds a checkpoint, or "
                             "the path of a ckpt_STEP.pt")
-        state = checkpoint.load(source)
+        state = checkpoint.load(source, GPTConfig)
         if resume and not state["settings"]:
             raise UserError(f"{source} holds converted weights and no run to resume: pass it as --init_from={source}, with "
                             "another --out_dir")
@@ -553,9 +554,9 @@ def main(argv):
         if config.parallel == "fsdp":
             model = sharded_model(config, runtime, state)
         elif state is None:
-            model = checkpoint.new_model(checkpoint.model_config(config), config.seed)
+            model = checkpoint.new_model(GPT, subset(GPTConfig, config), config.seed)
         else:
-            model = checkpoint.build_model(state, config)
+            model = checkpoint.load_model(GPT, subset(GPTConfig, config), state)
         model.recompute = config.recompute
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(re.search(config.trainable, name) is not None)
@@ -604,7 +605,7 @@ def own(out_dir, stack):
 def sharded_model(config, runtime, state):
     """The model with the weights of each block split over the ranks (FSDP2): at no time is it whole on a device."""
     with torch.device("meta"):
-        model = GPT(checkpoint.model_config(config))
+        model = GPT(subset(GPTConfig, config))
     mesh = init_device_mesh(runtime.device.type, (runtime.ranks,))
     half = runtime.dtype != torch.float32
     # cos and sin come in as float32 and stay so; gradients are summed in float32

@@ -4,8 +4,9 @@ from dataclasses import fields
 import pytest
 import torch
 
-from dataloader import write_dataset
+from nanogqa.writer import write_dataset
 from model import GPT, GPTConfig, KVCache
+from nanogqa import checkpoint
 
 torch.set_num_threads(2)
 
@@ -82,6 +83,19 @@ def peak_allocated(function):
             now += event.nbytes()
             peak = max(peak, now)
     return peak
+
+
+def load(out_dir):
+    """The state of a checkpoint."""
+    return checkpoint.load(out_dir, GPTConfig)
+
+
+def model_of(state):
+    return checkpoint.load_model(GPT, GPTConfig(**state["config"]), state)
+
+
+def load_model(out_dir):
+    return model_of(load(out_dir))
 
 
 def keys_of(cls):

@@ -19,9 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import torch
+from conftest import load
 
-import checkpoint
-from dataloader import write_dataset
+from nanogqa.writer import write_dataset
 
 
 def start(folder, out_dir):
@@ -69,7 +69,7 @@ def main(times=50, seed=0):
                   folder / "data", "byte")
     began = time.time()
     text = start(folder, folder / "whole").communicate()[0]
-    lasts, whole = time.time() - began, checkpoint.load(folder / "whole")
+    lasts, whole = time.time() - began, load(folder / "whole")
     assert whole["step"] == 120, text
     for i in range(times):
         out_dir = folder / f"run{i}"
@@ -77,7 +77,7 @@ def main(times=50, seed=0):
         what = kill(process, out_dir, rng, time.time(), lasts, in_write=i % 3 == 2)
         text = process.communicate()[0]  # of an agent that was killed, when its workers have closed the pipe
         text = start(folder, out_dir).communicate()[0]
-        state = checkpoint.load(out_dir)
+        state = load(out_dir)
         same = state["step"] == 120 and all(torch.equal(x, whole["model"][name]) for name, x in state["model"].items())
         good += same
         resumed = next((line for line in text.splitlines() if line.startswith("resuming")), "from the start")

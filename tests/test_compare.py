@@ -12,7 +12,7 @@ import pytest
 
 import compare
 from compare import matching_n_ff, paired, plan, steps_to, student_t, verdict
-from configurator import parse
+from nanogqa.configurator import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ["--device=cpu", "--n_layer=1", "--n_head=4", "--n_embd=32", "--block_size=32", "--tokens_per_step=128", "--max_steps=12",

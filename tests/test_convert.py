@@ -8,15 +8,16 @@ from dataclasses import asdict
 import pytest
 import tiktoken
 import torch
-from conftest import toy_config, toy_ids, toy_model
+from conftest import load, load_model, toy_ids, toy_model
 from test_inputs import fails
 
-import checkpoint
+from nanogqa import checkpoint
 import convert
-import dataloader
+from nanogqa import tokenizer
 import sample
 import train
-from dataloader import get_tokenizer, write_dataset
+from nanogqa.tokenizer import get_tokenizer
+from nanogqa.writer import write_dataset
 from model import GPT, GPTConfig, rope_frequencies
 
 H, K, D, C = 4, 2, 8, 32
@@ -30,8 +31,8 @@ def save(model, folder, tokenizer="none"):
     return str(folder)
 
 
-def load(folder):
-    return checkpoint.build_model(checkpoint.load(folder)).eval()
+def loaded(folder):
+    return load_model(folder).eval()
 
 
 def logits(model, ids=None):
@@ -44,7 +45,7 @@ def logits(model, ids=None):
 def pooled(model, tmp_path, **keys):
     new = tmp_path / "-".join(f"{key}{value}" for key, value in keys.items())
     convert.main(["pool", f"--out_dir={save(model, tmp_path / 'from')}", f"--new_dir={new}", *(f"--{key}={value}" for key, value in keys.items())])
-    return load(new)
+    return loaded(new)
 
 
 def per_head(weight, n):
@@ -150,7 +151,7 @@ def test_a_pooled_checkpoint_trains_and_samples(toy_data, toy_run, tmp_path, cap
     convert.main(["pool", f"--out_dir={tmp_path / 'run'}", "--n_kv_head=1", f"--new_dir={tmp_path / 'mqa'}"])
     train.main([f"--init_from={tmp_path / 'mqa'}", f"--out_dir={tmp_path / 'up'}", f"--dataset={toy_data}", "--device=cpu", "--max_steps=3",
                 "--tokens_per_step=256", "--eval_tokens=256"])
-    assert checkpoint.load(tmp_path / "up")["config"]["n_kv_head"] == 1
+    assert load(tmp_path / "up")["config"]["n_kv_head"] == 1
     sample.main([f"--out_dir={tmp_path / 'up'}", "--max_new_tokens=5", "--device=cpu"])
 
 
@@ -255,7 +256,7 @@ def test_from_hf_has_the_logits_of_transformers(transformers, tmp_path, capsys, 
     convert.main(["from_hf", f"--hf_dir={tmp_path / 'hf'}", f"--out_dir={tmp_path / 'ours'}"])
     printed = capsys.readouterr()
     assert "largest logit difference to transformers" in printed.out and "has no tokenizer" in printed.err
-    ours, ids = load(tmp_path / "ours"), toy_ids(2, 64, vocab=101)
+    ours, ids = loaded(tmp_path / "ours"), toy_ids(2, 64, vocab=101)
     assert ours.config.vocab_size == 101 and ours.config.block_size == 64
     with torch.inference_mode():
         expected = theirs(ids).logits
@@ -276,7 +277,7 @@ def test_rope_written_as_transformers_4_did(transformers, tmp_path):
         convert.main(["from_hf", f"--hf_dir={tmp_path / 'hf'}", f"--out_dir={tmp_path / 'ours'}"])
         ids = toy_ids(1, 64, vocab=101)
         with torch.inference_mode():
-            torch.testing.assert_close(logits(load(tmp_path / "ours"), ids), theirs(ids).logits, atol=1e-4, rtol=0)
+            torch.testing.assert_close(logits(loaded(tmp_path / "ours"), ids), theirs(ids).logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
@@ -298,7 +299,7 @@ def test_to_hf_and_back(transformers, tmp_path, capsys, n_kv_head, changes):
         torch.testing.assert_close(theirs(ids).logits, logits(ours, ids), atol=1e-4, rtol=1e-5)
     assert torch.equal(greedy(ours, ids[:, :3], 45), greedy(theirs, ids[:, :3], 45))
     convert.main(["from_hf", f"--hf_dir={tmp_path / 'hf'}", f"--out_dir={tmp_path / 'back'}"])
-    back = load(tmp_path / "back")
+    back = loaded(tmp_path / "back")
     assert back.config == ours.config
     for name, x in ours.state_dict().items():
         assert torch.equal(x, back.state_dict()[name]), name
@@ -332,14 +333,14 @@ def encoding_like(name):
     finally:
         openai_public.load_tiktoken_bpe, openai_public.data_gym_to_mergeable_bpe_ranks = source
     ranks = bpe_train(TEXT + convert.__doc__, 330, about["pat_str"], visualise=None)
-    return tiktoken.Encoding(name, pat_str=about["pat_str"], mergeable_ranks=ranks, special_tokens={dataloader.EOT: 333, "<|fim|>": 340})
+    return tiktoken.Encoding(name, pat_str=about["pat_str"], mergeable_ranks=ranks, special_tokens={tokenizer.EOT: 333, "<|fim|>": 340})
 
 
 @pytest.fixture
 def toy_bpe(monkeypatch):
     """tiktoken.get_encoding that makes toy encodings with the real patterns instead of downloading the real ones."""
     made = {name: encoding_like(name) for name in ("gpt2", "cl100k_base", "o200k_base")}
-    monkeypatch.setattr(dataloader.tiktoken, "get_encoding", made.__getitem__)
+    monkeypatch.setattr(tokenizer.tiktoken, "get_encoding", made.__getitem__)
     return made
 
 
@@ -349,13 +350,13 @@ def test_tokenizers_round_trip(transformers, toy_bpe, tmp_path, name):
     model = toy_model(n_kv_head=2, vocab_size=350)
     convert.main(["to_hf", f"--out_dir={save(model, tmp_path / 'ours', name)}", f"--hf_dir={tmp_path / 'hf'}"])
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    for text in (TEXT, " ", "", "a", "\n\n\n", "１２３４ ½ 1,000,000.00", "x" * 50, f"one{dataloader.EOT}two", "\u00a0\u2003\u200b\u3000."):
+    for text in (TEXT, " ", "", "a", "\n\n\n", "１２３４ ½ 1,000,000.00", "x" * 50, f"one{tokenizer.EOT}two", "\u00a0\u2003\u200b\u3000."):
         ids = encoding.encode(text, allowed_special="all")
         assert theirs(text, add_special_tokens=False)["input_ids"] == ids, text
         assert theirs.decode(ids) == text
     assert theirs.eos_token_id == encoding.eot_token
     convert.main(["from_hf", f"--hf_dir={tmp_path / 'hf'}", f"--out_dir={tmp_path / 'back'}"])
-    assert checkpoint.load(tmp_path / "back")["tokenizer"] == name and not (tmp_path / "back/tokenizer.json").exists()
+    assert load(tmp_path / "back")["tokenizer"] == name and not (tmp_path / "back/tokenizer.json").exists()
 
 
 def test_pipeline_generates_what_sample_does(transformers, toy_run, tmp_path, capsys):
@@ -392,7 +393,7 @@ def test_a_tokenizer_that_tiktoken_cannot_express_travels_along(transformers, tm
     theirs = sentencepiece_like(tokenizers)
     theirs.save(str(tmp_path / "hf/tokenizer.json"))
     convert.main(["from_hf", f"--hf_dir={tmp_path / 'hf'}", f"--out_dir={tmp_path / 'ours'}"])
-    name = checkpoint.load(tmp_path / "ours")["tokenizer"]
+    name = load(tmp_path / "ours")["tokenizer"]
     assert name.startswith("tokenizer.json ") and (tmp_path / "ours/tokenizer.json").read_bytes() == (tmp_path / "hf/tokenizer.json").read_bytes()
 
     encoding = get_tokenizer(name, tmp_path / "ours")
@@ -426,7 +427,7 @@ def test_without_a_tokenizer(transformers, tmp_path, capsys, toy_data):
     assert "no run to resume" in fails(train.main, [f"--out_dir={source}", "--init_from=resume", f"--dataset={toy_data}"], capsys)
     train.main([f"--init_from={source}", f"--out_dir={tmp_path / 'tuned'}", f"--dataset={toy_data}", "--max_steps=1", "--device=cpu",
                 "--tokens_per_step=96", "--eval_tokens=96"])
-    assert checkpoint.load(tmp_path / "tuned")["tokenizer"] == "byte"
+    assert load(tmp_path / "tuned")["tokenizer"] == "byte"
 
 
 def change_config(**changes):
@@ -519,7 +520,7 @@ def test_lm_eval_reads_the_export(transformers, toy_run, tmp_path):
                 target_delimiter="", metric_list=[dict(metric="acc")])
     results = lm_eval.simple_evaluate(model="hf", model_args=f"pretrained={tmp_path / 'hf'},dtype=float32", tasks=[task], device="cpu",
                                       log_samples=True, bootstrap_iters=0)
-    model, encoding, right = load(tmp_path / "run"), get_tokenizer("byte"), 0
+    model, encoding, right = loaded(tmp_path / "run"), get_tokenizer("byte"), 0
     for row, logged in zip(rows, results["samples"]["toy"]):
         likelihoods = []
         for choice in row["choices"]:

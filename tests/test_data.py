@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import tiktoken
 
-import dataloader
-from configurator import UserError
-from dataloader import Dataset, get_tokenizer, shuffled, train_batch, val_batch, val_windows, write_dataset
+from nanogqa import writer
+from nanogqa.configurator import UserError
+from nanogqa.dataloader import Dataset, shuffled, train_batch, val_batch, val_windows
+from nanogqa.tokenizer import get_tokenizer
+from nanogqa.writer import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,7 +39,7 @@ def test_every_document_ends_with_end_of_text(tmp_path):
 def test_large_vocabularies_are_written_as_uint32(tmp_path, monkeypatch):
     big = tiktoken.Encoding("big", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
                             special_tokens={"<|endoftext|>": 70000})
-    monkeypatch.setattr(dataloader, "get_tokenizer", lambda name, folder: big)
+    monkeypatch.setattr(writer, "get_tokenizer", lambda name, folder: big)
     write_dataset([("train", "a"), ("val", "b")], tmp_path, "cl100k_base")
     data = Dataset(tmp_path)
     assert data.meta["dtype"] == "uint32" and data.train.windows([0], 2)[0].tolist() == [97, 70000]

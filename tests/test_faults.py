@@ -10,10 +10,11 @@ import time
 import kill_runs
 import pytest
 import torch
+from conftest import load, load_model
 from test_inputs import fails
 from test_train import ROOT, equal, out, rows, torchrun, weights
 
-import checkpoint
+from nanogqa import checkpoint
 import train
 
 
@@ -54,7 +55,7 @@ def test_workers_without_their_agent_save_and_end(toy_run, tmp_path):
     wait_for_step(tmp_path / "run", 5)
     process.send_signal(signal.SIGKILL)
     text = process.communicate(timeout=60)[0]  # returns when the workers have closed the pipe
-    assert "stopped by SIGTERM" in text and checkpoint.load(tmp_path / "run")["step"] >= 5
+    assert "stopped by SIGTERM" in text and load(tmp_path / "run")["step"] >= 5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for a signal")
@@ -79,7 +80,7 @@ def test_a_folder_belongs_to_one_run(toy_run, tmp_path, monkeypatch, capsys):
 
 
 def test_the_lock_ends_with_its_process(tmp_path):
-    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import checkpoint\nwith checkpoint.lock(sys.argv[1]): print('on', flush=True); time.sleep(60)"
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from nanogqa import checkpoint\nwith checkpoint.lock(sys.argv[1]): print('on', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "on\n"
     process.kill()
@@ -140,7 +141,7 @@ def test_fsdp_has_the_losses_of_ddp_and_moves_between_numbers_of_ranks(toy_run, 
                 assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-5), (other, a["step"], key)
         for name, x in weights(tmp_path / "ddp").items():
             torch.testing.assert_close(weights(tmp_path / other)[name], x, atol=2e-4, rtol=0)
-    model, moments = checkpoint.build_model(checkpoint.load(tmp_path / "moved")), checkpoint.load(tmp_path / "moved")["optimizer"]["state"]
+    model, moments = load_model(tmp_path / "moved"), load(tmp_path / "moved")["optimizer"]["state"]
     assert len(moments) == len(list(model.parameters())) and all(int(x["step"]) == 50 for x in moments.values())
     run("moved", 2, "--init_from=resume", "--parallel=ddp", "--max_steps=52")  # and an ordinary run takes it over
 
@@ -163,7 +164,7 @@ def test_what_fsdp_cannot_do(toy_run, capsys, args, words):
 def test_a_sharded_checkpoint_is_read_by_its_run_alone(toy_run, tmp_path, capsys):
     from test_inputs import sample
     train.main(toy_run)
-    state = checkpoint.load(tmp_path / "run")
+    state = load(tmp_path / "run")
     folder = tmp_path / "run/sharded_20"
     folder.mkdir()
     import json

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import load, model_of
 from test_inputs import trained  # noqa: F401
 
-import checkpoint
 import sample
-from configurator import UserError, build, parse
-from dataloader import Dataset, train_batch, val_batch, val_windows
+from nanogqa.configurator import UserError, build, parse
+from nanogqa.dataloader import Dataset, train_batch, val_batch, val_windows
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,13 +75,13 @@ def test_checkpoints(trained, tmp_path):  # noqa: F811
     """Half of the damage goes to the archive's directory and the pickle in it, where it does most."""
     good, path = (trained / "ckpt.pt").read_bytes(), tmp_path / "ckpt.pt"
     start = good.find(b"PK\x01\x02")  # the archive's directory
-    weights = checkpoint.load(trained)["model"]
+    weights = load(trained)["model"]
 
     def attempt(rng):
         low, high = rng.choice([(0, 6000), (start, len(good)), (0, len(good)), (0, len(good))])
         path.write_bytes(good[:low] + mutated(good[low:high], rng) + good[high:])
-        state = checkpoint.load(tmp_path)
-        model = checkpoint.build_model(state)
+        state = load(tmp_path)
+        model = model_of(state)
         assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items()), "other weights, and no word of it"
     print(outcomes(400, attempt))
 

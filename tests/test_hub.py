@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from test_inputs import ROOT, fails, program
 
-from configurator import UserError
-from dataloader import Dataset, get_tokenizer, train_batch, val_batch, val_windows, write_dataset
+from nanogqa.configurator import UserError
+from nanogqa.dataloader import Dataset
+from nanogqa.writer import write_dataset
 
 main = program("hub")
 hub = sys.modules["prepare_hub"]
@@ -327,7 +328,7 @@ def test_without_pyarrow(tmp_path, capsys, monkeypatch):
 
 def test_tokenizer_files_tokenize_batches_as_they_do_texts(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    from dataloader import HuggingFaceTokenizer
+    from nanogqa.tokenizer import HuggingFaceTokenizer
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -377,7 +378,7 @@ def test_a_file_that_shrinks_while_it_is_used(tmp_path):
 
 
 def test_opening_checks_a_bounded_number_of_tokens(tmp_path, monkeypatch):
-    import dataloader
+    from nanogqa import dataloader
     monkeypatch.setattr(dataloader, "SCANNED", 100)
     files = [(f"{i}.bin", 30) for i in range(10)]
     for name, n in files:
@@ -390,7 +391,7 @@ def test_opening_checks_a_bounded_number_of_tokens(tmp_path, monkeypatch):
 
 SPARSE = """
 import re, sys, time
-import dataloader
+from nanogqa import dataloader
 def peak():  # in kB, of this process alone: that of getrusage() begins with its parent's
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before, start = peak(), time.perf_counter()

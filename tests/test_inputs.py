@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load
 
-import checkpoint
 import sample
 import train
-from configurator import parse
-from dataloader import write_dataset
+from nanogqa.configurator import parse
+from nanogqa.writer import write_dataset
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,7 +155,7 @@ def test_damaged_data(toy_data, toy_run, tmp_path, capsys, kind, words):
 
 
 def test_a_data_set_that_is_not_prepared_names_its_command(toy_run, tmp_path, capsys, monkeypatch):
-    import dataloader
+    from nanogqa import dataloader
     (tmp_path / "data/shakespeare").mkdir(parents=True)
     (tmp_path / "data/shakespeare/prepare.py").touch()
     monkeypatch.setattr(dataloader, "DATA", tmp_path / "data")
@@ -199,7 +199,7 @@ def test_overwrite_replaces_the_run(toy_run, tmp_path, capsys):
     train.main([*toy_run, "--max_steps=5"])
     fails(train.main, [*toy_run, "--max_steps=3"], capsys)
     train.main([*toy_run, "--max_steps=3", "--overwrite=True"])
-    assert checkpoint.load(tmp_path / "run")["step"] == 3
+    assert load(tmp_path / "run")["step"] == 3
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
 
 

@@ -14,7 +14,7 @@ import convert
 import model as model_module
 import sample
 import train
-from configurator import UserError, build, parse
+from nanogqa.configurator import UserError, build, parse
 from model import GPT, GPTConfig, KVCache, LatentAttention
 from sample import compile_for_decoding, decoding_bytes, generate, prepare_for_decoding
 from train import TrainConfig, pick_runtime

@@ -10,11 +10,10 @@ from conftest import keys_of
 from test_inputs import program as prepare
 
 from bench import SIZES, BenchConfig, choices_of
-from checkpoint import model_config
 from compare import CompareConfig
 from convert import COMMANDS
-from configurator import build, help_text, parse
-from dataloader import PrepareConfig
+from nanogqa.configurator import build, help_text, parse, subset
+from nanogqa.writer import PrepareConfig
 from model import GPT, GPTConfig
 from sample import SampleConfig
 from train import TrainConfig, batch_shape
@@ -40,10 +39,10 @@ def test_every_config_builds_a_model_that_runs(name):
     config.vocab_size = config.vocab_size or 257
     if name in PUBLISHED:
         with torch.device("meta"):  # shapes alone: the largest would take 32 GB
-            model = GPT(model_config(config))
+            model = GPT(subset(GPTConfig, config))
         assert model.num_params() == pytest.approx(PUBLISHED[name], rel=0.03)
         return
-    model = GPT(model_config(config))
+    model = GPT(subset(GPTConfig, config))
     with torch.inference_mode():
         logits = model(torch.zeros(1, 4, dtype=torch.long))[0]
     assert logits.shape == (1, 4, config.vocab_size) and logits.isfinite().all()
@@ -81,7 +80,7 @@ def test_every_setting_is_in_the_help_and_is_read(cls):
     for key in keys_of(cls):
         assert re.search(rf"^  --{key}={re.escape(str(getattr(cls, key)))} +\S", text, re.M), key
     read = set()
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*/prepare.py")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("nanogqa/*.py"), *ROOT.glob("data/*/prepare.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             match node:  # config.n_head, c.n_head, model.config.n_head
                 case ast.Attribute(value=ast.Name(id="config" | "c" | "base") | ast.Attribute(attr="config"), attr=attr, ctx=ast.Load()):
@@ -89,13 +88,35 @@ def test_every_setting_is_in_the_help_and_is_read(cls):
     assert set(keys_of(cls)) <= read
 
 
-def test_imports_flow_one_way():
-    order = ["configurator", "model", "dataloader", "checkpoint", "train", "sample", "bench", "compare", "convert"]
-    for i, name in enumerate(order):
-        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-            assert not set(names) & set(order[i:]), f"{name}.py imports {names}"
-    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(order)
+PROGRAM_ORDER = ["model", "train", "sample", "bench", "compare", "convert"]
+PACKAGE_ORDER = ["configurator", "files", "tokenizer", "dataloader", "writer", "checkpoint"]
+
+
+def imported(path):
+    """The modules that a file imports anywhere, as dotted names."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "nanogqa":
+            names += [f"nanogqa.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(node.module)
+    return names
+
+
+def test_programs_import_one_way():
+    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(PROGRAM_ORDER)
+    for i, name in enumerate(PROGRAM_ORDER):
+        assert not set(imported(ROOT / f"{name}.py")) & set(PROGRAM_ORDER[i:]), name
+
+
+def test_the_package_imports_one_way_and_never_a_program():
+    assert sorted(path.stem for path in (ROOT / "nanogqa").glob("*.py")) == sorted([*PACKAGE_ORDER, "__init__"])
+    for i, name in enumerate(PACKAGE_ORDER):
+        names = set(imported(ROOT / "nanogqa" / f"{name}.py"))
+        assert not names & set(PROGRAM_ORDER), name
+        assert not names & {f"nanogqa.{later}" for later in PACKAGE_ORDER[i:]}, name
 
 
 def readme_commands():

@@ -7,7 +7,7 @@ from conftest import toy_ids, toy_model
 
 import sample
 import train
-from dataloader import get_tokenizer
+from nanogqa.tokenizer import get_tokenizer
 from sample import Text, context_start, generate, known_ids, sample_token
 
 

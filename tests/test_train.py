@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load, model_of
 
-import checkpoint
+from nanogqa import checkpoint
 import train
-from dataloader import Dataset
+from nanogqa.dataloader import Dataset
 from model import GPT, GPTConfig
 from train import TrainConfig, learning_rate
 
@@ -29,7 +30,7 @@ def rows(out_dir):
 
 
 def weights(out_dir):
-    return checkpoint.load(out_dir)["model"]
+    return load(out_dir)["model"]
 
 
 def equal(a, b):
@@ -68,18 +69,18 @@ def test_metrics_and_checkpoint(toy_run, tmp_path, capsys):
     val = Dataset(toy_run[0].partition("=")[2]).val
     assert got[-1]["val_bpb"] == pytest.approx(got[-1]["val_loss"] / math.log(2) * val.n_tokens / val.n_bytes)
 
-    state = checkpoint.load(tmp_path / "run")
+    state = load(tmp_path / "run")
     assert (state["step"], state["tokenizer"], state["val_loss"]) == (20, "byte", got[-1]["val_loss"])
     assert state["config"]["n_embd"] == 32 and state["settings"]["max_steps"] == 20 and state["config"]["vocab_size"] == 257
-    assert set(state["model"]) == set(checkpoint.build_model(state).state_dict())
+    assert set(state["model"]) == set(model_of(state).state_dict())
     assert "sample.py --out_dir=" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_loss_in_the_log_is_that_of_the_model(toy_run, tmp_path):
     """Validation recomputed by hand from the checkpoint, one window at a time."""
     train.main([*toy_run, "--eval_tokens=None"])
-    state = checkpoint.load(tmp_path / "run")
-    model, val = checkpoint.build_model(state).eval(), Dataset(toy_run[0].partition("=")[2]).val
+    state = load(tmp_path / "run")
+    model, val = model_of(state).eval(), Dataset(toy_run[0].partition("=")[2]).val
     tokens = torch.from_numpy(val.windows([0], val.n_tokens)[0])
     total = 0.0
     with torch.inference_mode():
@@ -124,7 +125,7 @@ def test_resume_is_bit_identical(toy_run, tmp_path, monkeypatch, capsys, stop, c
         patch.setattr(StopAt, "step", stop)
         with pytest.raises(SystemExit) as exit:
             train.main(parts)
-    assert exit.value.code == 128 + signal.SIGTERM and checkpoint.load(tmp_path / "parts")["step"] == stop
+    assert exit.value.code == 128 + signal.SIGTERM and load(tmp_path / "parts")["step"] == stop
     assert f"stopped by SIGTERM after step {stop}" in capsys.readouterr().out
     with open(tmp_path / "parts/metrics.jsonl", "a") as f:  # as of a run that was killed after its last checkpoint
         f.write(json.dumps(dict(step=stop + 5)) + '\n{"step": 1')
@@ -154,7 +155,7 @@ def test_two_ranks_make_the_same_losses_and_resume_bit_for_bit(toy_run, tmp_path
         time.sleep(0.01)
     parts.send_signal(signal.SIGTERM)  # torchrun passes it on to its workers
     parts.wait(timeout=60)
-    stopped = checkpoint.load(tmp_path / "parts")["step"]
+    stopped = load(tmp_path / "parts")["step"]
     assert 0 < stopped < 120, stopped
     again = torchrun([*out(args, tmp_path / "parts"), "--init_from=resume", "--log_interval=1"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     text = again.communicate(timeout=100)[0]
@@ -177,7 +178,7 @@ def test_resume_prints_changes_and_takes_the_rest_from_the_checkpoint(toy_run, t
     train.main([f"--out_dir={tmp_path / 'run'}", "--init_from=resume", "--max_steps=25", "--batch_size=8"])
     text = capsys.readouterr().out
     assert "resuming at step 20, changed: max_steps 20 -> 25, batch_size 4 -> 8" in text
-    assert rows(tmp_path / "run")[-1]["step"] == 25 and checkpoint.load(tmp_path / "run")["settings"]["learning_rate"] == 1e-3
+    assert rows(tmp_path / "run")[-1]["step"] == 25 and load(tmp_path / "run")["settings"]["learning_rate"] == 1e-3
 
 
 def test_resume_may_name_what_the_run_has_and_trains_with_what_it_prints(toy_run, tmp_path, capsys):
@@ -200,7 +201,7 @@ def test_resume_writes_to_the_folder_it_is_called_with(toy_run, tmp_path):
     train.main(toy_run)
     (tmp_path / "run").rename(tmp_path / "moved")
     train.main([f"--out_dir={tmp_path / 'moved'}", "--init_from=resume", "--max_steps=22"])
-    assert checkpoint.load(tmp_path / "moved")["step"] == 22 and not (tmp_path / "run").exists()
+    assert load(tmp_path / "moved")["step"] == 22 and not (tmp_path / "run").exists()
 
 
 def test_odd_lines_in_metrics_are_dropped_at_resume(toy_run, tmp_path):
@@ -218,7 +219,7 @@ def test_init_from_another_run_takes_its_weights_and_starts_at_step_0(toy_run, t
     data = toy_run[0]
     train.main([data, f"--init_from={tmp_path / 'run'}", f"--out_dir={tmp_path / 'tuned'}", "--max_steps=0", "--device=cpu",
                 "--batch_size=4", "--tokens_per_step=256", "--eval_tokens=1024"])
-    assert equal(before, weights(tmp_path / "tuned")) and checkpoint.load(tmp_path / "tuned")["step"] == 0
+    assert equal(before, weights(tmp_path / "tuned")) and load(tmp_path / "tuned")["step"] == 0
     assert rows(tmp_path / "tuned")[0]["val_loss"] == pytest.approx(rows(tmp_path / "run")[-1]["val_loss"], abs=1e-6)
 
 
@@ -226,8 +227,8 @@ def test_init_from_another_run_takes_its_weights_and_starts_at_step_0(toy_run, t
 @pytest.mark.parametrize("pattern,moved", [("q_proj|k_proj", 4), ("^norm", 1), (r"layers\.1\..*mlp", 4)])
 def test_only_what_is_trainable_moves(toy_run, tmp_path, capsys, pattern, moved, optimizer):
     train.main([*toy_run, f"--trainable={pattern}", "--max_steps=3", f"--optimizer={optimizer}"])
-    state = checkpoint.load(tmp_path / "run")
-    start = checkpoint.new_model(GPTConfig(**state["config"])).state_dict()
+    state = load(tmp_path / "run")
+    start = checkpoint.new_model(GPT, GPTConfig(**state["config"])).state_dict()
     changed = {name for name, x in state["model"].items() if not torch.equal(x, start[name])}
     assert changed == {name for name in start if re.search(pattern, name)} and len(changed) == moved
     with pytest.raises(SystemExit) as exit:
@@ -253,7 +254,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(toy_ru
         train.main([*toy_run, "--init_from=resume", f"--learning_rate={lr}", "--max_steps=40", f"--eval_interval={eval_interval}"])
     error = capsys.readouterr().err
     assert exit.value.code == 2 and words in error and "float32" in error
-    assert equal(good, weights(tmp_path / "run")) and checkpoint.load(tmp_path / "run")["step"] == 10
+    assert equal(good, weights(tmp_path / "run")) and load(tmp_path / "run")["step"] == 10
 
 
 def poison(monkeypatch, steps):
@@ -277,7 +278,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(toy_run, tmp_pa
         train.main(args)
     assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 1, 2, 0]
     assert "2 steps skipped, their gradients not finite" in capsys.readouterr().out
-    steps = [int(x["step"]) for x in checkpoint.load(tmp_path / "run")["optimizer"]["state"].values()]
+    steps = [int(x["step"]) for x in load(tmp_path / "run")["optimizer"]["state"].values()]
     assert set(steps) == {9} and all(json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     with monkeypatch.context() as patch:
         poison(patch, range(1, 10))  # nine in a row are endured
@@ -286,7 +287,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(toy_run, tmp_pa
         poison(patch, range(1, 11))
         with pytest.raises(SystemExit):
             train.main(out(args, tmp_path / "ten"))
-    assert checkpoint.load(tmp_path / "ten")["step"] == 8, "good weights are saved while steps are skipped"
+    assert load(tmp_path / "ten")["step"] == 8, "good weights are saved while steps are skipped"
 
 
 def test_newest_best_and_kept_checkpoints(toy_run, tmp_path, monkeypatch):
@@ -298,12 +299,12 @@ def test_newest_best_and_kept_checkpoints(toy_run, tmp_path, monkeypatch):
         patch.setattr(StopAt, "step", 13)
         with pytest.raises(SystemExit):
             train.main(args)
-    assert checkpoint.load(tmp_path / "run/ckpt_best.pt")["step"] == 8
+    assert load(tmp_path / "run/ckpt_best.pt")["step"] == 8
     train.main([*args, "--init_from=auto"])  # the best is known after a restart
     names = sorted(path.name for path in (tmp_path / "run").glob("*.pt"))
     assert names == ["ckpt.pt", "ckpt_16.pt", "ckpt_20.pt", "ckpt_best.pt"]
-    assert checkpoint.load(tmp_path / "run/ckpt_16.pt")["step"] == 16 and checkpoint.load(tmp_path / "run")["step"] == 20
-    assert checkpoint.load(tmp_path / "run/ckpt_best.pt")["step"] == 20, "as good as the best, and newer"
+    assert load(tmp_path / "run/ckpt_16.pt")["step"] == 16 and load(tmp_path / "run")["step"] == 20
+    assert load(tmp_path / "run/ckpt_best.pt")["step"] == 20, "as good as the best, and newer"
     train.main([f"--init_from={tmp_path / 'run/ckpt_16.pt'}", toy_run[0], f"--out_dir={tmp_path / 'on'}", "--max_steps=0", "--tokens_per_step=256"])
 
 
@@ -317,7 +318,7 @@ def test_writing_does_not_hold_up_training(toy_run, tmp_path, monkeypatch):
         written.append(time.perf_counter()), save(self, *args), written.append(time.perf_counter())))
     train.main([*toy_run, "--max_steps=1", "--eval_interval=10"])
     assert len(written) == 4 and written[1] - written[0] < 0.3, "the first save returned before its file was written"
-    assert checkpoint.load(tmp_path / "run")["step"] == 1
+    assert load(tmp_path / "run")["step"] == 1
 
 
 def test_what_is_saved_is_the_state_of_that_step(toy_run, tmp_path, monkeypatch):
@@ -328,7 +329,7 @@ def test_what_is_saved_is_the_state_of_that_step(toy_run, tmp_path, monkeypatch)
     train.main(args)
     monkeypatch.undo()
     train.main(out([*args, "--max_steps=20", "--eval_interval=10"], tmp_path / "plain"))
-    assert equal(checkpoint.load(tmp_path / "run/ckpt_10.pt")["model"], checkpoint.load(tmp_path / "plain/ckpt_10.pt")["model"])
+    assert equal(load(tmp_path / "run/ckpt_10.pt")["model"], load(tmp_path / "plain/ckpt_10.pt")["model"])
 
 
 def test_a_checkpoint_cannot_run_code(toy_run, tmp_path, capsys):
@@ -336,7 +337,7 @@ def test_a_checkpoint_cannot_run_code(toy_run, tmp_path, capsys):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'owned'}",)
     train.main(toy_run)
-    state = checkpoint.load(tmp_path / "run")
+    state = load(tmp_path / "run")
     torch.save(dict(state, step=Evil()), tmp_path / "run" / "ckpt.pt")
     with pytest.raises(SystemExit) as exit:
         train.main([*toy_run, "--init_from=resume"])
@@ -364,7 +365,8 @@ def test_a_full_disk_in_the_middle_is_tried_again(toy_run, tmp_path):
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
-import checkpoint, train
+import train
+from nanogqa import checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 write, calls = checkpoint.Saver.write, []
 def counted(self, state):
@@ -379,7 +381,7 @@ print("saved", calls)
     done = subprocess.run([sys.executable, "-c", code, *toy_run, "--log_interval=2"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "saved [0, 2, 4, 10, 20]" in done.stdout and done.stderr.count("warning: cannot save step") == 2 and "of room" in done.stderr
-    assert checkpoint.load(tmp_path / "run")["step"] == 20 and not list((tmp_path / "run").glob("*.part"))
+    assert load(tmp_path / "run")["step"] == 20 and not list((tmp_path / "run").glob("*.part"))
 
 
 def test_compile_falls_back_to_eager_with_one_warning(toy_run, tmp_path, monkeypatch, capsys):

@@ -30,9 +30,10 @@ import tiktoken
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import UserError, build, parse, program
-from dataloader import (PrepareConfig, ShardWriter, copy_tokenizer, find_finished, find_unfinished, open_tokenizer,
-                        print_counts, publish, write_json)
+from nanogqa.configurator import UserError, build, parse, program
+from nanogqa.files import write_json
+from nanogqa.tokenizer import copy_tokenizer
+from nanogqa.writer import PrepareConfig, ShardWriter, find_finished, find_unfinished, open_tokenizer, print_counts, publish
 
 RETRIES, BACKOFF = 6, 1.0  # tries in a row that bring no new byte, and the seconds before the first, which then double
 SAVE_SECONDS = 10  # of work that a kill may cost

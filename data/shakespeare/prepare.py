@@ -10,8 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import UserError, build, parse, program
-from dataloader import PrepareConfig, write_dataset
+from nanogqa.configurator import UserError, build, parse, program
+from nanogqa.writer import PrepareConfig, write_dataset
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

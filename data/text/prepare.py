@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import UserError, build, parse, program
-from dataloader import PrepareConfig, held_out, write_dataset
+from nanogqa.configurator import UserError, build, parse, program
+from nanogqa.writer import PrepareConfig, held_out, write_dataset
 
 
 def documents(source):

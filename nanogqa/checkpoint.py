@@ -9,16 +9,15 @@ import threading
 import time
 import warnings
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from configurator import UserError, build, check_key, convert
-from dataloader import write_json
-from model import GPT, GPTConfig
+from nanogqa.configurator import UserError, build, check_key, convert
+from nanogqa.files import write_json
 
 NAME = "ckpt.pt"
 # what a checkpoint holds
@@ -211,11 +210,11 @@ def find(out_dir):
     return Path(out_dir) if str(out_dir).endswith(".pt") else Path(out_dir) / NAME
 
 
-def load(out_dir):
+def load(out_dir, GPTConfig):
     """The state that save wrote, on the CPU; out_dir may be the path of a ckpt_best.pt or ckpt_STEP.pt."""
     path = find(out_dir)
     if sharded := find_sharded(out_dir):
-        return load_plain(sharded)
+        return load_plain(sharded, GPTConfig)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}: train one with train.py --out_dir={out_dir}, or name another --out_dir")
     try:
@@ -228,19 +227,19 @@ def load(out_dir):
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes
         raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): restore it from a copy, or "
                         "train again with --overwrite=True") from None
-    return check(state, path)
+    return check(state, path, GPTConfig)
 
 
-def load_plain(sharded):
+def load_plain(sharded, GPTConfig):
     """The state of a sharded checkpoint without its tensors, which load_sharded reads."""
     try:
         state = json.loads((sharded / "state.json").read_text())
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{sharded}/state.json is damaged: restore it from a copy, or train again with --overwrite=True") from None
-    return check(state, sharded)
+    return check(state, sharded, GPTConfig)
 
 
-def check(state, path):
+def check(state, path, GPTConfig):
     """state, if it is one."""
     wrong = [key for key, kind in KEYS.items() if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
     if wrong:
@@ -258,12 +257,12 @@ def typed(cls, values, path):
     return {key: convert(cls, key, value, str(path)) for key, value in values.items()}
 
 
-def build_model(state, settings=None):
-    """The GPT of a loaded checkpoint, in float32 on the CPU; settings change what its weights leave open (dropout, ...)."""
+def load_model(GPT, config, state):
+    """GPT(config) with the weights of a loaded checkpoint, in float32 on the CPU."""
     if not state["model"]:
         raise UserError("the checkpoint is sharded over ranks: end its run with --init_from=resume --parallel=fsdp, which writes "
                         "a ckpt.pt")
-    model = new_model(model_config(settings) if settings else GPTConfig(**state["config"]))
+    model = new_model(GPT, config)
     try:
         model.load_state_dict(state["model"])
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -274,7 +273,7 @@ def build_model(state, settings=None):
     return model
 
 
-def new_model(config, seed=1337):
+def new_model(GPT, config, seed=1337):
     """GPT(config, seed), with a UserError where the machine cannot hold it."""
     try:
         return GPT(config, seed)
@@ -305,8 +304,3 @@ def load_optimizer(optimizer, state):
                         "start from its weights in another --out_dir")
     saved = {i: {name: placed(x, parameters[i]) if x.dim() else x for name, x in moments.items()} for i, moments in saved.items()}
     optimizer.load_state_dict(dict(state=saved, param_groups=groups))
-
-
-def model_config(settings):
-    """The GPTConfig that a program's settings contain."""
-    return GPTConfig(**{f.name: getattr(settings, f.name) for f in fields(GPTConfig)})

@@ -98,6 +98,11 @@ def build(cls, values):
         raise UserError(str(error)) from None
 
 
+def subset(cls, settings):
+    """The cls that settings, a dataclass that extends it, contains."""
+    return cls(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(cls)})
+
+
 def read_config(cls, path):
     """The (key, value) assignments of a config file, in order."""
     try:
