@@ -28,10 +28,10 @@ from tqdm import tqdm
 from nanogqa import checkpoint
 from bench import choices_of, heads_of
 from nanogqa.configurator import UserError, build, parse, program, subset
-from nanogqa.dataloader import Dataset
-from nanogqa.files import write_json
+from nanogqa.dataloader import Dataset, bits_per_byte, prepare_default
+from nanogqa.files import check_writable, write_json
 from model import GPT, LATENT, GPTConfig
-from train import TrainConfig, bits_per_byte, check_writable, pick_runtime, prepare_default
+from train import TrainConfig, pick_runtime
 
 PUBLISHED = (0.008, 0.04)  # nats between MHA, GQA and MQA in papers, near 124 million parameters
 

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -31,7 +30,8 @@ from tqdm import tqdm
 
 from nanogqa import checkpoint
 from nanogqa.configurator import UserError, build, parse, program, subset, world
-from nanogqa.dataloader import DATA, Dataset, keyed, train_batch, val_batch, val_windows
+from nanogqa.dataloader import Dataset, bits_per_byte, keyed, prepare_default, train_batch, val_batch, val_windows
+from nanogqa.files import check_writable
 from nanogqa.tokenizer import copy_tokenizer
 from model import GPT, GPTConfig, initial_weight
 
@@ -211,19 +211,6 @@ def peak_flops(runtime):
 
 # -- from settings to a checked plan -----------------------------------------------------------------------------------
 
-def prepare_default(name):
-    """Makes the default data set where it is not there yet: one rank of each machine does, the others wait."""
-    folder = DATA / "python"
-    if name != "python" or (folder / "meta.json").exists():
-        return
-    if world()[2] == 0:
-        print("data set python is not prepared yet: running python data/python/prepare.py", flush=True)
-        if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
-            raise UserError("data/python/prepare.py failed, as it says above: mend that, or choose another --dataset")
-    while not (folder / "meta.json").exists():
-        time.sleep(0.2)
-
-
 SKIPS = 10  # steps in a row without a finite gradient after which a run gives up
 CALL = {"out_dir", "init_from", "overwrite", "eval_only", "profile"}  # settings of one call, which no checkpoint keeps
 
@@ -314,16 +301,6 @@ def batch_shape(config, ranks):
     return (config.batch_size, accumulation) if config.batch_size else (accumulation, 1)
 
 
-def check_writable(out_dir):
-    try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        probe = Path(out_dir) / f".probe{os.getpid()}"
-        probe.write_text("x")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {out_dir} ({error.strerror}): choose another --out_dir") from None
-
-
 # -- evaluation, optimizer, log --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -356,11 +333,6 @@ def check_finite(finite, what, step, config, runtime):
 def finite(value):
     """value, or None where JSON has no word for it."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def bits_per_byte(loss, split):
-    """Nats per token -> bits per byte of the split's text, which compares tokenizers."""
-    return loss / math.log(2) * split.n_tokens / split.n_bytes
 
 
 def learning_rate(step, config):

@@ -23,6 +23,12 @@ class UserError(Exception):
     """Bad input: one sentence with the cause and the remedy, which the program prints before it exits with code 2."""
 
 
+def one_line(error, length=200):
+    """The text of an exception on one line of at most length characters."""
+    text = str(error).strip() or type(error).__name__
+    return " ".join(text.split())[:length]
+
+
 def program(main):
     """Decorates main(argv): a UserError becomes one line on standard error and exit code 2, argv defaults to the shell's."""
     @functools.wraps(main)

@@ -3,13 +3,17 @@ import bisect
 import hashlib
 import itertools
 import json
+import math
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from nanogqa.configurator import UserError
+from nanogqa.configurator import UserError, world
 from nanogqa.tokenizer import HF_TOKENIZER
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -165,3 +169,21 @@ def val_batch(split, starts, rows, block_size):
         window = split.windows([start], n + 1)[0]
         x[row, :n], y[row, :n] = window[:-1], window[1:]
     return x, y
+
+
+def bits_per_byte(loss, split):
+    """Nats per token -> bits per byte of the split's text, which compares tokenizers."""
+    return loss / math.log(2) * split.n_tokens / split.n_bytes
+
+
+def prepare_default(name):
+    """Makes the default data set where it is not there yet: one rank of each machine does, the others wait."""
+    folder = DATA / "python"
+    if name != "python" or (folder / "meta.json").exists():
+        return
+    if world()[2] == 0:
+        print("data set python is not prepared yet: running python data/python/prepare.py", flush=True)
+        if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
+            raise UserError("data/python/prepare.py failed, as it says above: mend that, or choose another --dataset")
+    while not (folder / "meta.json").exists():
+        time.sleep(0.2)

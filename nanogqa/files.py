@@ -1,16 +1,48 @@
 """Files that are replaced as a whole or not at all."""
+import contextlib
 import json
 import os
+from pathlib import Path
+
+from nanogqa.configurator import UserError
 
 
 def sync(file):
+    """Returns once the content of an open file is on the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
+@contextlib.contextmanager
+def replacing(path, mode="w"):
+    """Opens a temporary file beside path that takes its name on success and is deleted on error.
+
+    The content reaches the disk before the name changes, so a crash leaves either the old file or the new one.
+    """
+    part = Path(f"{path}.part")
+    try:
+        with open(part, mode) as file:
+            yield file
+            sync(file)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_json(path, content):
-    """Replaces path as a whole, and on the disk."""
-    with open(f"{path}.part", "w") as file:
+    """Replaces path with content as JSON."""
+    with replacing(path) as file:
         json.dump(content, file, indent=1)
-        sync(file)
-    os.replace(f"{path}.part", path)
+
+
+def check_writable(folder):
+    """Creates folder where it does not exist. UserError where files cannot be created in it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe = Path(folder) / f".probe{os.getpid()}"
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror}): choose another --out_dir"
+        ) from None

@@ -89,7 +89,7 @@ def test_every_setting_is_in_the_help_and_is_read(cls):
 
 
 PROGRAM_ORDER = ["model", "train", "sample", "bench", "compare", "convert"]
-PACKAGE_ORDER = ["configurator", "files", "tokenizer", "dataloader", "writer", "checkpoint"]
+PACKAGE_ORDER = ["configurator", "files", "log", "tokenizer", "dataloader", "writer", "checkpoint"]
 
 
 def imported(path):
