@@ -1,73 +1,100 @@
-"""Checkpoints: one file of tensors and plain values, written whole or not at all, read without running code."""
+"""Checkpoints: a file of tensors and plain values, replaced as a whole, read without running code.
+
+The classes GPT and GPTConfig, which this package does not import, are passed in.
+"""
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 import sys
 import threading
-import time
 import warnings
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
+import filelock  # torch depends on it
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanogqa.configurator import UserError, build, check_key, convert
-from nanogqa.files import write_json
+from nanogqa.configurator import UserError, build, check_key, convert, one_line
+from nanogqa.distributed import barrier, placed, whole, world
+from nanogqa.files import replacing, sync, write_json
 
-NAME = "ckpt.pt"
-# what a checkpoint holds
-KEYS = {"model": dict,        # the model's state dict, with the names of model.py
-        "config": dict,       # of GPTConfig
-        "optimizer": dict,    # the optimizer's state dict
-        "settings": dict,     # of train.py beside the model's, as asked for: "auto" stays "auto"
-        "runtime": dict,      # what they came to: device, dtype, compile, ranks
-        "step": int,          # optimizer steps done
-        "val_loss": (float, type(None)),  # nats per token, if this step was evaluated
-        "best_val_loss": (float, type(None)),  # the least of the run so far
-        "tokenizer": str,     # a name for dataloader.get_tokenizer
-        "dataset_sha256": str}
+NAME = "ckpt.pt"      # the newest checkpoint
+BEST = "ckpt_best.pt"  # that of the lowest validation loss
+SHARDED = "sharded_"  # and the step: a folder of safetensors and, written last, state.json
+REQUIRED = object()
+NUMBER = (float, type(None))
+
+# what a checkpoint holds: the type of each entry, and its value where an older file lacks it
+KEYS = {
+    "model": (dict, REQUIRED),         # the model's state dict
+    "config": (dict, REQUIRED),        # of GPTConfig
+    "optimizer": (dict, REQUIRED),     # "state": moments by the name of their parameter
+    "settings": (dict, REQUIRED),      # of train.py beside the model's, as given: auto stays auto
+    "runtime": (dict, REQUIRED),       # the resolved device, dtype, compile and number of ranks
+    "step": (int, REQUIRED),           # optimizer steps done
+    "val_loss": (NUMBER, None),        # nats per token, if this step was evaluated
+    "best_val_loss": (NUMBER, None),   # the lowest of the run so far
+    "tokenizer": (str, REQUIRED),      # a name for tokenizer.get_tokenizer
+    "dataset_sha256": (str, REQUIRED),
+}
+
+# the moments that an optimizer keeps of a parameter: True where they have its shape
+MOMENTS = {
+    torch.optim.AdamW: {"step": False, "exp_avg": True, "exp_avg_sq": True},
+    torch.optim.Muon: {"momentum_buffer": True},
+}
+# settings of one call, which no checkpoint keeps
+PER_CALL = {"out_dir", "init_from", "overwrite", "eval_only", "profile"}
 
 
-BEST = "ckpt_best.pt"
-
+# -- writing ---------------------------------------------------------------------------------------
 
 def save(out_dir, state, also=()):
-    """Writes state, a dict of KEYS, as out_dir's checkpoint, and under the names in also. OSError leaves the previous ones."""
-    path, part = Path(out_dir) / NAME, Path(out_dir) / f"{NAME}.part"
+    """Writes state, a dict of KEYS, as out_dir's checkpoint, and under the names in also.
+
+    OSError leaves the previous files as they were.
+    """
+    out_dir = Path(out_dir)
     try:
-        with open(part, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())  # the bytes before the name: a crash leaves the old checkpoint or the new one
-        for name in also:
-            link = Path(out_dir) / f"{name}.part"
-            link.unlink(missing_ok=True)
-            try:
-                os.link(part, link)  # the same bytes once more: the next ckpt.pt is another file
-            except OSError:          # not every file system can
-                shutil.copyfile(part, link)
-            os.replace(link, Path(out_dir) / name)
-        os.replace(part, path)
-    except RuntimeError as error:    # torch's own words for a disk that is full
-        raise OSError(0, " ".join(str(error).split())[:100]) from None
-    finally:
-        part.unlink(missing_ok=True)
+        with replacing(out_dir / NAME, "wb") as file:
+            torch.save(state, file)
+            sync(file)
+            for name in also:
+                link(file.name, out_dir / name)
+    except RuntimeError as error:  # torch's own error where the disk is full
+        raise OSError(0, one_line(error, 100)) from None
+
+
+def link(source, path):
+    """Gives the file source a second name, which replaces what had it."""
+    part = Path(f"{path}.part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(source, part)
+    except OSError:  # not every file system has hard links
+        shutil.copyfile(source, part)
+    os.replace(part, path)
 
 
 class Saver:
-    """Writes checkpoints in a thread, so that training waits for no disk: ckpt.pt, the newest; ckpt_best.pt, of the least
-    validation loss; and ckpt_STEP.pt, the last keep of them. A write that fails is said, and .failed until one succeeds."""
+    """Writes checkpoints in a thread, so that training does not wait for the disk.
+
+    ckpt.pt is the newest, ckpt_best.pt that of the lowest validation loss, ckpt_STEP.pt are the
+    last keep ones. A failed write prints a warning; .failed holds it until one succeeds.
+    """
 
     def __init__(self, out_dir, keep, rank=0):
-        self.out_dir, self.keep, self.rank, self.thread, self.failed = Path(out_dir), keep, rank, None, None
+        self.out_dir = Path(out_dir)
+        self.keep = keep
+        self.rank = rank
+        self.thread = None
+        self.failed = None
 
     def save(self, state, last=False):
-        """Returns when state is copied to host memory (and the write before is done). All ranks call it, rank 0 writes."""
+        """Returns once state is copied to host memory. All ranks call it, rank 0 writes."""
         self.wait()
         state = host_copy(state, self.rank == 0)
         if self.rank == 0:
@@ -75,175 +102,202 @@ class Saver:
             self.thread.start()
 
     def write(self, state):
-        best = state["val_loss"] is not None and state["val_loss"] == state["best_val_loss"]
+        also = []
+        if state["val_loss"] is not None and state["val_loss"] == state["best_val_loss"]:
+            also.append(BEST)
+        if self.keep:
+            also.append(f"ckpt_{state['step']}.pt")
         try:
-            save(self.out_dir, state, [BEST] * best + [f"ckpt_{state['step']}.pt"] * (self.keep > 0))
+            save(self.out_dir, state, also)
             self.failed = None
-            steps = sorted(int(path.stem[5:]) for path in self.out_dir.glob("ckpt_*.pt") if path.stem[5:].isdecimal())
-            for step in steps[:-self.keep] if self.keep else ():
-                (self.out_dir / f"ckpt_{step}.pt").unlink()
+            self.remove_old()
         except OSError as error:
-            size = sum(x.nbytes for x in tensors(state))
-            self.failed = (f"cannot save step {state['step']} to {self.out_dir} ({error.strerror}): make {size / 2**20:,.0f} MiB of "
-                           "room; the previous checkpoint is whole")
-            print(f"warning: {self.failed}, and the next log line tries again", file=sys.stderr, flush=True)
+            size = sum(x.nbytes for x in tensors(state)) / 2**20
+            self.fail(f"cannot save step {state['step']} to {self.out_dir} ({error.strerror}): "
+                      f"make {size:,.0f} MiB of room; the previous checkpoint is whole")
+
+    def remove_old(self):
+        """Keeps the last ckpt_STEP.pt files only."""
+        if self.keep:
+            steps = [path.stem[5:] for path in self.out_dir.glob("ckpt_*.pt")]
+            for step in sorted(int(s) for s in steps if s.isdecimal())[:-self.keep]:
+                (self.out_dir / f"ckpt_{step}.pt").unlink()
+
+    def fail(self, message):
+        self.failed = message
+        if self.rank == 0:
+            print(f"warning: {message}, and the next log line tries again", file=sys.stderr,
+                  flush=True)
 
     def wait(self):
-        """Returns when nothing is being written."""
+        """Returns once nothing is being written."""
         if self.thread is not None:
             self.thread.join()
 
 
 def host_copy(value, wanted=True):
-    """value, of dicts and lists, with every tensor whole in host memory; None for tensors where wanted is False."""
+    """A copy of nested dicts and lists with every tensor whole and in host memory.
+
+    All ranks call it, as each holds a part of a split tensor. Where wanted is False, tensors
+    become None.
+    """
     if isinstance(value, torch.Tensor):
-        value = value.full_tensor() if isinstance(value, DTensor) else value  # all ranks give their part
+        value = whole(value)
         return value.detach().to("cpu", copy=True) if wanted else None
     if isinstance(value, dict):
         return {key: host_copy(x, wanted) for key, x in value.items()}
-    return [host_copy(x, wanted) for x in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [host_copy(x, wanted) for x in value]
+    return value
 
 
 def tensors(value):
-    """The tensors in value, of dicts and lists."""
+    """All tensors in nested dicts."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, (dict, list)):
-        for x in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, dict):
+        for x in value.values():
             yield from tensors(x)
 
 
-# -- checkpoints of sharded models -------------------------------------------------------------------------------------------
-
-SHARDED = "sharded_"  # and the step: a folder of safetensors and, written last, state.json
-
-
 class ShardedSaver(Saver):
-    """Each rank writes its own part, as safetensors; ckpt.pt, which any program reads, is written at the end of the run."""
+    """Each rank writes its part, as safetensors. The end of a run writes an ordinary ckpt.pt."""
 
     def save(self, state, last=False):
         if last:
             super().save(state)
             self.wait()
-            return None if self.failed else clear_sharded(self.out_dir, self.rank)
-        folder, (tensors, plain) = self.out_dir / f"{SHARDED}{state['step']}", split(state)
+            if not self.failed:
+                clear_sharded(self.out_dir, self.rank)
+            return
+        folder = self.out_dir / f"{SHARDED}{state['step']}"
+        parts, plain = split(state)
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
         try:
-            with warnings.catch_warnings(action="ignore"):  # of an interface that torch may still change
-                dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+            with warnings.catch_warnings(action="ignore"):  # torch may still change this interface
+                dcp.save(parts, storage_writer=writer)
             if self.rank == 0:
-                write_json(folder / "state.json", plain)  # last: it says that the rest is whole
+                write_json(folder / "state.json", plain)  # last: it marks the folder as complete
             self.failed = None
-            clear_sharded(self.out_dir, self.rank, but=folder)
+            clear_sharded(self.out_dir, self.rank, keep=folder)
         except (dcp.api.CheckpointException, OSError) as error:
-            self.failed = f"cannot save step {state['step']} to {folder} ({' '.join(str(error).split())[-200:]}): make room"
-            if self.rank == 0:
-                print(f"warning: {self.failed}, and the next log line tries again", file=sys.stderr, flush=True)
+            self.fail(f"cannot save step {state['step']} to {folder} ({one_line(error)}): make "
+                      "room")
 
 
 def split(state):
-    """(tensors by flat names, the rest with the optimizer's step counts) of a state."""
-    moments = state["optimizer"]["state"]
-    tensors = {f"model.{name}": x for name, x in state["model"].items()}
-    tensors |= {f"{name}.{i}": moments[i][name] for i in moments for name in ("exp_avg", "exp_avg_sq")}
-    plain = {key: value for key, value in state.items() if key not in ("model", "optimizer")}
-    return tensors, plain | dict(optimizer={str(i): float(moments[i]["step"]) for i in moments}, model={})
+    """(tensors by flat names, plain values) of a state. AdamW's step counts are plain values."""
+    parts = {f"model.{name}": x for name, x in state["model"].items()}
+    steps = {}
+    for name, moments in state["optimizer"]["state"].items():
+        parts[f"exp_avg.{name}"] = moments["exp_avg"]
+        parts[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+        steps[name] = float(moments["step"])
+    return parts, state | {"model": {}, "optimizer": steps}
 
 
-def clear_sharded(out_dir, rank, but=None):
-    for folder in Path(out_dir).glob(f"{SHARDED}*") if rank == 0 else ():
-        if folder != but:
-            shutil.rmtree(folder, ignore_errors=True)
+def clear_sharded(out_dir, rank, keep=None):
+    """Removes the sharded checkpoints in out_dir, except the folder keep."""
+    if rank == 0:
+        for folder in Path(out_dir).glob(f"{SHARDED}*"):
+            if folder != keep:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def find_sharded(out_dir):
-    """The folder of the newest whole sharded checkpoint in out_dir, or None."""
-    whole = [path.parent for path in Path(out_dir).glob(f"{SHARDED}*/state.json")]
-    return max(whole, key=lambda path: int(path.name.removeprefix(SHARDED)), default=None)
-
-
-def load_sharded(out_dir, model, optimizer, state):
-    """Fills model and optimizer, split over any number of ranks, from the newest sharded checkpoint in out_dir."""
-    steps, saved = state["optimizer"], optimizer.state_dict()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if steps and len(steps) != len(parameters):
-        raise UserError(f"{find_sharded(out_dir)} holds moments of {len(steps)} parameters, not {len(parameters)}: it is damaged")
-    saved["state"] = {i: dict(step=torch.tensor(steps[str(i)]), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-                      for i, p in enumerate(parameters)} if steps else {}
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            dcp.load(split(dict(model=model.state_dict(), optimizer=saved))[0],
-                     storage_reader=dcp.HuggingFaceStorageReader(str(find_sharded(out_dir))))
-    except (dcp.api.CheckpointException, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{find_sharded(out_dir)} does not fit the model or is damaged ({' '.join(str(error).split())[-200:]}): "
-                        "start again with --overwrite=True") from None
-    optimizer.load_state_dict(saved)
-
-
-def placed(x, parameter):
-    """The whole tensor x as parameter is: on its device, and split over the ranks where it is."""
-    if not isinstance(parameter, DTensor):
-        return x.to(parameter.device)
-    return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------------
+# -- the folder ------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def lock(out_dir, patience=60):
-    """While it is open, no other process passes lock(out_dir). UserError after patience seconds of waiting for one."""
-    with open(Path(out_dir) / ".lock", "a") as f:
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(f"another run writes to {out_dir}: wait until it has ended, or choose another "
-                                    "--out_dir") from None
-                time.sleep(0.2)
+    """While it is open, no other process holds lock(out_dir). UserError after patience seconds."""
+    held = filelock.FileLock(Path(out_dir) / ".lock")  # released with the process, however it ends
+    try:
+        held.acquire(timeout=patience, poll_interval=0.2)
+    except filelock.Timeout:
+        raise UserError(f"another run writes to {out_dir}: wait until it has ended, or choose "
+                        "another --out_dir") from None
+    try:
         yield
+    finally:
+        held.release()
+
+
+def own(out_dir, stack):
+    """Locks out_dir until stack closes: rank 0 does, the others wait for it."""
+    if world()[0] == 0:
+        stack.enter_context(lock(out_dir))
+    barrier()
 
 
 def find(out_dir):
-    """The path of the checkpoint that out_dir names: a folder, or a file like ckpt_best.pt."""
-    return Path(out_dir) if str(out_dir).endswith(".pt") else Path(out_dir) / NAME
+    """The path of a checkpoint: of a folder's ckpt.pt, or of a file such as ckpt_best.pt."""
+    path = Path(out_dir)
+    return path if path.suffix == ".pt" else path / NAME
 
+
+def find_sharded(out_dir):
+    """The folder of the newest complete sharded checkpoint in out_dir, or None."""
+    complete = [path.parent for path in Path(out_dir).glob(f"{SHARDED}*/state.json")]
+    return max(complete, key=lambda path: int(path.name.removeprefix(SHARDED)), default=None)
+
+
+def exists(out_dir):
+    return find(out_dir).exists() or find_sharded(out_dir) is not None
+
+
+# -- reading ---------------------------------------------------------------------------------------
 
 def load(out_dir, GPTConfig):
-    """The state that save wrote, on the CPU; out_dir may be the path of a ckpt_best.pt or ckpt_STEP.pt."""
+    """The checked state in out_dir, a folder or the path of a file, on the CPU.
+
+    Of a sharded checkpoint it holds the plain values only: load_sharded reads the tensors.
+    """
     path = find(out_dir)
-    if sharded := find_sharded(out_dir):
-        return load_plain(sharded, GPTConfig)
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}: train one with train.py --out_dir={out_dir}, or name another --out_dir")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load looks at no checksum: a flipped bit would be another weight
-            if damaged := archive.testzip():
-                raise ValueError(damaged)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): mend its permissions or the disk") from None
-    except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes
-        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): restore it from a copy, or "
-                        "train again with --overwrite=True") from None
+    sharded = find_sharded(out_dir)
+    if sharded:
+        path = sharded / "state.json"
+        state = read_plain(path)
+    elif path.is_file():
+        state = read_tensors(path)
+    else:
+        raise UserError(f"there is no checkpoint {path}: train one with train.py "
+                        f"--out_dir={out_dir}, or name another --out_dir")
     return check(state, path, GPTConfig)
 
 
-def load_plain(sharded, GPTConfig):
-    """The state of a sharded checkpoint without its tensors, which load_sharded reads."""
+def read_tensors(path):
     try:
-        state = json.loads((sharded / "state.json").read_text())
+        with zipfile.ZipFile(path) as archive:  # torch.load verifies no checksum
+            damaged = archive.testzip()
+        if damaged:
+            raise ValueError(damaged)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): check its permissions and the "
+                        "disk") from None
+    except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes
+        raise UserError(
+            f"{path} is damaged or not a checkpoint ({type(error).__name__}): restore it from a "
+            "copy, or train again with --overwrite=True") from None
+
+
+def read_plain(path):
+    try:
+        return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
-        raise UserError(f"{sharded}/state.json is damaged: restore it from a copy, or train again with --overwrite=True") from None
-    return check(state, sharded, GPTConfig)
+        raise UserError(f"{path} is damaged: restore it from a copy, or train again with "
+                        "--overwrite=True") from None
 
 
 def check(state, path, GPTConfig):
-    """state, if it is one."""
-    wrong = [key for key, kind in KEYS.items() if not isinstance(state, dict) or not isinstance(state.get(key), kind)]
+    """Validates and returns state, with the defaults of what an older file lacks."""
+    wrong = list(KEYS)
+    if isinstance(state, dict):
+        defaults = {key: default for key, (_, default) in KEYS.items() if default is not REQUIRED}
+        state = defaults | state
+        wrong = [key for key, (kind, _) in KEYS.items() if not isinstance(state.get(key), kind)]
     if wrong:
-        raise UserError(f"{path} is not a checkpoint of this program (no {', '.join(wrong)}): name another --out_dir")
+        raise UserError(f"{path} is not a checkpoint of this program (no {', '.join(wrong)}): name "
+                        "another --out_dir")
     state["config"] = asdict(build(GPTConfig, typed(GPTConfig, state["config"], path)))
     if state["config"]["vocab_size"] is None or state["step"] < 0:
         raise UserError(f"{path} has no vocab_size, or a negative step: name another --out_dir")
@@ -251,56 +305,210 @@ def check(state, path, GPTConfig):
 
 
 def typed(cls, values, path):
-    """The stored values of settings of cls, checked as if they had been given."""
+    """Stored values of settings of cls, checked as if they had been given."""
     for key in values:
         check_key(cls, key, path)
     return {key: convert(cls, key, value, str(path)) for key, value in values.items()}
 
 
+# -- models and optimizers -------------------------------------------------------------------------
+
+def new_model(GPT, config, seed=1337):
+    """GPT(config, seed). UserError where the machine cannot hold it."""
+    try:
+        return GPT(config, seed)
+    except (RuntimeError, TypeError, MemoryError, OverflowError) as error:
+        raise UserError(
+            f"a model of this size cannot be created here ({one_line(error, 100)}): lower n_layer, "
+            "n_embd, n_ff, vocab_size or the widths of heads and latents") from None
+
+
 def load_model(GPT, config, state):
     """GPT(config) with the weights of a loaded checkpoint, in float32 on the CPU."""
     if not state["model"]:
-        raise UserError("the checkpoint is sharded over ranks: end its run with --init_from=resume --parallel=fsdp, which writes "
-                        "a ckpt.pt")
+        raise UserError("the checkpoint is sharded over ranks: finish its run with "
+                        "--init_from=resume --parallel=fsdp, which writes a ckpt.pt")
     model = new_model(GPT, config)
     try:
         model.load_state_dict(state["model"])
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"the weights in the checkpoint do not fit its config ({' '.join(str(error).split())[:200]}): it is "
-                        "damaged, or of another version") from None
+        raise UserError(f"the weights in the checkpoint do not fit its config ({one_line(error)}): "
+                        "it is damaged, or of another version") from None
     if not all(p.isfinite().all() for p in model.parameters()):
         raise UserError("the weights in the checkpoint are not finite: go back to an older one")
     return model
 
 
-def new_model(GPT, config, seed=1337):
-    """GPT(config, seed), with a UserError where the machine cannot hold it."""
-    try:
-        return GPT(config, seed)
-    except (RuntimeError, TypeError, MemoryError, OverflowError) as error:
-        raise UserError(f"a model of this size cannot be made here ({' '.join(str(error).split())[:100]}): lower n_layer, "
-                        "n_embd, n_ff, vocab_size or the widths of heads and latents") from None
+def optimized(model, optimizers):
+    """(name, parameter, optimizer) of every optimized parameter, in the order of the groups."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield names[parameter], parameter, optimizer
 
 
-def load_optimizer(optimizer, state):
-    """Gives optimizer the moments that the checkpoint holds; its hyperparameters stay those of the settings.
+def moments(model, optimizers):
+    """The state of the optimizers for a checkpoint: moments by the name of their parameter."""
+    state = {}
+    for name, parameter, optimizer in optimized(model, optimizers):
+        if parameter in optimizer.state:
+            state[name] = dict(optimizer.state[parameter])
+    return {"state": state}
 
-    Shapes are checked here, since a fused kernel would write beyond a moment that is too small.
+
+def load_moments(model, optimizers, state):
+    """Gives the optimizers the moments in a checkpoint; hyperparameters stay those of the settings.
+
+    Shapes are checked here: a fused kernel would write past the end of a moment that is too small.
     """
-    groups, saved = optimizer.state_dict()["param_groups"], state["optimizer"].get("state")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    is_muon = ["momentum" in group for group in optimizer.param_groups for _ in group["params"]]
+    saved = state["optimizer"].get("state")
+    wanted = list(optimized(model, optimizers))
     try:
-        fits = state["step"] == 0 or sorted(saved) == list(range(len(parameters)))
-        for i, moments in saved.items():
-            shape = tuple(parameters[i].shape)
-            wanted = dict(momentum_buffer=shape) if is_muon[i] else dict(step=(), exp_avg=shape, exp_avg_sq=shape)
-            fits &= {name: tuple(x.shape) for name, x in moments.items()} == wanted
-            fits &= all(x.dtype == torch.float32 for x in moments.values())
+        if all(isinstance(key, int) for key in saved):  # older checkpoints number the parameters
+            saved = {wanted[key][0]: value for key, value in saved.items()}
+        fits = state["step"] == 0 or saved.keys() == {name for name, _, _ in wanted}
+        for name, parameter, optimizer in wanted:
+            if name in saved:
+                fits = fits and moments_fit(saved[name], parameter, MOMENTS[type(optimizer)])
     except (AttributeError, TypeError, IndexError):
         fits = False
     if not fits:
-        raise UserError("the optimizer's state in the checkpoint does not fit the model: pass its folder as --init_from, to "
-                        "start from its weights in another --out_dir")
-    saved = {i: {name: placed(x, parameters[i]) if x.dim() else x for name, x in moments.items()} for i, moments in saved.items()}
-    optimizer.load_state_dict(dict(state=saved, param_groups=groups))
+        raise UserError(
+            "the optimizer's state in the checkpoint does not fit the model: pass its folder as "
+            "--init_from, to start from its weights in another --out_dir")
+    for name, parameter, optimizer in wanted:
+        if name in saved:
+            optimizer.state[parameter] = {
+                key: placed(x, parameter) if x.dim() else x.to(parameter.device)
+                for key, x in saved[name].items()}
+
+
+def moments_fit(saved, parameter, kinds):
+    """Whether the moments of one parameter are those that its optimizer keeps."""
+    if saved.keys() != kinds.keys():
+        return False
+    for name, x in saved.items():
+        shape = parameter.shape if kinds[name] else ()
+        if tuple(x.shape) != tuple(shape) or x.dtype != torch.float32:
+            return False
+    return True
+
+
+def load_sharded(out_dir, model, optimizers, state):
+    """Fills model and optimizers, split over any number of ranks, from out_dir's newest sharded
+    checkpoint."""
+    folder = find_sharded(out_dir)
+    steps = state["optimizer"]
+    wanted = list(optimized(model, optimizers))
+    numbered = all(key.isdecimal() for key in steps)  # older checkpoints number the parameters
+    if steps and len(steps) != len(wanted):
+        raise UserError(f"{folder} holds moments of {len(steps)} parameters, not {len(wanted)}: it "
+                        "is damaged")
+    parts = {f"model.{name}": x for name, x in model.state_dict().items()}
+    try:
+        for number, (name, parameter, optimizer) in enumerate(wanted):
+            if steps:
+                key = str(number) if numbered else name
+                first, second = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                step = torch.tensor(steps[key], device=parameter.device)
+                optimizer.state[parameter] = dict(step=step, exp_avg=first, exp_avg_sq=second)
+                parts |= {f"exp_avg.{key}": first, f"exp_avg_sq.{key}": second}
+        with warnings.catch_warnings(action="ignore"):
+            dcp.load(parts, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    except (dcp.api.CheckpointException, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{folder} does not fit the model or is damaged ({one_line(error)}): start "
+                        "again with --overwrite=True") from None
+
+
+# -- from settings to a run ------------------------------------------------------------------------
+
+def per_call(given, cls):
+    """The settings of cls that only this call has; the others may come from the checkpoint."""
+    return build(cls, {key: value for key, value in given.items() if key in PER_CALL})
+
+
+def start(given, cls, GPTConfig):
+    """(settings of cls, the state to start from or None) of the values given on the command line.
+
+    A resumed run takes unspecified settings from its checkpoint; from another run's weights, only
+    the model's. cls extends GPTConfig.
+    """
+    call = per_call(given, cls)
+    out_dir, init_from = call.out_dir, call.init_from
+    if init_from == "auto":
+        init_from = "resume" if exists(out_dir) else "scratch"
+    resume = init_from == "resume"
+    if exists(out_dir) and not (resume or call.overwrite or call.eval_only):
+        raise UserError(f"{out_dir} holds a checkpoint: continue it with --init_from=resume, "
+                        "replace it with --overwrite=True, or choose another --out_dir")
+    if call.eval_only and init_from == "scratch":
+        raise UserError("eval_only needs weights: add --init_from=resume, or --init_from=FOLDER "
+                        "with another run's checkpoint")
+    given = given | {"init_from": init_from}
+    if init_from == "scratch":
+        return build(cls, given), None
+    source = out_dir if resume else init_from
+    if not Path(source).exists():
+        raise UserError(f"{source} is not a folder: init_from takes scratch, resume, auto, a "
+                        "folder that holds a checkpoint, or the path of a ckpt_STEP.pt")
+    state = load(source, GPTConfig)
+    if resume and not state["settings"]:
+        raise UserError(f"{source} holds converted weights and no run to resume: pass it as "
+                        f"--init_from={source}, with another --out_dir")
+    # check given settings first, so that the error names the cause and not what follows from it
+    check_model({k: v for k, v in given.items() if v is not None}, state, source, resume)
+    base = state["config"]
+    if resume:
+        base = base | typed(cls, state["settings"], source)
+    config = build(cls, base | given)
+    config.vocab_size = config.vocab_size or state["config"]["vocab_size"]
+    check_model(asdict(config), state, source, resume)
+    if resume:
+        check_resume(config, state)
+    return config, state
+
+
+def check_model(values, state, source, resume):
+    """UserError where a model setting in values differs from that of the checkpoint in source."""
+    for name, before in state["config"].items():
+        may_change = not resume and name in ("block_size", "dropout")
+        if values.get(name, before) != before and not may_change:
+            raise UserError(
+                f"{name}={values[name]}, but the model in {source} has {before}: leave {name} out, "
+                "or start from scratch in another --out_dir")
+
+
+def check_resume(config, state):
+    """UserError where a setting differs that a run must keep to its end."""
+    for name in ("seed", "tokens_per_step"):
+        value, before = getattr(config, name), state["settings"].get(name)
+        if value != before:
+            raise UserError(
+                f"{name}={value}, but the run in {config.out_dir} has {before}: leave {name} out, "
+                "or start another run with another --out_dir")
+    if state["step"] > config.max_steps:
+        raise UserError(f"the run in {config.out_dir} is at step {state['step']}, beyond "
+                        f"max_steps={config.max_steps}: raise it")
+
+
+def check_data(config, state, meta):
+    """UserError where the data set's meta does not fit the checkpoint that a run starts from."""
+    source = config.out_dir if config.init_from == "resume" else config.init_from
+    tokenizer = state["tokenizer"]
+    if tokenizer not in (meta["tokenizer"], "none"):
+        same = source if tokenizer.startswith("tokenizer.json") else tokenizer
+        raise UserError(
+            f"data set {config.dataset!r} has tokenizer {meta['tokenizer']!r}, the model in "
+            f"{source} has {tokenizer!r}: prepare the data with --tokenizer={same}")
+    if config.init_from == "resume" and meta["sha256"] != state["dataset_sha256"]:
+        raise UserError(
+            f"data set {config.dataset!r} is not the one that the run in {source} was trained on "
+            "(another sha256): prepare that one again, or start another run with another --out_dir")
+
+
+def run_settings(config, GPTConfig):
+    """The settings that a resumed run takes from its checkpoint, beside those of its model."""
+    left_out = PER_CALL | {field.name for field in fields(GPTConfig)}
+    return {key: value for key, value in asdict(config).items() if key not in left_out}
+

@@ -1,6 +1,21 @@
-"""The rows of metrics.jsonl."""
+"""What a run reports: metrics.jsonl, the terminal, wandb, and where its time goes."""
 import json
+import math
+import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanogqa.configurator import UserError, one_line
+from nanogqa.costs import kv_bytes_per_token, num_params
+from nanogqa.files import replacing
+
+# how the terminal shows a number of a row, others with four digits
+FORMATS = {"lr": ".2e", "grad_norm": ".2f", "tokens_per_sec": ",.0f", "mfu": ".1%"}
+NOT_SHOWN = ("step", "tokens", "skipped")
 
 
 def read_rows(path):
@@ -19,3 +34,154 @@ def read_rows(path):
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
+
+
+def finite(value):
+    """value for JSON: NaN and inf become None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+class Log:
+    """metrics.jsonl, lines on the terminal above a progress bar, and wandb. Only rank 0 has one."""
+
+    def __init__(self, config, start):
+        """Keeps the rows up to step start (-1: none): a killed run may have logged later ones."""
+        self.wandb = None
+        if config.wandb_log:
+            self.wandb = start_wandb(config)
+        self.path = Path(config.out_dir) / "metrics.jsonl"
+        kept = [row for row in read_rows(self.path) if row["step"] <= start]
+        with replacing(self.path) as file:
+            for row in kept:
+                file.write(json.dumps(row) + "\n")
+        # tqdm's disable=None: no bar where the output is not a terminal
+        self.bar = tqdm(total=config.max_steps, initial=max(0, start), desc=config.out_dir,
+                        unit="step", disable=None)
+
+    def row(self, **row):
+        """Logs one row: a dict of numbers, None where there is none at this step."""
+        row = {key: finite(value) for key, value in row.items()}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        known = {key: value for key, value in row.items() if value is not None}
+        if self.wandb:
+            self.wandb.log(known, step=row["step"])
+        self.bar.update(row["step"] - self.bar.n)
+        text = f"step {row['step']:>6}"
+        for key, value in known.items():
+            if key not in NOT_SHOWN:
+                text += f"  {key} {value:{FORMATS.get(key, '.4f')}}"
+        if row["skipped"]:
+            text += f"  {row['skipped']} steps skipped (gradient not finite)"
+        self.print(text)
+
+    def print(self, text):
+        self.bar.write(text)
+        sys.stdout.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def start_wandb(config):
+    try:
+        import wandb
+        return wandb.init(project=config.wandb_project, dir=config.out_dir, config=asdict(config),
+                          name=config.wandb_run_name or config.out_dir)
+    except Exception as error:  # not installed, not logged in, no network
+        raise UserError(
+            f"wandb does not start ({one_line(error)}): log in with wandb login, set "
+            "WANDB_MODE=offline, or leave wandb_log out") from None
+
+
+class Times:
+    """Where a run's time goes: lap(phase) charges the time since the last lap to phase.
+
+    On CUDA it records events, which do not wait for the device.
+    """
+
+    def __init__(self, runtime):
+        self.cuda = runtime.device.type == "cuda"
+        self.seconds = {}
+        self.marks = []
+        self.lap("")
+
+    def lap(self, phase):
+        if self.cuda:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self.marks.append((phase, mark))
+        if len(self.marks) > 1000:
+            self.add_up()
+
+    def add_up(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+        for (_, before), (phase, mark) in zip(self.marks, self.marks[1:], strict=False):
+            seconds = before.elapsed_time(mark) / 1e3 if self.cuda else mark - before
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self.marks = self.marks[-1:]
+
+    def __str__(self):
+        self.add_up()
+        whole = sum(self.seconds.values()) or 1.0
+        shares = [f"{phase} {seconds:.1f} s ({seconds / whole:.0%})"
+                  for phase, seconds in self.seconds.items()]
+        return ", ".join(shares)
+
+
+def profiler(out_dir):
+    """Traces 5 steps, from the sixth on, into out_dir/trace.json."""
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=4, warmup=1, active=5, repeat=1), with_stack=True,
+        on_trace_ready=lambda trace: trace.export_chrome_trace(f"{out_dir}/trace.json"))
+
+
+def count(n, noun):
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def announce(config, model, batches, runtime):
+    """Prints what is about to run."""
+    dataset = batches.dataset
+    meta = dataset.meta
+    per_step = config.tokens_per_step
+    epochs = per_step * config.max_steps / dataset.train.n_tokens
+    print(f"{runtime.why}; {count(runtime.ranks, 'rank')}")
+    print(f"model: {num_params(model):,} parameters ({num_params(model, embedding=False):,} "
+          f"without the embedding table), {model.config.describe()}, KV cache "
+          f"{kv_bytes_per_token(model.config):,} bytes per token in float32")
+    print(f"data: {config.dataset}, {dataset.train.n_tokens:,} training tokens, tokenizer "
+          f"{meta['tokenizer']}, sha256 {meta['sha256'][:16]}")
+    print(f"batch: {per_step:,} tokens per step = {count(batches.batch_size, 'sequence')} x "
+          f"{config.block_size} tokens x {count(runtime.ranks, 'rank')} x "
+          f"{count(batches.micro_steps, 'micro-step')}; {count(config.max_steps, 'step')} = {epochs:.2f} "
+          "epochs")
+
+
+def announce_resume(state, now):
+    """Prints the step of the checkpoint state, and what a resumed run does differently: now holds
+    its settings and runtime."""
+    before = state["settings"] | state["runtime"]
+    changed = []
+    for key, value in now.items():
+        if before.get(key, value) != value:
+            changed.append(f"{key} {before[key]} -> {value}")
+    text = f"resuming at step {state['step']}"
+    if changed:
+        text += f", changed: {', '.join(changed)}"
+    print(text)
+
+
+def result(metrics):
+    """The metrics of an evaluation as text."""
+    return ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())

@@ -1,0 +1,76 @@
+"""The batches of a run: which sequences each rank reads at each step."""
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanogqa.configurator import UserError
+from nanogqa.dataloader import keyed, train_batch, val_batch, val_windows
+
+
+@dataclass
+class MicroBatch:
+    """The sequences of one forward pass."""
+    x: np.ndarray  # (batch_size, block_size) int64 token ids
+    y: np.ndarray  # their targets, -1 where there is none
+    seed: int | None  # of dropout
+
+
+class Batches:
+    """Training and validation batches of this rank.
+
+    Sequences and dropout depend on the seed, the step and the place in the global batch alone, so
+    other numbers of ranks, and a resumed run, draw the same. The ranks take turns.
+    """
+
+    def __init__(self, dataset, config, runtime):
+        self.dataset = dataset
+        self.config = config
+        self.rank, self.ranks = runtime.rank, runtime.ranks
+        self.batch_size, self.micro_steps = batch_shape(config, runtime.ranks)
+
+    def step(self, step):
+        """The MicroBatches of a training step."""
+        config = self.config
+        batches = []
+        for micro_step in range(self.micro_steps):
+            place = micro_step * self.ranks + self.rank
+            first = (step * self.micro_steps * self.ranks + place) * self.batch_size
+            x, y = train_batch(
+                self.dataset.train, config.seed, first, self.batch_size, config.block_size)
+            seed = keyed(config.seed, step, place) if config.dropout else None
+            batches.append(MicroBatch(x, y, seed))
+        return batches
+
+    def validation(self):
+        """(inputs, targets) of the fixed validation windows; past the end, targets are -1."""
+        val, block_size = self.dataset.val, self.config.block_size
+        starts = val_windows(val, block_size, self.config.eval_tokens)
+        # equally many on each rank, as the ranks of a split model must run together
+        for first in range(0, len(starts), self.ranks * self.batch_size):
+            first += self.rank * self.batch_size
+            chosen = starts[first:first + self.batch_size]
+            yield val_batch(val, chosen, self.batch_size, block_size)
+
+
+def batch_shape(config, ranks):
+    """(batch_size, micro_steps) of each rank: sequences per forward pass, passes per step."""
+    batch_size = config.batch_size or 1
+    at_once = batch_size * ranks * config.block_size
+    try:
+        check_multiple(config.tokens_per_step, at_once, f"batch_size {batch_size} x {ranks} ranks "
+                       f"x block_size {config.block_size} = {at_once}")
+    except ValueError as error:
+        raise UserError(f"{error}, or choose another batch_size") from None
+    micro_steps = config.tokens_per_step // at_once
+    if config.batch_size is None:
+        return micro_steps, 1
+    return batch_size, micro_steps
+
+
+def check_multiple(tokens_per_step, unit, name):
+    """ValueError unless tokens_per_step is a multiple of unit, whose name is printed."""
+    if tokens_per_step % unit:
+        below = tokens_per_step // unit * unit
+        nearest = f"{below} or {below + unit}" if below else f"{unit}"
+        raise ValueError(f"tokens_per_step={tokens_per_step} is not a multiple of {name}: "
+                         f"the nearest is {nearest}")

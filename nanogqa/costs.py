@@ -1,0 +1,230 @@
+"""Everything that is calculated: parameters, FLOPs, bytes, and the peaks of devices.
+
+Functions of a config read only its shape and config.cached(), the description of what each layer
+caches. So a change of the cache is made in model.py alone.
+"""
+from dataclasses import dataclass
+
+import torch
+
+# peak dense bfloat16 FLOP/s by a part of the device's name (NVIDIA's data sheets)
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+              "L40S": 362e12, "RTX 4090": 165e12}
+# peak memory bandwidth in bytes/s, likewise
+PEAK_BANDWIDTH = {"H200": 4.8e12, "H100 PCIe": 2.0e12, "H100": 3.35e12, "A100-SXM4-80GB": 2.04e12,
+                  "A100": 1.56e12}
+GPU_MEMORY = {"H100": 80e9, "H200": 141e9}  # bytes (NVIDIA's data sheets)
+
+
+# -- one model -------------------------------------------------------------------------------------
+
+def num_params(model, embedding=True):
+    """Number of parameters; embedding=False leaves out the embedding table and an untied head."""
+    total = sum(p.numel() for p in model.parameters())
+    if embedding:
+        return total
+    total -= model.embed.weight.numel()
+    if model.lm_head is not None:
+        total -= model.lm_head.weight.numel()
+    return total
+
+
+def flops_per_token(model, T=None):
+    """Training FLOPs, forward and backward, for one token of a T-token sequence (None: block_size).
+
+    6 per weight of a matrix product and 12 L H D T for attention, the causal half not subtracted
+    (PaLM, arXiv 2204.02311, appendix B). n_kv_head changes the first term only. For MLA, D is the
+    mean width of an expanded key and value.
+    """
+    config = model.config
+    products = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    if model.lm_head is not None:
+        products -= model.embed.weight.numel()  # a lookup, not a product
+    key_and_value = 2 * config.head_dim
+    if config.attention == "mla":
+        key_and_value = config.nope_head_dim + config.rope_head_dim + config.v_head_dim
+    attention = config.n_layer * config.n_head * key_and_value * (T or config.block_size)
+    return 6 * products + 6 * attention
+
+
+def kv_cache_bytes(config, tokens, dtype=torch.float32):
+    """Bytes that the layers cache for one sequence of that many tokens."""
+    numbers = 0
+    for layer in config.cached():
+        kept = min(tokens, layer.tokens or tokens)
+        numbers += layer.heads * sum(layer.widths) * kept
+    return numbers * dtype.itemsize
+
+
+def kv_bytes_per_token(config, dtype=torch.float32):
+    """Bytes that the cache holds for one token: 2 L K D numbers (keys and values), or with MLA
+    L (R + P)."""
+    return kv_cache_bytes(config, 1, dtype)
+
+
+# -- decoding --------------------------------------------------------------------------------------
+
+@dataclass
+class Decoding:
+    """What generating text depends on, beside the model."""
+    batch_size: int
+    prompt_len: int
+    max_length: int  # tokens that the cache has room for
+    dtype: torch.dtype = torch.float32
+    packed: bool = False  # weights in oneDNN's layout: see nanogqa/fast.py
+    static: bool = False  # a cache for torch.compile
+    padded: bool = False  # rows of different length
+
+
+def caching_layer(config):
+    """The LayerCache of the layer with the most key/value numbers per token."""
+    return max(config.cached(), key=lambda layer: layer.heads * sum(layer.widths))
+
+
+def prefill_chunk(config, batch_size):
+    """Tokens of each row that are read at once: 2,048 in all rows, fewer where masks are large."""
+    folded = config.n_head // caching_layer(config).heads
+    return max(1, 2048 // max(4, batch_size, folded))
+
+
+def bytes_per_step(model, batch_size, tokens, dtype):
+    """Bytes that a decoding step has to read: the weights once, and the cache of every row."""
+    weights = num_params(model)
+    if model.lm_head is not None:
+        weights -= model.embed.weight.numel()  # each row reads one line of the table
+    return weights * dtype.itemsize + batch_size * kv_cache_bytes(model.config, tokens, dtype)
+
+
+def decoding_bytes(model, decoding):
+    """An upper bound of what decoding holds, in bytes, as a dict: weights, cache, logits, prefill.
+
+    logits are one row per sequence, prefill is what the largest chunk of the prompt takes beside
+    the cache: see prefill_numbers and mask_bytes. The tests compare this with what is allocated.
+    """
+    config, size = model.config, decoding.dtype.itemsize
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    if decoding.packed and model.lm_head is None:
+        matrices += model.embed.weight.numel()  # a tied table is held in both layouts
+    cache = kv_cache_bytes(config, decoding.max_length, decoding.dtype)
+    tokens = min(decoding.prompt_len, prefill_chunk(config, decoding.batch_size))
+    activations = decoding.batch_size * tokens * numbers_per_token(config) * size
+    return dict(
+        weights=matrices * size,
+        cache=decoding.batch_size * cache,
+        logits=decoding.batch_size * config.vocab_size * size,
+        prefill=activations + mask_bytes(config, decoding, tokens),
+    )
+
+
+def numbers_per_token(config):
+    """Most numbers that live at once for each token of a chunk of the prompt.
+
+    The residual stream, its norm and one more take 3 C. Then follow either 4 F of the MLP, or the
+    heads: 7 H D of queries and twice what is cached, as they are normed and rotated. For MLA, in
+    the letters of LatentAttention: 2 (R + P) of latents, and 8 H (N + P) where they are expanded,
+    H (3 (R + P) + 2 (N + P)) where they are absorbed.
+    """
+    layer, H = caching_layer(config), config.n_head
+    heads = 7 * H * config.head_dim + 2 * layer.heads * sum(layer.widths)
+    if config.attention == "mla":
+        key = config.nope_head_dim + config.rope_head_dim
+        latent = layer.widths[0]
+        heads = 2 * latent + H * max(8 * key, 3 * latent + 2 * key)
+    return 3 * config.n_embd + max(4 * config.n_ff, heads)
+
+
+def mask_bytes(config, decoding, tokens):
+    """Bytes of the masks of a chunk of that many tokens.
+
+    A first chunk needs none, unless the cache is static or rows are padded. Otherwise three bool
+    masks of (T, S) live at once, and one of (H/K * T, S), which attention turns into numbers; where
+    rows are padded, for each row.
+    """
+    if decoding.prompt_len <= tokens and not decoding.static and not decoding.padded:
+        return 0
+    S = decoding.max_length if decoding.static else decoding.prompt_len
+    repeats = config.n_head // caching_layer(config).heads
+    row = tokens * S * (3 + repeats * (1 + decoding.dtype.itemsize))
+    return row * (decoding.batch_size if decoding.padded else 1)
+
+
+def peak_of(table, device):
+    """The entry of PEAK_FLOPS or PEAK_BANDWIDTH for a CUDA device; None where it is not known."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, peak in table.items():
+            if part in name:
+                return peak
+    return None
+
+
+def mfu(tokens_per_sec, model, runtime):
+    """Model FLOPs utilisation of all ranks; None where the rate or the device's peak is unknown."""
+    peak = peak_of(PEAK_FLOPS, runtime.device)
+    if tokens_per_sec is None or peak is None or runtime.dtype != torch.bfloat16:
+        return None
+    return tokens_per_sec * flops_per_token(model) / (peak * runtime.ranks)
+
+
+# -- training on many GPUs -------------------------------------------------------------------------
+# docs/scale.md, which bench.py prints, states the assumptions.
+
+GPUS_PER_NODE = 8
+NVLINK = 450e9  # bytes/s one way of each GPU inside a node
+NETWORK = 50e9  # bytes/s one way of each GPU out of its node (400 Gb/s)
+ASSUMED_MFU = 0.4  # share of the peak FLOP/s while computing
+
+
+def state_bytes(model, gpus, sharded):
+    """Bytes on each GPU that do not grow with the batch: weights, gradients and AdamW's moments.
+
+    16 per parameter in float32 and 2 of autocast's bfloat16 copies. Sharded, each GPU holds its
+    share of the 16 and, gathered, 6 for each parameter of the tables and of two blocks.
+    """
+    total, blocks = num_params(model), num_params(model, embedding=False)
+    if not sharded or gpus == 1:
+        return 18 * total
+    return 16 * total / gpus + 6 * (total - blocks + 2 * blocks / model.config.n_layer)
+
+
+def activation_bytes(config, tokens, recompute=False):
+    """Bytes that the backward pass of that many tokens needs on one GPU: see docs/scale.md."""
+    C = config.n_embd
+    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    block = 18 * C + 4 * (q + kv) + 8 * config.n_ff + 4 * config.n_head
+    if config.qk_norm:
+        block += 4 * (q + kv)
+    kept = block * config.n_layer
+    if recompute:
+        kept = 4 * C * config.n_layer + block
+    logits = config.vocab_size * min(tokens, 2**28 // config.vocab_size)
+    return tokens * (kept + 12 * C) + 10 * logits
+
+
+def sent_bytes(params, gpus, sharded, micro_steps=1):
+    """Bytes that each GPU sends in a step. DDP all-reduces float32 gradients once; FSDP gathers
+    bfloat16 weights twice and reduce-scatters float32 gradients in every micro-step."""
+    per_param = 8 * micro_steps if sharded else 2 * 4
+    return params * (gpus - 1) / gpus * per_param
+
+
+def scale(config, model, gpus, sharded):
+    """What a training step takes on each GPU, as a dict: memory without and with recomputing
+    (bytes), bytes sent, seconds of computing and of sending, and the tokens of all GPUs.
+
+    config has tokens_per_step and batch_size.
+    """
+    sequences = max(1, config.tokens_per_step // config.block_size // gpus)
+    batch = min(config.batch_size, sequences)
+    state, tokens = state_bytes(model, gpus, sharded), sequences * config.block_size
+    sent = sent_bytes(num_params(model), gpus, sharded, sequences // batch)
+    link = NVLINK if gpus <= GPUS_PER_NODE else min(NVLINK, GPUS_PER_NODE * NETWORK)
+    at_once = batch * config.block_size
+    return dict(
+        memory=state + activation_bytes(config, at_once),
+        recomputing=state + activation_bytes(config, at_once, recompute=True),
+        sent=sent,
+        tokens=tokens * gpus,
+        compute_s=tokens * flops_per_token(model) / PEAK_FLOPS["H100"] / ASSUMED_MFU,
+        communication_s=sent / link,
+    )

@@ -1,0 +1,210 @@
+"""Several ranks: the process group, models split over ranks, stop signals, the end of a rank."""
+import contextlib
+import ctypes
+import datetime
+import importlib.util
+import os
+import signal
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from nanogqa.configurator import UserError
+
+
+def world():
+    """(rank, ranks, local rank) of this process, as torchrun sets them; (0, 1, 0) without it."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    values = [os.environ.get(name, default) for name, default in zip(names, "010", strict=True)]
+    if all(value.isdecimal() for value in values):
+        rank, ranks, local_rank = map(int, values)
+        if max(rank, local_rank) < ranks and (ranks == 1 or "MASTER_ADDR" in os.environ):
+            return rank, ranks, local_rank
+    found = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+    raise UserError(
+        f"{found} is not what torchrun sets: unset these variables, or start with torchrun")
+
+
+# -- the process group -----------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def joined():
+    """The process group of all ranks while it is open; nothing where there is one rank."""
+    if world()[1] == 1:
+        yield
+        return
+    join_ranks()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def join_ranks():
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        # PR_SET_PDEATHSIG: no rank waits for a torchrun that was killed
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    # torchrun's own store is up before its ranks are; another one may take a while
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    timeout = datetime.timedelta(seconds=10 if by_agent else 600)
+    try:
+        store, rank, ranks = next(rendezvous("env://", timeout=timeout))
+    except dist.DistError:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"nothing answers at {place}, where the ranks meet: start all of them again") from None
+    store.set_timeout(datetime.timedelta(minutes=10))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
+        # After a restart, torchrun's store still holds the addresses of the dead ranks, and torch
+        # 2.13 lets the new ones read them. So each attempt has its own names, where one agent
+        # counts the attempts for all.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+
+
+def barrier():
+    """Returns once all ranks have called it."""
+    if world()[1] > 1:
+        dist.all_reduce(torch.zeros(()))
+
+
+def total(value):
+    """The sum over ranks of a tensor or number, as a tensor."""
+    value = torch.as_tensor(value)
+    if world()[1] > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def lost_a_rank(error):
+    """Whether a RuntimeError says that another rank is gone."""
+    return world()[1] > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def run(main):
+    """Runs a program's main() as a process of its own, with its exit code."""
+    code = 0
+    try:
+        main()
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # threads of the process group outlive destroy_process_group: they can abort a finalizing
+        # interpreter, or wait for its lock while it waits for them
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+# -- stop signals ----------------------------------------------------------------------------------
+
+class StopSignal:
+    """While it is open, Ctrl-C and SIGTERM set .number, and the loop stops at the next step.
+
+    A second Ctrl-C ends the program at once.
+    """
+
+    def __enter__(self):
+        self.number = 0
+        self.parent = os.getppid()
+        self.before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self.catch)
+        return self
+
+    def catch(self, number, frame):
+        self.number = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    def __exit__(self, *error):
+        # after a stop, ignore further signals until the final message is printed: a killed agent
+        # sends one for each of its threads
+        if not self.number or any(error):
+            self.restore()
+
+    def restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def agreed(self, runtime):
+        """The signal that any rank has received: they arrive at different moments, but all ranks
+        must stop at the same step."""
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.parent:
+            self.number = self.number or signal.SIGTERM  # torchrun was killed
+        if runtime.ranks == 1:
+            return self.number
+        number = torch.tensor(self.number)  # on the CPU, so that it does not wait for the GPU
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.item()
+
+
+# -- models split over ranks (FSDP2) ---------------------------------------------------------------
+
+def check_parallel(config):
+    """UserError where --parallel=fsdp cannot work."""
+    if config.parallel != "fsdp":
+        return
+    if config.optimizer == "muon":
+        raise UserError("parallel=fsdp splits the matrices, but Muon needs whole ones: choose "
+                        "--optimizer=adamw or --parallel=ddp")
+    if world()[1] == 1:
+        raise UserError("parallel=fsdp splits a model over ranks, but there is one rank: start "
+                        "with torchrun, or choose --parallel=ddp")
+    if importlib.util.find_spec("safetensors") is None:
+        raise UserError("parallel=fsdp writes checkpoints with safetensors, which is not "
+                        "installed: pip install safetensors")
+
+
+def shard(model, runtime):
+    """Splits the weights of each block of a meta model over the ranks, and allocates them.
+
+    They have no values yet. At no time is the model whole on a device.
+    """
+    mesh = init_device_mesh(runtime.device.type, (runtime.ranks,))
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # cos and sin stay float32
+    if runtime.dtype != torch.float32:
+        policy = MixedPrecisionPolicy(runtime.dtype, torch.float32, cast_forward_inputs=False)
+    for block in model.layers:
+        if runtime.compile:
+            block.compile()
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model.to_empty(device=runtime.device)
+
+
+@torch.no_grad()
+def fill(model, weight_of):
+    """Copies weight_of(name, parameter), a whole tensor, into each parameter of a sharded model."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(placed(weight_of(name, parameter), parameter))
+
+
+def placed(x, parameter):
+    """The whole tensor x on the device of parameter, and split over the ranks where that is."""
+    x = x.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return x
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(x, mesh, placements, src_data_rank=None)
+
+
+def whole(x):
+    """A tensor that may be split over ranks, as a whole. All ranks call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def local(x):
+    """A tensor, or this rank's part of one that is split."""
+    return x.to_local() if isinstance(x, DTensor) else x

@@ -1,0 +1,157 @@
+"""Where a program runs: device, dtype and torch.compile."""
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from nanogqa.configurator import UserError, one_line
+from nanogqa.distributed import world
+
+# Decoding steps from which compiling pays off: 12 layers of width 768 took 86 s to compile on two
+# CPU cores, and then 16 ms a step instead of 20. Smaller models gain less and take as long for each
+# layer. On CUDA: not measured.
+DECODING_PAYS = 30_000
+
+
+@dataclass
+class Runtime:
+    """The resolved settings device, dtype and compile, and the place of this rank among others."""
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    why: str  # one line for printing
+    rank: int = 0
+    ranks: int = 1
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def tensor(self, array):
+        """A numpy array as a tensor on the device."""
+        return torch.from_numpy(array).to(self.device)
+
+    def describe(self):
+        """The resolved values as plain ones, for a checkpoint."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return dict(device=self.device.type, dtype=dtype, compile=self.compile, ranks=self.ranks)
+
+
+def pick_runtime(device, dtype, compile, decoding_steps=None):
+    """The Runtime of the settings device, dtype and compile, each of which may be "auto".
+
+    decoding_steps is the number of tokens to generate, None for training. UserError where the
+    device does not exist here.
+    """
+    rank, ranks, local_rank = world()
+    device, why_device = pick_device(device, ranks, local_rank)
+    dtype, why_dtype = pick_dtype(dtype, device)
+    compile, why_compile = pick_compile(compile, device, decoding_steps)
+    why = f"{why_device}, {why_dtype}, {why_compile}"
+    return Runtime(device, dtype, compile, why, rank, ranks)
+
+
+def pick_device(device, ranks, local_rank):
+    """(torch.device, why as text) of the setting device."""
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "cpu": True}
+    why = f"device {device}"
+    if device == "auto":
+        device = [kind for kind in here if here[kind]][0]
+        why = f"device {device} (found)"
+        if device == "cpu":
+            why = "device cpu (no GPU found)"
+    kind, colon, index = device.partition(":")
+    numbered = kind == "cuda" and index.isdecimal() and len(index) < 4
+    if kind not in here or (colon and not numbered):
+        raise UserError(f"unknown device {device!r}: choose auto, cpu, cuda, cuda:N or mps")
+    if not here[kind]:
+        raise UserError(
+            f"device {device!r} is not available here: choose --device=auto or --device=cpu")
+    if kind == "cuda":
+        index = local_rank if ranks > 1 or not index else int(index)
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"there is no GPU {index}, this machine has {torch.cuda.device_count()}: start at "
+                "most as many ranks as GPUs, or choose --device=cpu")
+        device = f"cuda:{index}"
+        torch.cuda.set_device(index)
+    return torch.device(device), why
+
+
+def pick_dtype(dtype, device):
+    """(torch.dtype, why as text) of the setting dtype."""
+    if dtype != "auto":
+        return getattr(torch, dtype), dtype
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "bfloat16 (supported by this GPU)"
+    return torch.float32, "float32 (auto chooses bfloat16 on GPUs that support it)"
+
+
+def pick_compile(compile, device, decoding_steps):
+    """(bool, why as text) of the setting compile."""
+    why = {True: "compiled", False: "eager"}
+    if compile != "auto":
+        return compile, why[compile]
+    if decoding_steps is None:
+        compile = device.type == "cuda"
+        why[False] += f" (on {device.type}, a short run ends before compiling pays off)"
+    else:
+        compile = decoding_steps >= DECODING_PAYS
+        why[True] += f" (it pays off for {decoding_steps:,} steps)"
+        why[False] += f" (compiling pays off from {DECODING_PAYS:,} steps on)"
+    return compile, why[compile]
+
+
+def compile_model(model, runtime, example):
+    """model compiled, once example(compiled) has run; or, with one warning, model itself."""
+    if not runtime.compile:
+        return model
+    compiled = torch.compile(model)
+    try:
+        example(compiled)
+        return compiled
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no compiler, no Triton, an unsupported Python: many kinds
+        warn_eager(error, runtime)
+        return model
+
+
+def compile_for_decoding(model, runtime):
+    """GPT.forward in two graphs, for a static KVCache: one for a single new token, which CUDA
+    graphs replay, and one for any other number of tokens.
+
+    Each is compiled at its first call. Where that fails: one warning, and from then on model itself.
+    """
+    mode = "reduce-overhead" if runtime.device.type == "cuda" else None
+    one = torch.compile(model, mode=mode)
+    many = torch.compile(model, dynamic=True)
+
+    def forward(idx, cache=None, **kwargs):
+        if runtime.compile:
+            compiled = one if idx.size(1) == 1 else many
+            if cache is not None:
+                keep_addresses(cache)
+            try:
+                return compiled(idx, cache=cache, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:  # before anything has run
+                warn_eager(error, runtime)
+        return model(idx, cache=cache, **kwargs)
+    return forward
+
+
+def keep_addresses(cache):
+    """Tells torch.compile that the tensors of a static cache stay where they are: CUDA graphs
+    refuse inputs that move."""
+    for tensors in [*cache.layers, [cache.length]]:
+        for x in tensors:
+            torch._dynamo.mark_static_address(x, guard=False)
+
+
+def warn_eager(error, runtime):
+    """Warns that compiling has failed and why; goes on in eager mode."""
+    if runtime.rank == 0:
+        reason = one_line(str(error).strip().split("\n")[0] or type(error).__name__)
+        print(f"warning: torch.compile does not work here ({reason}): going on in eager mode",
+              file=sys.stderr)
+    runtime.compile = False
