@@ -245,7 +245,7 @@ def plan(given):
         base = {**state["config"], **(checkpoint.typed(TrainConfig, state["settings"], source) if resume else {})}
     config = build(TrainConfig, {**base, **given, "init_from": init_from})
 
-    prepare_default(config.dataset)
+    prepare_default(config.dataset, world()[2])
     dataset = Dataset(config.dataset)
     meta = dataset.meta
     if config.vocab_size is None:

@@ -1,4 +1,5 @@
 """Tokenizers, files, the order of training data and the validation windows."""
+import hashlib
 import json
 import subprocess
 import sys
@@ -31,7 +32,12 @@ def test_every_document_ends_with_end_of_text(tmp_path):
     assert np.fromfile(tmp_path / "train.bin", "<u2").tolist() == [97, 98, 256, 256, 195, 169, 256]
     assert np.fromfile(tmp_path / "val.bin", "<u2").tolist() == [120, 256]
     meta = json.loads((tmp_path / "meta.json").read_text())
-    assert meta["splits"]["train"] == [dict(name="train.bin", tokens=7, bytes=4)]
+    sums = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+            for name in ("train.bin", "val.bin")}
+    assert meta["splits"]["train"] == [
+        dict(name="train.bin", tokens=7, bytes=4, sha256=sums["train.bin"])]
+    lines = "".join(f"{sums[name]}  {name}\n" for name in sums)  # as sha256sum prints them
+    assert meta["sha256"] == hashlib.sha256(lines.encode()).hexdigest()
     assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"], meta["note"]) == ("byte", 257, "uint16", 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
