@@ -63,7 +63,7 @@ def file_tokenizer(name, folder):
     tokenizer = HuggingFaceTokenizer(folder)
     if tokenizer.name != name:
         raise UserError(
-            f"{folder}/{HF_TOKENIZER} is not the expected one (its sha256 differs): "
+            f"{folder}/{HF_TOKENIZER} is not the expected one (another sha256): "
             "restore it from a copy"
         )
     return tokenizer

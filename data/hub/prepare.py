@@ -1,4 +1,4 @@
-"""FineWeb-Edu, OpenWebText or any other text column of the Hugging Face Hub, or local parquet files.
+"""FineWeb-Edu, OpenWebText or other text on the Hugging Face Hub, or in local parquet files.
 
     python data/hub/prepare.py [--max_tokens=1_000_000_000] [--data_dir=FOLDER]
     python data/hub/prepare.py --repo=Skylion007/openwebtext --subset=plain_text --data_dir=FOLDER
@@ -18,7 +18,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 
 import tiktoken
@@ -57,7 +57,7 @@ class HubConfig(PrepareConfig):
     split: str = "train"          # its split, which is divided again into train and val
     revision: str | None = None   # commit of its parquet files, as in meta.json; None: the newest
     column: str = "text"          # column with the documents
-    max_tokens: int | None = None  # stop after the document that reaches this, train and val together
+    max_tokens: int | None = None  # stop after the document that reaches this in train plus val
     val_fraction: float = 0.001   # share of documents for val, by hash: equal texts stay together
     tokens_per_file: int = 10**8  # a train file ends with the document that reaches this
     workers: int | None = None    # tokenizing threads; None: one per core. Not for a tokenizer.json
@@ -71,8 +71,9 @@ class HubConfig(PrepareConfig):
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
         for key in ("subset", "split"):
-            if not is_base_name(getattr(self, key)):
-                raise ValueError(f"{key} must be a name without slashes, not {getattr(self, key)!r}")
+            value = getattr(self, key)
+            if not is_base_name(value):
+                raise ValueError(f"{key} must be a name without slashes, not {value!r}")
         if self.revision is not None and not is_commit(self.revision):
             raise ValueError(f"revision must be a commit of 40 hex digits, not {self.revision!r}")
 
@@ -87,7 +88,7 @@ class Position:
 
 
 class Corrupt(Exception):
-    """A parquet file that cannot be read."""
+    """A parquet file cannot be read."""
 
 
 def is_base_name(name):
@@ -157,7 +158,7 @@ class Hub:
         return sorted(names)
 
     def download(self, name, commit, path):
-        """Downloads a file of the repository to path. Its own folder keeps the unfinished part."""
+        """Downloads a file of the repository to path, by way of a folder beside it."""
         folder = path.parent / "download"
         downloaded = self.ask(
             self.api.hf_hub_download, self.config.repo, name,
@@ -167,7 +168,10 @@ class Hub:
         shutil.rmtree(folder)
 
     def ask(self, call, *args, **kwargs):
-        """call(*args, **kwargs), RETRIES times while the Hub is busy or cannot be reached."""
+        """Returns call(*args, **kwargs), retrying while the Hub is busy or cannot be reached.
+
+        UserError if it refuses, or after RETRIES tries.
+        """
         errors = self.errors
         for failures in range(RETRIES):
             if failures:
@@ -179,10 +183,10 @@ class Hub:
                     f"{self.config.repo!r} cannot be a data set: write --repo=OWNER/NAME"
                 ) from None
             except (errors.HTTPError, OSError) as error:
-                if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-                    error = error.__cause__  # that says why the Hub did not give the file
+                if isinstance(error, errors.LocalEntryNotFoundError):
+                    error = error.__cause__ or error  # why the file could not be located
                 if isinstance(error, OSError) and error.errno is not None:
-                    raise error  # of this machine's disk, not of the network
+                    raise error  # from this machine's disk, not from the network
                 self.raise_if_refused(error)
                 problem = one_line(error)
         raise UserError(
@@ -194,27 +198,29 @@ class Hub:
         """UserError if another try cannot help."""
         errors = self.errors
         repo = self.config.repo
-        if isinstance(error, errors.OfflineModeIsEnabled):
-            raise UserError("HF_HUB_OFFLINE forbids downloads: unset it, or pass --input=FOLDER")
-        if isinstance(error, errors.GatedRepoError):
-            raise UserError(
+        refusals = {  # subclasses first: a GatedRepoError is also a RepositoryNotFoundError
+            errors.OfflineModeIsEnabled:
+                "HF_HUB_OFFLINE forbids downloads: unset it, or pass --input=FOLDER",
+            errors.GatedRepoError:
                 f"data set {repo!r} is gated: accept its terms at {self.endpoint}/datasets/{repo}, "
-                "and set HF_TOKEN to a token of your account"
-            )
-        if isinstance(error, errors.RepositoryNotFoundError):
-            raise UserError(
+                "and set HF_TOKEN to a token of your account",
+            errors.RepositoryNotFoundError:
                 f"there is no data set {repo!r} at {self.endpoint}, or it is private: check "
-                "--repo, or set HF_TOKEN"
-            )
-        if isinstance(error, errors.RevisionNotFoundError):
+                "--repo, or set HF_TOKEN",
+            errors.RevisionNotFoundError:
+                f"data set {repo!r} has no parquet files at {self.config.revision or BRANCH}: "
+                "check --revision, or pass parquet files as --input=FOLDER",
+        }
+        for kind, sentence in refusals.items():
+            if isinstance(error, kind):
+                raise UserError(sentence)
+        response = getattr(error, "response", None)  # of an HfHubHTTPError
+        if response is None or response.status_code >= 500 or response.status_code in (408, 429):
+            return
+        url = str(response.url).partition("?")[0]
+        if url.startswith(self.endpoint):  # not a storage server, whose signed addresses expire
             raise UserError(
-                f"data set {repo!r} has no parquet files at {self.config.revision or BRANCH}: check "
-                "--revision, or pass parquet files as --input=FOLDER"
-            )
-        status = getattr(getattr(error, "response", None), "status_code", 500)
-        if 400 <= status < 500 and status not in (408, 429):
-            raise UserError(
-                f"{error.response.url} answers {status}: check --repo, --subset, --split and "
+                f"{url} answers {response.status_code}: check --repo, --subset, --split and "
                 "HF_TOKEN, or pass parquet files as --input=FOLDER"
             )
 
@@ -243,7 +249,7 @@ def read_batches(path, column, start):
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             check_column(file.schema_arrow, path, column)
-            for group in range(file.num_row_groups):  # reading all at once may hold all in memory
+            for group in range(file.num_row_groups):  # one call for all may hold all in memory
                 n_rows = file.metadata.row_group(group).num_rows
                 if row + n_rows <= start:
                     row += n_rows
@@ -272,9 +278,13 @@ def check_column(schema, path, column):
 
 def tokenize(batches, encoding, pool):
     """Yields (rows, texts, ids of each text). The pool works one batch ahead of the caller."""
+    size = BATCH  # a tokenizer.json uses all cores for a batch
+    if isinstance(encoding, tiktoken.Encoding):
+        size = PART
     before = None
     for rows, texts in batches:
-        ids = encode_batch(texts, encoding, pool)
+        parts = [texts[i:i + size] for i in range(0, len(texts), size)]
+        ids = chain.from_iterable(pool.map(encode, parts, repeat(encoding)))
         if before is not None:
             yield before
         before = (rows, texts, ids)
@@ -282,23 +292,11 @@ def tokenize(batches, encoding, pool):
         yield before
 
 
-def encode_batch(texts, encoding, pool):
-    """An iterator over the ids of each text, which the threads of pool compute."""
+def encode(texts, encoding):
+    """Ids of each text, without special tokens."""
     if isinstance(encoding, tiktoken.Encoding):
-        parts = [texts[i:i + PART] for i in range(0, len(texts), PART)]
-        encode = encode_part
-    else:
-        parts = [texts]  # a tokenizer.json's encode_batch() uses all cores itself
-        encode = encode_part_by_file
-    return chain.from_iterable(pool.map(encode, parts, [encoding] * len(parts)))
-
-
-def encode_part(texts, encoding):
-    # arrays, not lists: tiktoken makes them without the GIL, so that threads run in parallel
-    return [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
-
-
-def encode_part_by_file(texts, encoding):
+        # arrays, not lists: they are made without the GIL, so that threads run in parallel
+        return [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
     return encoding.encode_ordinary_batch(texts)
 
 
