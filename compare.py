@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from nanogqa import checkpoint
 from bench import choices_of, heads_of
-from nanogqa.configurator import UserError, build, parse, program, subset
+from nanogqa.configurator import UserError, build, parse, program, subset, world
 from nanogqa.dataloader import Dataset, bits_per_byte, prepare_default
 from nanogqa.files import check_writable, write_json
 from model import GPT, LATENT, GPTConfig
@@ -93,7 +93,7 @@ def plan(given):
         raise UserError(f"{listed[0]} takes one value in a comparison: every run shares it")
     base = build(CompareConfig, choices_of(given)[0])
     runtime = pick_runtime(base.device, base.dtype, base.compile)
-    prepare_default(base.dataset)
+    prepare_default(base.dataset, world()[2])
     keys = {f.name for f in fields(TrainConfig)}
     values = {key: given[key] for key in given if key in keys}
     values |= dict(max_steps=base.max_steps, eval_interval=base.eval_interval, out_dir="", overwrite=False,

@@ -1,4 +1,4 @@
-"""The reader behind training: a data set's splits, shuffled training windows, fixed validation windows."""
+"""Reads data sets: their splits, shuffled training windows, fixed validation windows."""
 import bisect
 import hashlib
 import itertools
@@ -13,94 +13,172 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from nanogqa.configurator import UserError, world
+from nanogqa.configurator import UserError
 from nanogqa.tokenizer import HF_TOKENIZER
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-SCANNED = 2**24  # tokens at the start of a split that are checked when it is opened; the rest is checked as it is read
+SCANNED = 2**24  # tokens at the start of a split that are checked when it is opened
 
+
+# -- meta.json -------------------------------------------------------------------------------------
 
 def read_meta(folder):
-    """The checked content of a data set's meta.json."""
+    """The content of a data set's meta.json. UserError if it is missing or not valid."""
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text())
-        sound = meta["dtype"] in ("uint16", "uint32") and type(meta["vocab_size"]) is int and 0 < meta["vocab_size"] <= 2**32
-        known = meta["tokenizer"].startswith(HF_TOKENIZER) or meta["tokenizer"] in ("byte", *tiktoken.list_encoding_names())
-        sound &= known and isinstance(meta["sha256"], str)
-        for split in ("train", "val"):
-            for file in meta["splits"][split]:
-                sound &= file["name"] == os.path.basename(file["name"]) and all(
-                    type(file[count]) is int and 0 <= file[count] < 2**62 for count in ("tokens", "bytes"))
-            sound &= sum(file["bytes"] for file in meta["splits"][split]) > 0
+        valid = is_meta(meta)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise UserError(f"{path} is not the meta.json of a data set: {mend(folder)}")
+        valid = False
+    if not valid:
+        raise UserError(f"{path} is not the meta.json of a data set: {remedy(folder)}")
     return meta
 
 
-def mend(folder):
-    """The command that makes the data set in that folder."""
-    script = Path(folder) / "prepare.py"
-    return f"run python {os.path.relpath(script)}" if script.exists() else "make it again with its prepare.py"
+def is_meta(meta):
+    """Whether meta describes a data set. May raise KeyError, TypeError or AttributeError if not."""
+    if meta["dtype"] not in ("uint16", "uint32") or not isinstance(meta["sha256"], str):
+        return False
+    if not is_count(meta["vocab_size"]) or not 0 < meta["vocab_size"] <= 2**32:
+        return False
+    name = meta["tokenizer"]
+    if not name.startswith(HF_TOKENIZER) and name not in ("byte", *tiktoken.list_encoding_names()):
+        return False
+    for split in ("train", "val"):
+        files = meta["splits"][split]
+        if not are_files(files) or sum(file["bytes"] for file in files) == 0:
+            return False
+    return True
 
+
+def are_files(files):
+    """Whether files lists the files of a split: names without a folder, counts that are counts."""
+    for file in files:
+        if file["name"] != os.path.basename(file["name"]):
+            return False
+        if not is_count(file["tokens"]) or not is_count(file["bytes"]):
+            return False
+    return True
+
+
+def is_count(value):
+    return type(value) is int and 0 <= value < 2**62
+
+
+def remedy(folder):
+    """What to do about a missing or damaged data set, as the end of an error message."""
+    script = Path(folder) / "prepare.py"
+    if script.exists():
+        return f"run python {os.path.relpath(script)}"
+    return "make it again with its prepare.py"
+
+
+# -- data sets -------------------------------------------------------------------------------------
 
 class Split:
-    """One split of a data set, read as windows of tokens."""
+    """One split of a data set: a sequence of n_tokens tokens, stored in one or more files."""
 
     def __init__(self, folder, name, meta):
-        self.folder, self.vocab_size, self.dtype = Path(folder), meta["vocab_size"], np.dtype(meta["dtype"]).newbyteorder("<")
+        self.folder = Path(folder)
+        self.vocab_size = meta["vocab_size"]
+        self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         self.files = meta["splits"][name]
-        self.ends = list(itertools.accumulate(file["tokens"] for file in self.files))  # where each file ends in the split
-        self.n_tokens = self.ends[-1] if self.ends else 0
-        self.n_bytes = sum(file["bytes"] for file in self.files)
-        for i, file in enumerate(self.files):
-            path, wanted = self.folder / file["name"], file["tokens"] * self.dtype.itemsize
-            size = path.stat().st_size if path.is_file() else -1
-            if size != wanted:
-                state = f"has {size:,} bytes where meta.json promises {wanted:,}" if size >= 0 else "is missing"
-                raise UserError(f"{path} {state}: {mend(folder)}")
-            if (start := self.ends[i] - file["tokens"]) < SCANNED:
+        # ends[i]: position in the split just after the last token of file i
+        self.ends = list(itertools.accumulate(file["tokens"] for file in self.files))
+        self.n_tokens = 0
+        if self.ends:
+            self.n_tokens = self.ends[-1]
+        self.n_bytes = sum(file["bytes"] for file in self.files)  # of the text
+        for i in range(len(self.files)):
+            self.check_size(i)
+            start = self.start_of(i)
+            if start < SCANNED:
                 self.check(self.read(i, 0, SCANNED - start))
 
+    def start_of(self, i):
+        """Position in the split of the first token of file i."""
+        return self.ends[i] - self.files[i]["tokens"]
+
+    def check_size(self, i):
+        """UserError if file i is missing or not as long as meta.json says."""
+        path = self.folder / self.files[i]["name"]
+        if not path.is_file():
+            raise UserError(f"{path} is missing: {remedy(self.folder)}")
+        size = path.stat().st_size
+        wanted = self.files[i]["tokens"] * self.dtype.itemsize
+        if size != wanted:
+            raise UserError(
+                f"{path} has {size:,} bytes where meta.json promises {wanted:,}: "
+                f"{remedy(self.folder)}"
+            )
+
     def read(self, i, at, count):
-        """Tokens [at, at + count) of file i, or those up to its end. A map of the file would read ahead megabytes for each."""
-        path, count = self.folder / self.files[i]["name"], min(count, self.files[i]["tokens"] - at)
+        """Tokens [at, at + count) of file i, or up to its end.
+
+        Reads instead of mapping the file: a map would read ahead megabytes for each window.
+        """
+        path = self.folder / self.files[i]["name"]
+        count = min(count, self.files[i]["tokens"] - at)
         ids = np.fromfile(path, self.dtype, count, offset=at * self.dtype.itemsize)
         if len(ids) < count:
-            raise UserError(f"{path} has become shorter: {mend(self.folder)}")
+            raise UserError(f"{path} has become shorter: {remedy(self.folder)}")
         return ids
 
     def check(self, ids):
-        """ids, none of which may lie beyond the vocabulary."""
+        """Returns ids. UserError if one is outside the vocabulary."""
         if ids.size and ids.max() >= self.vocab_size:
-            raise UserError(f"{self.folder} holds token id {ids.max()}, but its vocabulary ends at {self.vocab_size - 1}: "
-                            f"{mend(self.folder)}")
+            raise UserError(
+                f"{self.folder} holds token id {ids.max()}, but its vocabulary ends at "
+                f"{self.vocab_size - 1}: {remedy(self.folder)}"
+            )
         return ids
 
     def windows(self, starts, length):
-        """Tokens [start, start + length) of the split for each start, across its files: int64 (len(starts), length)."""
+        """Tokens [start, start + length) for each start: int64 (len(starts), length).
+
+        A window may span files. IndexError if it extends past the end of the split.
+        """
         out = np.empty((len(starts), length), dtype=np.int64)
-        for row, start in zip(out, starts):
+        for row, start in zip(out, starts, strict=True):
             filled = 0
             while filled < length:
-                i = bisect.bisect_right(self.ends, start + filled)  # the file that holds this token; never an empty one
-                part = self.read(i, start + filled - self.ends[i] + self.files[i]["tokens"], length - filled)
+                position = start + filled
+                i = bisect.bisect_right(self.ends, position)  # its file; never an empty one
+                part = self.read(i, position - self.start_of(i), length - filled)
                 row[filled:filled + len(part)] = part
                 filled += len(part)
         return self.check(out)
 
 
 class Dataset:
-    """A prepared data set: name is a folder below data/, or the path of one. Splits train and val, and its meta."""
+    """A prepared data set: splits train and val, and meta, the content of meta.json.
+
+    name is a folder below data/ or a path.
+    """
 
     def __init__(self, name):
+        self.name = name
         self.folder = find(name)
         if not (self.folder / "meta.json").exists():
-            raise UserError(f"data set {name!r} is not prepared: {mend(self.folder)}")
+            raise UserError(f"data set {name!r} is not prepared: {remedy(self.folder)}")
         self.meta = read_meta(self.folder)
-        self.train, self.val = (Split(self.folder, split, self.meta) for split in ("train", "val"))
+        self.train = Split(self.folder, "train", self.meta)
+        self.val = Split(self.folder, "val", self.meta)
+
+    def check(self, config):
+        """UserError if a model with config's vocab_size and block_size cannot use this data set."""
+        if self.meta["vocab_size"] > config.vocab_size:
+            raise UserError(
+                f"data set {self.name!r} has {self.meta['vocab_size']} token ids, more than "
+                f"vocab_size={config.vocab_size}: raise vocab_size, or leave it out"
+            )
+        for split in (self.train, self.val):
+            if split.n_tokens <= config.block_size:
+                raise UserError(
+                    f"block_size={config.block_size} needs {config.block_size + 1} tokens in each "
+                    f"split, data set {self.name!r} has one of {split.n_tokens}: lower block_size, "
+                    "or use more text"
+                )
 
 
 def find(name):
@@ -109,81 +187,110 @@ def find(name):
         if folder.is_dir():
             return folder
     known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
-    raise UserError(f"there is no data set {name!r}: choose one of {', '.join(known)}, or the path of a prepared folder")
+    raise UserError(
+        f"there is no data set {name!r}: choose one of {', '.join(known)}, or the path of a "
+        "prepared folder"
+    )
 
+
+def prepare_default(name, local_rank=0):
+    """Prepares the default data set if name is that and it is not prepared yet.
+
+    Local rank 0 of each machine runs the script, the other ranks wait.
+    """
+    folder = DATA / "python"
+    if name != "python" or (folder / "meta.json").exists():
+        return
+    if local_rank == 0:
+        print("data set python is not prepared yet: running python data/python/prepare.py",
+              flush=True)
+        if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
+            raise UserError(
+                "data/python/prepare.py failed with the error above: fix that, or choose another "
+                "--dataset"
+            )
+    while not (folder / "meta.json").exists():
+        time.sleep(0.2)
+
+
+# -- training windows ------------------------------------------------------------------------------
 
 def keyed(*key):
-    """A 63-bit number that looks random and depends on the key alone, on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+    """A pseudo-random 63-bit number that depends on the key alone, on every machine."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def shuffled(index, n, key):
-    """The index-th element of a pseudo-random permutation of range(n), computed without storing it.
+    """The index-th element of a pseudo-random permutation of range(n), without storing it.
 
-    A four-round Feistel network permutes the smallest range of 4^k that holds n; where it lands beyond n it is applied
-    again until it does not (cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A four-round Feistel network permutes range(4**k), the smallest such range that contains
+    range(n). A result of n or more is permuted again until it is below n (cycle walking: Black
+    and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    half = max(1, ((n - 1).bit_length() + 1) // 2)  # bits of each half
     low = 2**half - 1
     while True:
-        left, right = index >> half, index & low
+        left = index >> half
+        right = index & low
         for round in range(4):
             mixed = ((right + round + 1) * 0x9E3779B97F4A7C15 ^ key) * 0xBF58476D1CE4E5B9 % 2**64
-            left, right = right, left ^ (mixed >> 40) & low
+            new_right = left ^ (mixed >> 40) & low
+            left = right
+            right = new_right
         index = left << half | right
         if index < n:
             return index
 
 
 def train_batch(split, seed, first, count, block_size):
-    """Inputs and targets, int64 (count, block_size) each, of the training sequences first, first + 1, ... of a run.
+    """Inputs and targets, int64 (count, block_size) each, of training sequences first, ...
 
-    A pure function of its arguments. Each epoch cuts the split into blocks, from an offset of its own, and visits each
-    once in an order of its own; a target is the token after its input.
+    A pure function of its arguments. Each epoch cuts the split into blocks at its own offset and
+    visits each block once in its own order. A target is the token after its input.
     """
     n_blocks = max(1, (split.n_tokens - block_size) // block_size)
-    spare = min(block_size, split.n_tokens - n_blocks * block_size)  # offsets at which n_blocks blocks still fit
+    # number of offsets at which n_blocks blocks still fit
+    n_offsets = min(block_size, split.n_tokens - n_blocks * block_size)
     starts = []
     for sequence in range(first, first + count):
         epoch, index = divmod(sequence, n_blocks)
-        offset = keyed(seed, epoch, "offset") % spare
+        offset = keyed(seed, epoch, "offset") % n_offsets
         block = shuffled(index, n_blocks, keyed(seed, epoch, "order"))
         starts.append(offset + block * block_size)
     windows = split.windows(starts, block_size + 1)
     return windows[:, :-1], windows[:, 1:]
 
 
+# -- validation windows ----------------------------------------------------------------------------
+
 def val_windows(split, block_size, eval_tokens=None):
-    """Starts of the validation windows: all of the split, or as many as eval_tokens fills, evenly spaced."""
-    n_windows = -(-(split.n_tokens - 1) // block_size)
-    count = n_windows if eval_tokens is None else min(n_windows, max(1, eval_tokens // block_size))
+    """Start positions of the validation windows.
+
+    They cover the split. With eval_tokens they are as many as that holds, evenly spaced.
+    """
+    n_windows = -(-(split.n_tokens - 1) // block_size)  # rounded up
+    count = n_windows
+    if eval_tokens is not None:
+        count = min(n_windows, max(1, eval_tokens // block_size))
     return [i * n_windows // count * block_size for i in range(count)]
 
 
 def val_batch(split, starts, rows, block_size):
-    """Inputs and targets (rows, block_size) of the windows at starts; targets that do not exist are -1."""
+    """Inputs and targets, int64 (rows, block_size) each, of the windows at starts.
+
+    Where the split or starts end early, inputs are padded with 0 and targets with -1.
+    """
     x = np.zeros((rows, block_size), dtype=np.int64)
     y = np.full((rows, block_size), -1, dtype=np.int64)
     for row, start in enumerate(starts):
         n = min(block_size, split.n_tokens - 1 - start)
         window = split.windows([start], n + 1)[0]
-        x[row, :n], y[row, :n] = window[:-1], window[1:]
+        x[row, :n] = window[:-1]
+        y[row, :n] = window[1:]
     return x, y
 
 
 def bits_per_byte(loss, split):
-    """Nats per token -> bits per byte of the split's text, which compares tokenizers."""
+    """Nats per token -> bits per byte of the split's text, comparable between tokenizers."""
     return loss / math.log(2) * split.n_tokens / split.n_bytes
-
-
-def prepare_default(name):
-    """Makes the default data set where it is not there yet: one rank of each machine does, the others wait."""
-    folder = DATA / "python"
-    if name != "python" or (folder / "meta.json").exists():
-        return
-    if world()[2] == 0:
-        print("data set python is not prepared yet: running python data/python/prepare.py", flush=True)
-        if subprocess.run([sys.executable, folder / "prepare.py"]).returncode:
-            raise UserError("data/python/prepare.py failed, as it says above: mend that, or choose another --dataset")
-    while not (folder / "meta.json").exists():
-        time.sleep(0.2)

@@ -17,7 +17,8 @@ def sync(file):
 def replacing(path, mode="w"):
     """Opens a temporary file beside path that takes its name on success and is deleted on error.
 
-    The content reaches the disk before the name changes, so a crash leaves either the old file or the new one.
+    The content reaches the disk before the name changes, so a crash leaves either the old file or
+    the new one.
     """
     part = Path(f"{path}.part")
     try:
@@ -36,7 +37,7 @@ def write_json(path, content):
 
 
 def check_writable(folder):
-    """Creates folder where it does not exist. UserError where files cannot be created in it."""
+    """Creates folder if it does not exist. UserError if files cannot be created in it."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         probe = Path(folder) / f".probe{os.getpid()}"

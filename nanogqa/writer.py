@@ -1,13 +1,13 @@
-"""The writer behind every data/*/prepare.py.
+"""Writes data sets, for every data/*/prepare.py.
 
-A data set is a folder of .bin files (raw uint16 or uint32 token ids, one after another) and one meta.json, which lists
-the files of each split with their token and byte counts. Every document ends with the end-of-text token.
+A data set is a folder of .bin files (raw uint16 or uint32 token ids) and one meta.json, which lists
+the files of each split with their token and byte counts. Every document ends with the end-of-text
+token.
 """
 import hashlib
 import json
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,151 +15,288 @@ import numpy as np
 from tqdm import tqdm
 
 from nanogqa.configurator import UserError
-from nanogqa.dataloader import Split, read_meta
+from nanogqa.dataloader import Split, are_files, read_meta
 from nanogqa.files import sync, write_json
-from nanogqa.tokenizer import HF_TOKENIZER, HuggingFaceTokenizer, copy_tokenizer, get_tokenizer
+from nanogqa.tokenizer import (
+    HF_CONFIG,
+    HF_TOKENIZER,
+    HuggingFaceTokenizer,
+    copy_tokenizer,
+    get_tokenizer,
+)
+
+SPLITS = ("train", "val")
 
 
 @dataclass
 class PrepareConfig:
-    tokenizer: str = "byte"       # byte, the name of any tiktoken encoding (gpt2, cl100k_base, ...), or a folder with a tokenizer.json
-    input: str | None = None      # a text file, or a folder of them, to read instead of the usual source
-    data_dir: str | None = None   # folder that receives the .bin files and meta.json; None: that of the script
-    overwrite: bool = False       # replace a data set of another tokenizer
+    tokenizer: str = "byte"       # byte, a tiktoken encoding, or a folder with a tokenizer.json
+    input: str | None = None      # file or folder to read instead of the usual source
+    data_dir: str | None = None   # folder for the data set; None: the folder of the script
+    overwrite: bool = False       # replace a data set with another tokenizer
 
 
 def held_out(names):
-    """The tenth of the names, at least one, that validates: those whose sha256 is smallest, whatever their order."""
+    """The validation part of names: a tenth, at least one, with the smallest sha256.
+
+    The choice does not depend on the order of names.
+    """
     ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     return set(ranked[:max(1, len(ranked) // 10)])
 
 
-def open_tokenizer(tokenizer, data_dir, overwrite=False):
-    """Name, encoding and dtype of the ids of tokenizer, a name or a folder, which is to write a data set to data_dir.
+# -- tokenizer -------------------------------------------------------------------------------------
 
-    UserError where a data set of another tokenizer is there, unless overwrite.
+@dataclass
+class DataTokenizer:
+    name: str         # as in meta.json
+    folder: str       # where its tokenizer.json is, if it has one
+    encoding: object  # tiktoken.Encoding or HuggingFaceTokenizer
+
+    def describe(self):
+        """The tokenizer's fields of meta.json."""
+        dtype = "uint32"
+        if self.encoding.n_vocab <= 2**16:
+            dtype = "uint16"
+        return dict(tokenizer=self.name, vocab_size=self.encoding.n_vocab, dtype=dtype)
+
+
+def open_tokenizer(tokenizer, data_dir, overwrite=False):
+    """The DataTokenizer for a name or folder, to write a data set to data_dir.
+
+    UserError if data_dir holds a data set with another tokenizer, unless overwrite.
     """
-    name = HuggingFaceTokenizer(tokenizer).name if os.path.exists(os.path.join(tokenizer, HF_TOKENIZER)) else tokenizer
+    name = tokenizer
+    if os.path.exists(os.path.join(tokenizer, HF_TOKENIZER)):
+        name = HuggingFaceTokenizer(tokenizer).name
     if (Path(data_dir) / "meta.json").exists() and not overwrite:
         try:
-            there = read_meta(data_dir)["tokenizer"]
+            found = read_meta(data_dir)["tokenizer"]
         except UserError:
-            there = name  # a damaged data set is mended by making it again
-        if there != name:
-            raise UserError(f"{data_dir} holds a data set of tokenizer {there!r}: pass another --data_dir, or --overwrite=True")
-    encoding = get_tokenizer(name, tokenizer)
-    return name, encoding, np.dtype("uint16" if encoding.n_vocab <= 2**16 else "uint32").newbyteorder("<")
+            found = name  # a damaged data set may be replaced
+        if found != name:
+            raise UserError(
+                f"{data_dir} holds a data set with tokenizer {found!r}: pass another --data_dir, "
+                "or --overwrite=True"
+            )
+    return DataTokenizer(name, tokenizer, get_tokenizer(name, tokenizer))
 
 
-def print_counts(data_dir, meta):
-    """The last lines of every prepare.py: the tokens of each split, and the hash."""
-    for files in meta["splits"].values():
-        names = files[0]["name"] + (f" to {files[-1]['name']}" if len(files) > 1 else "")
-        tokens, size = (sum(file[count] for file in files) for count in ("tokens", "bytes"))
-        print(f"{Path(data_dir) / names}: {tokens:,} tokens from {size:,} bytes of text")
-    print(f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids, content sha256 {meta['sha256'][:16]}")
+# -- writing ---------------------------------------------------------------------------------------
 
+class DatasetWriter:
+    """Writes a data set: add() takes documents, finish() publishes the files.
 
-def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
-    """Tokenizes documents, pairs of split ("train" or "val") and text, into data_dir; about is added to meta.json.
+    Until finish() the files are in the folder part, and what data_dir (its parent) holds stays
+    valid. After save() a killed run can continue: pass what find_unfinished() returned as progress.
 
-    The files take their names only when all are complete, meta.json last. Prints the counts.
+    about: the fields of meta.json other than sha256 and splits, with those of the tokenizer.
+    tokens_per_file: a train file ends with the document that reaches this; None: one train.bin.
     """
-    data_dir = Path(data_dir)
-    name, encoding, dtype = open_tokenizer(tokenizer, data_dir, overwrite)
-    part = f".{os.getpid()}.part"
-    splits = {split: [dict(name=f"{split}.bin", tokens=0, bytes=0)] for split in ("train", "val")}
-    digest = hashlib.sha256()
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        files = {split: open(data_dir / f"{split}.bin{part}", "wb") for split in splits}
-        for split, text in tqdm(documents, desc="tokenizing", unit=" documents", disable=None):
-            ids = np.array([*encoding.encode_ordinary(text), encoding.eot_token], dtype=dtype)
-            files[split].write(ids.tobytes())
-            digest.update(f"{split} {len(ids)} ".encode() + ids.tobytes())
-            splits[split][0]["tokens"] += len(ids)
-            splits[split][0]["bytes"] += len(text.encode())
-        for split, file in files.items():
-            file.close()
-            if not splits[split][0]["bytes"]:
-                raise UserError(f"no text for the {split} split: give more text with --input")
-        meta = dict(about, tokenizer=name, vocab_size=encoding.n_vocab, dtype=dtype.name, sha256=digest.hexdigest(),
-                    splits=splits)
-        (data_dir / f"meta.json{part}").write_text(json.dumps(meta, indent=1))
-        copy_tokenizer(name, tokenizer, data_dir)
-        for file in ("train.bin", "val.bin", "meta.json"):
-            os.replace(data_dir / f"{file}{part}", data_dir / file)
-    except OSError as error:
-        raise UserError(f"cannot write the data set to {data_dir} ({error.strerror}): pass another --data_dir") from None
-    finally:
-        for left in data_dir.glob(f"*{part}"):
-            left.unlink()
-    print_counts(data_dir, meta)
 
+    def __init__(self, part, tokenizer, about, tokens_per_file=None, progress=None):
+        self.part = Path(part)
+        self.data_dir = self.part.parent
+        self.tokenizer = tokenizer
+        self.about = about
+        self.dtype = np.dtype(about["dtype"]).newbyteorder("<")
+        self.eot = np.array([tokenizer.encoding.eot_token], dtype=self.dtype)
+        self.tokens_per_file = tokens_per_file
+        self.splits = dict(train=[], val=[])  # as in meta.json
+        self.open = {}                        # split -> (last file, its sha256 so far)
+        self.n_tokens = 0                     # written so far, in all files
+        self.part.mkdir(parents=True, exist_ok=True)
+        if progress is not None:
+            self.splits = progress["splits"]
+            for split in SPLITS:
+                self.resume(split)
 
-class ShardWriter:
-    """Writes a data set of many files that a kill does not undo: the .bin files in folder and progress.json beside them,
-    which save() writes and which says how far they are valid. state is its content: about, splits, and whatever the caller adds.
-    A file of the train split ends with the document that reaches tokens_per_file."""
+    def resume(self, split):
+        """Checks the split's files and opens the last one if it is not complete."""
+        for entry in self.splits[split]:
+            if not self.is_sound(entry):
+                raise UserError(
+                    f"{self.part / entry['name']} is shorter than progress.json says: remove "
+                    f"{self.part} to begin again"
+                )
+            self.n_tokens += entry["tokens"]
+        if self.splits[split] and "sha256" not in self.splits[split][-1]:
+            self.open_last(split)
 
-    def __init__(self, folder, state, eot, dtype, tokens_per_file):
-        self.folder, self.state, self.dtype, self.tokens_per_file = folder, state, dtype, tokens_per_file
-        self.eot, self.open, self.saved = np.array([eot], dtype=dtype), {}, time.monotonic()
-        for split, files in state["splits"].items():
-            if files and "sha256" not in files[-1]:
-                self.start(split)
-
-    def start(self, split):
-        """Opens the split's last file at its recorded length; what a killed run wrote after it is cut off."""
-        about, digest = self.state["splits"][split][-1], hashlib.sha256()
-        path, left = self.folder / about["name"], about["tokens"] * self.dtype.itemsize
-        if left and (not path.exists() or path.stat().st_size < left):
-            raise UserError(f"{path} is shorter than progress.json says: remove {self.folder} to begin again")
-        file = open(path, "r+b" if left else "wb")
-        while left:
-            digest.update(chunk := file.read(min(left, 2**24)))
-            left -= len(chunk)
-        file.truncate(file.tell())
-        self.open[split] = file, digest
+    def is_sound(self, entry):
+        """Whether a file holds the tokens that its entry lists."""
+        path = self.part / entry["name"]
+        if path.is_file():
+            return path.stat().st_size >= entry["tokens"] * self.dtype.itemsize
+        moved = self.data_dir / entry["name"]  # by a run that was killed in finish()
+        if "sha256" in entry and moved.is_file():
+            with open(moved, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+        return entry["tokens"] == 0
 
     def add(self, split, ids, n_bytes):
-        """A document of n_bytes bytes of text; end-of-text is added."""
-        files = self.state["splits"][split]
+        """Appends a document: its ids without end-of-text, and the size of its text in bytes."""
         if split not in self.open:
-            files.append(dict(name=f"train_{len(files):05d}.bin" if split == "train" else "val.bin", tokens=0, bytes=0))
-            self.start(split)
+            self.begin_file(split)
         raw = np.concatenate([np.asarray(ids, dtype=self.dtype), self.eot]).tobytes()
         file, digest = self.open[split]
         file.write(raw)
         digest.update(raw)
-        files[-1]["tokens"] += len(ids) + 1
-        files[-1]["bytes"] += n_bytes
-        if split == "train" and files[-1]["tokens"] >= self.tokens_per_file:
+        entry = self.splits[split][-1]
+        entry["tokens"] += len(ids) + 1
+        entry["bytes"] += n_bytes
+        self.n_tokens += len(ids) + 1
+        in_parts = split == "train" and self.tokens_per_file is not None
+        if in_parts and entry["tokens"] >= self.tokens_per_file:
             self.close(split)
 
+    def begin_file(self, split):
+        name = f"{split}.bin"
+        if split == "train" and self.tokens_per_file is not None:
+            name = f"train_{len(self.splits[split]):05d}.bin"
+        self.splits[split].append(dict(name=name, tokens=0, bytes=0))
+        self.open_last(split)
+
+    def open_last(self, split):
+        """Opens the split's last file at its recorded length, without what was written later."""
+        entry = self.splits[split][-1]
+        left = entry["tokens"] * self.dtype.itemsize
+        digest = hashlib.sha256()
+        path = self.part / entry["name"]
+        path.touch()
+        file = open(path, "r+b")
+        while left:
+            chunk = file.read(min(left, 2**24))
+            digest.update(chunk)
+            left -= len(chunk)
+        file.truncate(file.tell())
+        self.open[split] = (file, digest)
+
     def close(self, split):
+        """Ends the split's last file and records its sha256."""
         file, digest = self.open.pop(split)
         sync(file)
         file.close()
-        self.state["splits"][split][-1]["sha256"] = digest.hexdigest()
+        self.splits[split][-1]["sha256"] = digest.hexdigest()
 
-    def save(self, **changes):
-        self.state.update(changes)
+    def save(self, position):
+        """Records in progress.json that all documents up to position, a dict, are written."""
         for file, _ in self.open.values():
             sync(file)
-        write_json(self.folder / "progress.json", self.state)
-        self.saved = time.monotonic()
+        progress = dict(about=self.about, position=position, splits=self.splits)
+        write_json(self.part / "progress.json", progress)
 
-    def finish(self):
-        for split in [*self.open]:
+    def discard(self):
+        """Closes and deletes everything that is not published."""
+        for file, _ in self.open.values():
+            file.close()
+        shutil.rmtree(self.part, ignore_errors=True)
+
+    def finish(self, position=None, if_empty="give more text"):
+        """Moves the files to data_dir, in place of the data set there, meta.json last.
+
+        Returns meta. position is saved first, if given; after a kill finish() may then be called
+        again. UserError if a split has no text, with the remedy if_empty.
+        """
+        for split in list(self.open):
             self.close(split)
-        self.save(finished=True)
+        if position is not None:
+            self.save(position)
+        for split in SPLITS:
+            if sum(file["bytes"] for file in self.splits[split]) == 0:
+                raise UserError(f"no text for the {split} split: {if_empty}")
+        names = [file["name"] for split in SPLITS for file in self.splits[split]]
+        remove_old(self.data_dir, names)
+        for name in names + self.copy_tokenizer():
+            if (self.part / name).exists():  # else moved by a run that was killed here
+                os.replace(self.part / name, self.data_dir / name)
+        meta = dict(self.about, sha256=combined_sha256(self.splits), splits=self.splits)
+        write_json(self.data_dir / "meta.json", meta)
+        shutil.rmtree(self.part)
+        return meta
 
+
+    def copy_tokenizer(self):
+        """Copies the files of a tokenizer.json into part. Returns their names."""
+        names = [HF_TOKENIZER, HF_CONFIG]
+        for name in names:
+            (self.part / name).unlink(missing_ok=True)  # a run that was killed left half of it
+        copy_tokenizer(self.tokenizer.name, self.tokenizer.folder, self.part)
+        return names
+
+
+def remove_old(data_dir, kept):
+    """Deletes the data set in data_dir: its meta.json, and its files except those named in kept."""
+    try:
+        splits = read_meta(data_dir)["splits"]
+    except UserError:
+        splits = {}
+    for files in splits.values():
+        for file in files:
+            if file["name"] not in kept:
+                (data_dir / file["name"]).unlink(missing_ok=True)
+    (data_dir / "meta.json").unlink(missing_ok=True)
+
+
+def combined_sha256(splits):
+    """The sha256 of a data set: that of the lines `sha256sum` prints for its files, train first."""
+    lines = ""
+    for split in SPLITS:
+        for file in splits[split]:
+            lines += f"{file['sha256']}  {file['name']}\n"
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def print_counts(data_dir, meta):
+    """Prints the tokens of each split and the hash: the last lines of every prepare.py."""
+    for files in meta["splits"].values():
+        names = files[0]["name"]
+        if len(files) > 1:
+            names += f" to {files[-1]['name']}"
+        tokens = sum(file["tokens"] for file in files)
+        n_bytes = sum(file["bytes"] for file in files)
+        print(f"{Path(data_dir) / names}: {tokens:,} tokens from {n_bytes:,} bytes of text")
+    print(
+        f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids, "
+        f"content sha256 {meta['sha256'][:16]}"
+    )
+
+
+def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
+    """Tokenizes documents, pairs of split ("train" or "val") and text, into data_dir.
+
+    about is added to meta.json. On an error the data set in data_dir stays as it was. Prints the
+    counts.
+    """
+    data_dir = Path(data_dir)
+    opened = open_tokenizer(tokenizer, data_dir, overwrite)
+    about.update(opened.describe())
+    try:
+        part = data_dir / f".{os.getpid()}.part"  # named by process: two may prepare at once
+        writer = DatasetWriter(part, opened, about)
+        try:
+            for split, text in tqdm(documents, "tokenizing", unit=" documents", disable=None):
+                writer.add(split, opened.encoding.encode_ordinary(text), len(text.encode()))
+            meta = writer.finish(if_empty="give more text with --input")
+        finally:
+            writer.discard()
+    except OSError as error:
+        raise cannot_write(data_dir, error) from None
+    print_counts(data_dir, meta)
+
+
+def cannot_write(data_dir, error):
+    return UserError(
+        f"cannot write the data set to {data_dir} ({error.strerror}): pass another --data_dir"
+    )
+
+
+# -- what an earlier run left ----------------------------------------------------------------------
 
 def find_finished(data_dir, about, overwrite=False):
-    """The meta of the whole data set in data_dir that has about in it; None where there is none, or it is damaged.
+    """The meta of the complete data set in data_dir; None if there is none, or it is damaged.
 
-    UserError where another one is there, unless overwrite.
+    UserError if its fields are not those of about, unless overwrite: then None.
     """
     try:
         meta = read_meta(data_dir)
@@ -167,49 +304,54 @@ def find_finished(data_dir, about, overwrite=False):
         return None
     if about.items() <= meta.items():
         try:
-            return meta if all(Split(data_dir, split, meta) for split in ("train", "val")) else None
+            for split in SPLITS:
+                Split(data_dir, split, meta)
+            return meta
         except UserError:
             return None
     if not overwrite:
-        raise UserError(f"{data_dir} holds a data set of other settings: pass another --data_dir, or --overwrite=True")
+        raise UserError(
+            f"{data_dir} holds a data set with other settings: pass another --data_dir, or "
+            "--overwrite=True"
+        )
+    return None
 
 
-def find_unfinished(folder, about, overwrite=False):
-    """The state of the ShardWriter that was killed in folder; None where there is nothing.
+def find_unfinished(part, about, overwrite=False):
+    """What a DatasetWriter that was killed saved in the folder part; None if there is nothing.
 
-    UserError where what is there is damaged, or of another about, unless overwrite.
+    The result has "about", "position" and "splits". The caller checks its own position.
+    UserError if it is damaged, or has other settings than about and not overwrite.
     """
+    path = Path(part) / "progress.json"
     try:
-        state = json.loads((folder / "progress.json").read_text())
-        if state["about"] == about:
-            return state
-        if any(state["splits"].values()) and not overwrite:
-            raise UserError(f"{folder} holds an unfinished data set of other settings: pass those to go on, another "
-                            "--data_dir, or --overwrite=True")
+        progress = json.loads(path.read_text())
+        valid = is_progress(progress)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / 'progress.json'} is damaged: remove {folder} to begin again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        valid = False
+    if not valid:
+        raise UserError(f"{path} is damaged: remove {part} to begin again")
+    if about.items() <= progress["about"].items():
+        return progress
+    if any(progress["splits"].values()) and not overwrite:
+        raise UserError(
+            f"{part} holds an unfinished data set with other settings: pass those settings to "
+            "continue, another --data_dir, or --overwrite=True"
+        )
+    return None
 
 
-def publish(folder, data_dir, about, splits):
-    """Moves what a ShardWriter finished in folder to data_dir in place of what is there, meta.json last; returns that.
-
-    May be called again after a kill. The set's sha256 is that of the lines sha256sum prints for its files, train first.
-    """
-    files = [*splits["train"], *splits["val"]]
-    lines = "".join(f"{file['sha256']}  {file['name']}\n" for file in files)
-    meta = dict(about, sha256=hashlib.sha256(lines.encode()).hexdigest(), splits=splits)
-    try:
-        old = {file["name"] for split in read_meta(data_dir)["splits"].values() for file in split}
-    except UserError:
-        old = set()
-    (data_dir / "meta.json").unlink(missing_ok=True)
-    for name in {file["name"] for file in files} | old:
-        if (folder / name).exists():  # not so where a former run was killed in the middle of this
-            os.replace(folder / name, data_dir / name)
-        elif name in old:
-            (data_dir / name).unlink(missing_ok=True)
-    write_json(data_dir / "meta.json", meta)
-    shutil.rmtree(folder)
-    return meta
+def is_progress(progress):
+    """Whether progress has what DatasetWriter.save() writes. May raise if not, like is_meta()."""
+    if not isinstance(progress["about"], dict) or not isinstance(progress["position"], dict):
+        return False
+    for split in SPLITS:
+        files = progress["splits"][split]
+        if not isinstance(files, list) or not are_files(files):
+            return False
+        for file in files[:-1]:  # only the last file of a split may be incomplete
+            if not isinstance(file["sha256"], str):
+                return False
+    return set(progress["splits"]) == set(SPLITS)

@@ -1,8 +1,11 @@
 """Tokenizers, files, the order of training data and the validation windows."""
+
+import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import tiktoken
 from nanogqa import writer
 from nanogqa.configurator import UserError
 from nanogqa.dataloader import Dataset, shuffled, train_batch, val_batch, val_windows
-from nanogqa.tokenizer import get_tokenizer
+from nanogqa.tokenizer import Text, get_tokenizer, known_ids
 from nanogqa.writer import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,22 +26,44 @@ def test_byte_tokenizer_is_one_id_per_byte():
     assert isinstance(encoding, tiktoken.Encoding) and encoding.n_vocab == 257
     assert encoding.encode_ordinary(text) == list(text.encode())
     assert encoding.decode(list(text.encode())) == text
-    assert encoding.encode("a<|endoftext|>b", allowed_special="all") == [97, 256, 98] and encoding.eot_token == 256
+    assert (
+        encoding.encode("a<|endoftext|>b", allowed_special="all") == [97, 256, 98]
+        and encoding.eot_token == 256
+    )
 
 
 def test_every_document_ends_with_end_of_text(tmp_path):
-    write_dataset([("train", "ab"), ("val", "x"), ("train", ""), ("train", "é")], tmp_path, "byte", note=1)
+    write_dataset(
+        [("train", "ab"), ("val", "x"), ("train", ""), ("train", "é")], tmp_path, "byte", note=1
+    )
     assert np.fromfile(tmp_path / "train.bin", "<u2").tolist() == [97, 98, 256, 256, 195, 169, 256]
     assert np.fromfile(tmp_path / "val.bin", "<u2").tolist() == [120, 256]
     meta = json.loads((tmp_path / "meta.json").read_text())
-    assert meta["splits"]["train"] == [dict(name="train.bin", tokens=7, bytes=4)]
-    assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"], meta["note"]) == ("byte", 257, "uint16", 1)
+    sums = {
+        name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        for name in ("train.bin", "val.bin")
+    }
+    assert meta["splits"]["train"] == [
+        dict(name="train.bin", tokens=7, bytes=4, sha256=sums["train.bin"])
+    ]
+    lines = "".join(f"{sums[name]}  {name}\n" for name in sums)  # as sha256sum prints them
+    assert meta["sha256"] == hashlib.sha256(lines.encode()).hexdigest()
+    assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"], meta["note"]) == (
+        "byte",
+        257,
+        "uint16",
+        1,
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_large_vocabularies_are_written_as_uint32(tmp_path, monkeypatch):
-    big = tiktoken.Encoding("big", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
-                            special_tokens={"<|endoftext|>": 70000})
+    big = tiktoken.Encoding(
+        "big",
+        pat_str=r"(?s:.)",
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={"<|endoftext|>": 70000},
+    )
     monkeypatch.setattr(writer, "get_tokenizer", lambda name, folder: big)
     write_dataset([("train", "a"), ("val", "b")], tmp_path, "cl100k_base")
     data = Dataset(tmp_path)
@@ -47,7 +72,11 @@ def test_large_vocabularies_are_written_as_uint32(tmp_path, monkeypatch):
 
 def test_hash_tells_contents_apart(tmp_path):
     seen = set()
-    for docs in ([("train", "ab"), ("val", "c")], [("train", "a"), ("val", "bc")], [("train", "a"), ("train", "b"), ("val", "c")]):
+    for docs in (
+        [("train", "ab"), ("val", "c")],
+        [("train", "a"), ("val", "bc")],
+        [("train", "a"), ("train", "b"), ("val", "c")],
+    ):
         write_dataset(docs, tmp_path, "byte")
         seen.add(Dataset(tmp_path).meta["sha256"])
     assert len(seen) == 3
@@ -59,9 +88,15 @@ def test_a_split_of_many_files_reads_as_one(tmp_path):
     starts = np.cumsum([0] + sizes)
     files = []
     for i, n in enumerate(sizes):
-        tokens[starts[i]:starts[i] + n].tofile(tmp_path / f"train_{i}.bin")
+        tokens[starts[i] : starts[i] + n].tofile(tmp_path / f"train_{i}.bin")
         files.append(dict(name=f"train_{i}.bin", tokens=n, bytes=n))
-    meta = dict(tokenizer="byte", vocab_size=257, dtype="uint16", sha256="", splits=dict(train=files, val=files))
+    meta = dict(
+        tokenizer="byte",
+        vocab_size=257,
+        dtype="uint16",
+        sha256="",
+        splits=dict(train=files, val=files),
+    )
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     split = Dataset(tmp_path).train
     assert split.n_tokens == 200
@@ -90,15 +125,23 @@ def counting(tmp_path):
     """A data set whose tokens are their own positions, modulo 256."""
     for split, n in (("train", 1003), ("val", 130)):
         (np.arange(n) % 256).astype("<u2").tofile(tmp_path / f"{split}.bin")
-    splits = {split: [dict(name=f"{split}.bin", tokens=n, bytes=n)] for split, n in (("train", 1003), ("val", 130))}
-    (tmp_path / "meta.json").write_text(json.dumps(dict(tokenizer="byte", vocab_size=257, dtype="uint16", sha256="", splits=splits)))
+    splits = {
+        split: [dict(name=f"{split}.bin", tokens=n, bytes=n)]
+        for split, n in (("train", 1003), ("val", 130))
+    }
+    (tmp_path / "meta.json").write_text(
+        json.dumps(dict(tokenizer="byte", vocab_size=257, dtype="uint16", sha256="", splits=splits))
+    )
     return Dataset(tmp_path)
 
 
 def test_an_epoch_visits_each_block_once(counting, monkeypatch):
     windows, read = [], counting.train.windows
-    monkeypatch.setattr(counting.train, "windows",
-                        lambda starts, n: windows.extend((start, n) for start in starts) or read(starts, n))
+    monkeypatch.setattr(
+        counting.train,
+        "windows",
+        lambda starts, n: windows.extend((start, n) for start in starts) or read(starts, n),
+    )
     T = 16
     n_blocks = (1003 - T) // T
     offsets = set()
@@ -135,7 +178,7 @@ def test_validation_covers_every_token_once(counting):
     starts = val_windows(counting.val, 16)
     targets = []
     for i in range(0, len(starts), 4):
-        x, y = val_batch(counting.val, starts[i:i + 4], 4, 16)
+        x, y = val_batch(counting.val, starts[i : i + 4], 4, 16)
         assert x.shape == y.shape == (4, 16)
         targets += [(int(a), int(b)) for a, b in zip(x.flatten(), y.flatten()) if b >= 0]
     assert targets == [(t, t + 1) for t in range(129)]
@@ -144,7 +187,7 @@ def test_validation_covers_every_token_once(counting):
 
 
 def test_python_data_set_is_the_standard_library(tmp_path):
-    """A tree of its own: sorted order, tests left out, a declared encoding read, the tenth by hash held out."""
+    """Sorted order, tests skipped, a declared encoding honoured, a tenth held out by hash."""
     tree = tmp_path / "lib"
     for i in range(20):
         (tree / f"pkg{i}").mkdir(parents=True)
@@ -153,14 +196,24 @@ def test_python_data_set_is_the_standard_library(tmp_path):
     (tree / "test" / "test_x.py").write_text("no\n")
     (tree / "pkg0" / "latin.py").write_bytes(b"# coding: latin-1\ny = '\xe9'\n")
     out = tmp_path / "out"
-    command = [sys.executable, ROOT / "data/python/prepare.py", f"--input={tree}", f"--data_dir={out}"]
+    command = [
+        sys.executable,
+        ROOT / "data/python/prepare.py",
+        f"--input={tree}",
+        f"--data_dir={out}",
+    ]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     data = Dataset(out)
     encoding = get_tokenizer("byte")
-    read = {split: encoding.decode(s.windows([0], s.n_tokens)[0].tolist()).split("<|endoftext|>")[:-1]
-            for split, s in (("train", data.train), ("val", data.val))}
+    read = {
+        split: encoding.decode(s.windows([0], s.n_tokens)[0].tolist()).split("<|endoftext|>")[:-1]
+        for split, s in (("train", data.train), ("val", data.val))
+    }
     assert len(read["train"]) == 19 and len(read["val"]) == 2
-    assert "# coding: latin-1\ny = 'é'\n" in read["train"] + read["val"] and "no\n" not in read["train"] + read["val"]
+    assert (
+        "# coding: latin-1\ny = 'é'\n" in read["train"] + read["val"]
+        and "no\n" not in read["train"] + read["val"]
+    )
     order = [f"x = {i}\n" for i in sorted(range(20), key=str)]
     assert [t for t in read["train"] if t in order] == [t for t in order if t in read["train"]]
     assert data.meta["sha256"][:16] in text and data.meta["python"] in text
@@ -168,6 +221,7 @@ def test_python_data_set_is_the_standard_library(tmp_path):
 
 def test_text_data_set_of_a_file_and_of_a_folder(tmp_path, capsys):
     from importlib.util import module_from_spec, spec_from_file_location
+
     spec = spec_from_file_location("prepare_text", ROOT / "data/text/prepare.py")
     prepare = module_from_spec(spec)
     sys.modules["prepare_text"] = prepare
@@ -194,3 +248,75 @@ def test_offline_without_the_tokenizer_says_what_to_set(monkeypatch, tmp_path):
         get_tokenizer("r50k_base")
     with pytest.raises(UserError, match="choose one of byte, "):
         get_tokenizer("gpt7")
+
+
+def test_a_data_set_checks_what_a_model_needs(counting):
+    for vocab_size, block_size in ((257, 129), (300, 16)):
+        counting.check(SimpleNamespace(vocab_size=vocab_size, block_size=block_size))
+    with pytest.raises(UserError, match="has 257 token ids, more than vocab_size=256: raise"):
+        counting.check(SimpleNamespace(vocab_size=256, block_size=16))
+    with pytest.raises(UserError, match="needs 131 tokens in each split, .* has one of 130: lower"):
+        counting.check(SimpleNamespace(vocab_size=257, block_size=130))
+
+
+def test_a_failed_run_leaves_the_data_set_as_it_was(tmp_path):
+    write_dataset([("train", "ab"), ("val", "x")], tmp_path, "byte")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def documents():
+        yield "train", "other"
+        raise UserError("stop")
+
+    for given, words in ((documents(), "stop"), ([("train", "a")], "no text for the val split")):
+        with pytest.raises(UserError, match=words):
+            write_dataset(given, tmp_path, "byte")
+        assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_one_writer_replaces_what_another_wrote(tmp_path):
+    """A set of many files gives way to one of two, and nothing of it is left."""
+    tokenizer = writer.open_tokenizer("byte", tmp_path)
+    big = writer.DatasetWriter(tmp_path / "x.part", tokenizer, tokenizer.describe(), 3)
+    for split, text in (("train", "abc"), ("val", "x"), ("train", "defg")):
+        big.add(split, list(text.encode()), len(text))
+    meta = big.finish()
+    names = [file["name"] for file in meta["splits"]["train"]]
+    assert names == ["train_00000.bin", "train_00001.bin"] and big.n_tokens == 11
+    assert Dataset(tmp_path).train.n_tokens == 9
+    write_dataset([("train", "ab"), ("val", "x")], tmp_path, "byte")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_a_file_of_another_data_set_is_not_taken_for_a_finished_one(tmp_path):
+    """A writer that continues takes a file outside its folder only if the content is its own."""
+    tokenizer = writer.open_tokenizer("byte", tmp_path)
+    about = tokenizer.describe()
+    first = writer.DatasetWriter(tmp_path / "x.part", tokenizer, about, 3)
+    first.add("train", [97, 98, 99], 3)
+    first.save({})
+    (tmp_path / "x.part/train_00000.bin").rename(tmp_path / "train_00000.bin")
+    progress = writer.find_unfinished(tmp_path / "x.part", about)
+    assert writer.DatasetWriter(tmp_path / "x.part", tokenizer, about, 3, progress).n_tokens == 4
+    np.array([1, 2, 3, 256], "<u2").tofile(tmp_path / "train_00000.bin")
+    progress = writer.find_unfinished(tmp_path / "x.part", about)
+    with pytest.raises(UserError, match="is shorter than progress.json says: remove"):
+        writer.DatasetWriter(tmp_path / "x.part", tokenizer, about, 3, progress)
+
+
+def test_known_ids_are_those_that_have_bytes():
+    encoding = get_tokenizer("byte")
+    assert known_ids(encoding, 300).tolist() == [True] * 257 + [False] * 43
+    assert known_ids(encoding, 3).tolist() == [True] * 3
+
+
+def test_text_grows_by_whole_characters_up_to_the_stop_string():
+    encoding = get_tokenizer("byte")
+    for stop, raw, expected in (
+        (None, b"ab\xf0\x9f\x99\x82c\xff", "ab🙂c\ufffd"),
+        ("\n\n", b"a\nb\n\nc", "a\nb"),
+        ("aab", b"aaab", "a"),
+        ("xyz", b"xyxy", "xyxy"),
+    ):
+        text = Text(encoding, stop)
+        shown = "".join(text.add(token) for token in raw)
+        assert shown + text.finish() == expected and text.done and text.finish() == ""

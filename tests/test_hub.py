@@ -1,4 +1,6 @@
-"""Data sets from parquet files, of a local stand-in for the Hub; splits of many and of large files."""
+"""Data sets from parquet files on a local stand-in for the Hub; splits of many and large files."""
+
+import errno
 import hashlib
 import http.server
 import json
@@ -10,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -21,100 +25,200 @@ from nanogqa.writer import write_dataset
 
 main = program("hub")
 hub = sys.modules["prepare_hub"]
-LIST = "/api/datasets/some/text/parquet/part/train"
+COMMIT = hashlib.sha1(b"newest").hexdigest()
+REVISION = "/api/datasets/some/text/revision/refs/convert/parquet"
+TREE = f"/api/datasets/some/text/tree/{COMMIT}/"
+LIST = f"{TREE}part/train"
+FILES = [f"/datasets/some/text/resolve/{COMMIT}/part/train/{i:04d}.parquet" for i in range(3)]
 
 
 def texts(n, seed=0):
     rng = random.Random(seed)
-    return ["".join(rng.choices("abc é🙂\n", k=rng.randint(0, 40))) + rng.choice(["", "<|endoftext|>"]) for _ in range(n)]
+    made = []
+    for _ in range(n):
+        text = "".join(rng.choices("abc é🙂\n", k=rng.randint(0, 40)))
+        made.append(text + rng.choice(["", "<|endoftext|>"]))
+    return made
 
 
-def parquet(path, column, **options):
+def in_val(text, fraction):
+    """Whether a text belongs to the validation split."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < fraction * 2**64
+
+
+def parquet(path, column):
+    """Writes a parquet file with the texts in column. Returns its bytes."""
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-    pyarrow.parquet.write_table(pyarrow.table(dict(id=list(range(len(column))), text=pyarrow.array(column, pyarrow.string()))),
-                                path, **dict(dict(row_group_size=300), **options))
+    from pyarrow.parquet import write_table
+
+    text = pyarrow.array(column, pyarrow.string())
+    write_table(pyarrow.table(dict(id=range(len(column)), text=text)), path, row_group_size=300)
     return path.read_bytes()
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """A stand-in for the Hub: one data set, some/text, of three files with 1,000 documents each.
+
+    files: content by path.
+    errors: X-Error-Code by missing path.
+    asked: (path, Range) of each GET.
+    plan: by path, what happens to the next GETs: a number of bytes until the connection drops,
+        (status,), or other content. Under "HEAD PATH" the statuses of the next HEADs.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, documents, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.ranges = True  # whether it honours Range
+        self.asked = []
+        self.tokens = []  # Authorization of each GET
+        self.plan = {}
+        self.errors = {}
+        self.documents = documents
+        self.files = {
+            path: parquet(folder / "made.parquet", column)
+            for path, column in zip(FILES, documents, strict=True)
+        }
+        self.files[REVISION] = json.dumps(dict(id="some/text", sha=COMMIT)).encode()
+        self.files[LIST] = listing("part/train", [f"{i:04d}.parquet" for i in range(3)])
+
+
+def listing(folder, names):
+    """The Hub's answer to a request for the tree at folder, in another order than sorted."""
+    entries = [dict(type="file", path=f"{folder}/{name}", size=9, oid="0") for name in names[::-1]]
+    return json.dumps([dict(type="directory", path=f"{folder}/a.d", oid="0"), *entries]).encode()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        path = unquote(self.path.partition("?")[0])
+        plan = self.server.plan.get(f"HEAD {path}", [])
+        later = self.server.plan.get(path, [])
+        content = self.server.files.get(path)
+        if later and isinstance(later[0], bytes):
+            content = later[0]  # the GET will find this content, too
+        self.answer(path, plan.pop(0) if plan else None, content, 0)
+
+    def do_GET(self):
+        path = unquote(self.path.partition("?")[0])
+        self.server.asked.append((path, self.headers["Range"]))
+        self.server.tokens.append(self.headers["Authorization"])
+        plan = self.server.plan.get(path, [])
+        how = plan.pop(0) if plan else None
+        content = how if isinstance(how, bytes) else self.server.files.get(path)
+        start = 0
+        if self.server.ranges:
+            start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "bytes=0-")[1])
+        sent = self.answer(path, how, content, start)
+        if sent:
+            self.wfile.write(content[start : start + how if isinstance(how, int) else None])
+
+    def answer(self, path, how, content, start):
+        """Sends the header. Returns whether content follows."""
+        if content is None or isinstance(how, tuple):
+            self.send_response(how[0] if how else 404)
+            if how is None and path in self.server.errors:
+                self.send_header("X-Error-Code", self.server.errors[path])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return False
+        if start >= len(content) > 0:
+            self.send_error(416)
+            return False
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        return True
+
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """A Hub of three files, 1,000 documents each. It has: files, by path; asked, the requests; plan, a list per path of how
-    the next ones go: how many bytes until the connection drops, a status, or other content."""
-    monkeypatch.setattr(hub, "BACKOFF", 0.001)
+    """The stand-in for the Hub. Waits between tries are a thousand times shorter."""
+    pytest.importorskip("huggingface_hub")
+    import huggingface_hub.constants
+
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 1000))
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 500)  # resumes from these
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(hub, "BATCH", 128)
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            server.asked.append((self.path, self.headers["Range"]))
-            plan = server.plan.get(self.path, [])
-            how = plan.pop(0) if plan else None
-            content = how if isinstance(how, bytes) else server.files.get(self.path)
-            start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "bytes=0-")[1]) if server.ranges else 0
-            if content is None or isinstance(how, tuple):
-                return self.send_error(how[0] if how else 404)
-            if start >= len(content) > 0:
-                return self.send_error(416)
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(content) - start))
-            self.end_headers()
-            self.wfile.write(content[start:start + how if isinstance(how, int) else None])
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.url = f"http://127.0.0.1:{server.server_address[1]}"
-    server.ranges, server.asked, server.plan = True, [], {}
-    server.documents = [texts(1000, seed) for seed in range(3)]
-    server.documents[1][3] = None
-    server.files = {f"/{i}.parquet": parquet(tmp_path / "made.parquet", column) for i, column in enumerate(server.documents)}
-    server.files[LIST] = json.dumps([f"{server.url}/{i}.parquet" for i in range(3)]).encode()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    documents = [texts(1000, seed) for seed in range(3)]
+    documents[1][3] = None
+    server = Hub(documents, tmp_path)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
 
 
 def arguments(server, folder, *more):
-    return ["--repo=some/text", "--subset=part", "--tokenizer=byte", f"--endpoint={server.url}", "--tokens_per_file=20000",
-            "--val_fraction=0.05", f"--data_dir={folder}", *more]
+    return [
+        "--repo=some/text",
+        "--subset=part",
+        "--tokenizer=byte",
+        f"--endpoint={server.url}",
+        "--tokens_per_file=20000",
+        "--val_fraction=0.05",
+        f"--data_dir={folder}",
+        *more,
+    ]
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def decoded(split):
     ids = split.windows([0], split.n_tokens)[0]
     assert ids[-1] == 256
-    return [bytes(document[:-1].astype(np.uint8)).decode() for document in np.split(ids, np.flatnonzero(ids == 256) + 1)[:-1]]
+    return [
+        bytes(document[:-1].astype(np.uint8)).decode()
+        for document in np.split(ids, np.flatnonzero(ids == 256) + 1)[:-1]
+    ]
 
 
 def test_documents_stay_whole_and_in_order(server, tmp_path, capsys):
     main(arguments(server, tmp_path / "out"))
     data = Dataset(tmp_path / "out")
     want = [text for column in server.documents for text in column if text is not None]
-    val = {text for text in want if int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < 0.05 * 2**64}
+    val = {text for text in want if in_val(text, 0.05)}
     assert decoded(data.train) == [text for text in want if text not in val]
     assert decoded(data.val) == [text for text in want if text in val] and 50 < data.val.n_tokens
     assert data.train.n_bytes == sum(len(text.encode()) for text in want if text not in val)
     files = data.meta["splits"]["train"]
-    assert [file["name"] for file in files] == [f"train_{i:05d}.bin" for i in range(len(files))] and len(files) > 3
+    assert len(files) > 3
+    assert [file["name"] for file in files] == [f"train_{i:05d}.bin" for i in range(len(files))]
     for file in files:  # a file is full with the document that reaches tokens_per_file
         ids = np.fromfile(tmp_path / "out" / file["name"], "<u2")
         assert len(ids) == file["tokens"] and ids[-1] == 256
         if file is not files[-1]:
             assert len(ids) >= 20000 > np.flatnonzero(ids[:-1] == 256)[-1] + 1
-    sums = [f"{hashlib.sha256((tmp_path / 'out' / file['name']).read_bytes()).hexdigest()}  {file['name']}\n"
-            for file in [*files, *data.meta["splits"]["val"]]]
-    assert data.meta["sha256"] == hashlib.sha256("".join(sums).encode()).hexdigest()
+    sums = ""
+    for file in [*files, *data.meta["splits"]["val"]]:
+        digest = hashlib.sha256((tmp_path / "out" / file["name"]).read_bytes()).hexdigest()
+        sums += f"{digest}  {file['name']}\n"
+    assert data.meta["sha256"] == hashlib.sha256(sums.encode()).hexdigest()
     assert data.meta["sha256"][:16] in capsys.readouterr().out
-    assert sorted(content(tmp_path / "out")) == sorted(["meta.json", "val.bin", *(file["name"] for file in files)])
-    assert [path for path, _ in server.asked] == [LIST, *(f"/{i}.parquet" for i in range(3))]
+    assert sorted(content(tmp_path / "out")) == sorted(
+        ["meta.json", "val.bin", *(file["name"] for file in files)]
+    )
+    assert [path for path, _ in server.asked] == [REVISION, LIST, *FILES]
+    assert data.meta["commit"] == COMMIT
     server.asked.clear()
-    main(arguments(server, tmp_path / "out"))  # it is there
+    main(arguments(server, tmp_path / "out"))  # it is already there
     assert not server.asked
 
 
@@ -126,17 +230,25 @@ def test_workers_batches_and_folders_change_nothing(server, tmp_path, monkeypatc
     assert content(tmp_path / "one") == content(tmp_path / "out")
     (tmp_path / "in").mkdir()
     for i in range(3):
-        (tmp_path / f"in/{i}.parquet").write_bytes(server.files[f"/{i}.parquet"])
+        (tmp_path / f"in/{i}.parquet").write_bytes(server.files[FILES[i]])
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    main(["--tokenizer=byte", "--tokens_per_file=20000", "--val_fraction=0.05", f"--input={tmp_path / 'in'}",
-          f"--data_dir={tmp_path / 'local'}"])
+    main(
+        [
+            "--tokenizer=byte",
+            "--tokens_per_file=20000",
+            "--val_fraction=0.05",
+            f"--input={tmp_path / 'in'}",
+            f"--data_dir={tmp_path / 'local'}",
+        ]
+    )
     assert Dataset(tmp_path / "local").meta["sha256"] == Dataset(tmp_path / "out").meta["sha256"]
     assert len(list((tmp_path / "in").iterdir())) == 3
 
 
 def test_max_tokens_ends_with_the_document_that_reaches_it(server, tmp_path):
     main(arguments(server, tmp_path / "all"))
-    lengths = np.cumsum([len(text.encode()) + 1 for column in server.documents for text in column if text is not None])
+    want = [text for column in server.documents for text in column if text is not None]
+    lengths = np.cumsum([len(text.encode()) + 1 for text in want])
     for limit in (5000, int(lengths[600]), int(lengths[600]) + 1, int(lengths[1200])):
         main(arguments(server, tmp_path / str(limit), f"--max_tokens={limit}"))
         data, whole = Dataset(tmp_path / str(limit)), Dataset(tmp_path / "all")
@@ -151,40 +263,53 @@ def test_dropped_connections_and_busy_servers(server, tmp_path, ranges):
     main(arguments(server, tmp_path / "out"))
     server.asked.clear()
     server.ranges = ranges
-    server.plan = {"/1.parquet": [1000, 0, (503,), 2000, (429,)], LIST: [(500,), 10]}
+    server.plan = {
+        FILES[1]: [1000, 0, (503,), 2000, (429,)],
+        f"HEAD {FILES[1]}": [(500,), (503,)],
+        REVISION: [(500,), 10],
+        LIST: [(500,), 10],
+    }
     main(arguments(server, tmp_path / "again"))
     assert content(tmp_path / "again") == content(tmp_path / "out")
-    starts = [int((header or "bytes=0-")[6:-1]) for path, header in server.asked if path == "/1.parquet"]
-    assert starts == ([0, 1000, 1000, 1000, 3000, 3000] if ranges else [0, 1000, 0, 0, 2000, 2000])
+    assert not any(server.plan.values())
+    starts = [
+        int((header or "bytes=0-")[6:-1]) for path, header in server.asked if path == FILES[1]
+    ]
+    assert len(starts) == 6 and starts[:2] == [0, 1000] and 2000 in starts  # resumes what arrived
 
 
 def test_a_corrupt_file_is_downloaded_once_more(server, tmp_path, capsys):
     main(arguments(server, tmp_path / "out"))
-    good = server.files["/1.parquet"]
+    good = server.files[FILES[1]]
     middle = len(good) // 2
-    for bad in (good[:-4] + b"oops", b"<html>", good[:middle] + bytes(200) + good[middle + 200:]):
-        server.plan = {"/1.parquet": [bad]}
+    for bad in (good[:-4] + b"oops", b"<html>", good[:middle] + bytes(200) + good[middle + 200 :]):
+        server.plan = {FILES[1]: [bad]}
         server.asked.clear()
-        main(arguments(server, tmp_path / "again", "--overwrite=True", f"--tokens_per_file={20000}"))
+        main(
+            arguments(server, tmp_path / "again", "--overwrite=True", f"--tokens_per_file={20000}")
+        )
         assert content(tmp_path / "again") == content(tmp_path / "out")
-        assert [path for path, _ in server.asked].count("/1.parquet") == 2
+        assert [path for path, _ in server.asked].count(FILES[1]) == 2
         (tmp_path / "again/meta.json").unlink()
-    server.plan = {"/1.parquet": [b"no", b"parquet"]}
+    server.plan = {FILES[1]: [b"no", b"parquet"]}
     server.asked.clear()
     error = fails(main, arguments(server, tmp_path / "third"), capsys)
-    assert f"{server.url}/1.parquet is no sound parquet file" in error and not (tmp_path / "third/meta.json").exists()
-    main(arguments(server, tmp_path / "third"))  # the server has mended it
+    assert "part/train/0001.parquet is not a sound parquet file" in error
+    assert not (tmp_path / "third/meta.json").exists()
+    main(arguments(server, tmp_path / "third"))  # fixed on the server
     assert content(tmp_path / "third") == content(tmp_path / "out")
-    assert [path for path, _ in server.asked].count("/0.parquet") == 1
+    assert [path for path, _ in server.asked].count(FILES[0]) == 1
 
 
-@pytest.mark.parametrize("kill_at,save", [(1, 0), (900, 0), (1700, 0), (1700, 99), (2500, 0), (2998, 0)])
+@pytest.mark.parametrize(
+    "kill_at,save", [(1, 0), (900, 0), (1700, 0), (1700, 99), (2500, 0), (2998, 0)]
+)
 def test_a_run_goes_on_where_it_stopped(server, tmp_path, monkeypatch, kill_at, save):
-    """The run stops at a document; whatever the files hold beyond the recorded length is cut off."""
+    """The run stops at a document; what the files hold beyond the recorded length is cut off."""
     main(arguments(server, tmp_path / "out"))
     server.asked.clear()
     monkeypatch.setattr(hub, "SAVE_SECONDS", save)
-    add, added = hub.ShardWriter.add, []
+    add, added = hub.DatasetWriter.add, []
 
     def counted(self, *args):
         added.append(args)
@@ -193,116 +318,294 @@ def test_a_run_goes_on_where_it_stopped(server, tmp_path, monkeypatch, kill_at, 
                 file.flush()
             raise KeyboardInterrupt
         add(self, *args)
-    monkeypatch.setattr(hub.ShardWriter, "add", counted)
+
+    monkeypatch.setattr(hub.DatasetWriter, "add", counted)
     with pytest.raises(SystemExit):
         main(arguments(server, tmp_path / "again"))
     assert not (tmp_path / "again/meta.json").exists()
     main(arguments(server, tmp_path / "again"))
     assert content(tmp_path / "again") == content(tmp_path / "out")
-    assert sorted(path for path, _ in server.asked) == sorted([LIST, *(f"/{i}.parquet" for i in range(3))])
+    assert sorted(path for path, _ in server.asked) == sorted([REVISION, LIST, *FILES])
     if not save:
         assert len(added) < 3000 + 128 + 2
     elif kill_at > 1000:
         assert len(added) < 3000 + kill_at - 1000 + 2
 
 
-def test_a_left_over_that_is_longer_than_the_file(server, tmp_path):
-    """Such a one is of another file: it is thrown away."""
-    server.plan = {"/1.parquet": [500, (404,)]}
-    with pytest.raises(SystemExit):
-        main(arguments(server, tmp_path / "out"))
-    part = tmp_path / "out/hub.part/00001.parquet.part"
-    assert part.stat().st_size == 500
-    part.write_bytes(bytes(10**6))
-    server.asked.clear()
+def test_what_a_killed_download_left_does_no_harm(server, tmp_path):
+    """Whatever is in the download folder, the result is the same and the folder goes."""
     main(arguments(server, tmp_path / "out"))
-    assert server.asked[:2] == [("/1.parquet", "bytes=1000000-"), ("/1.parquet", None)] and Dataset(tmp_path / "out")
+    server.plan = {FILES[1]: [500, (404,)]}
+    with pytest.raises(SystemExit):
+        main(arguments(server, tmp_path / "again"))
+    left = tmp_path / "again/hub.part/download/.cache/huggingface/download/part/train"
+    left.mkdir(parents=True, exist_ok=True)
+    (left / "0001.parquet.abc.incomplete").write_bytes(bytes(10**6))
+    server.asked.clear()
+    main(arguments(server, tmp_path / "again"))
+    assert [path for path, _ in server.asked] == FILES[1:]
+    assert content(tmp_path / "again") == content(tmp_path / "out")
 
 
 def test_a_run_goes_on_after_it_was_killed_while_finishing(server, tmp_path, monkeypatch):
     main(arguments(server, tmp_path / "out"))
+    replace, finish = os.replace, hub.DatasetWriter.finish
     for kill_at in (1, 3, 5):
-        moved, replace = [], os.replace
+        moved = []
 
-        def counted(source, target):
+        def counted(source, target, moved=moved, kill_at=kill_at):
             moved.append(target)
             if len(moved) == kill_at:
                 raise KeyboardInterrupt
             replace(source, target)
+
         folder = tmp_path / str(kill_at)
         with monkeypatch.context() as patch:
-            publish = hub.publish
-            patch.setattr(hub, "publish", lambda *args: patch.setattr(os, "replace", counted) or publish(*args))
+
+            def finish_and_die(*args, patch=patch, counted=counted):
+                patch.setattr(os, "replace", counted)
+                return finish(*args)
+
+            patch.setattr(hub.DatasetWriter, "finish", finish_and_die)
             with pytest.raises(SystemExit):
                 main(arguments(server, folder))
-        assert not (folder / "meta.json").exists()
+        assert len(moved) == kill_at and not (folder / "meta.json").exists()
         main(arguments(server, folder))
         assert content(folder) == content(tmp_path / "out")
 
 
 def test_kill_9(server, tmp_path):
-    """A process that is killed in the third file; the last megabytes of the download come drop by drop."""
+    """A process that is killed while the third file is downloaded."""
     main(arguments(server, tmp_path / "out"))
     server.asked.clear()
-    server.plan = {"/2.parquet": [500] + [(503,)] * 100}
+    server.plan = {FILES[2]: [500] + [(503,)] * 100}
     command = [sys.executable, "data/hub/prepare.py", *arguments(server, tmp_path / "again")]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while sum(path == "/2.parquet" for path, _ in server.asked) < 2 and time.monotonic() < deadline:
+    while sum(path == FILES[2] for path, _ in server.asked) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert (tmp_path / "again/hub.part/train_00000.bin").exists() and not (tmp_path / "again/meta.json").exists()
+    assert (tmp_path / "again/hub.part/train_00000.bin").exists() and not (
+        tmp_path / "again/meta.json"
+    ).exists()
     server.plan.clear()
     server.asked.clear()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     assert content(tmp_path / "again") == content(tmp_path / "out")
-    assert server.asked == [("/2.parquet", "bytes=500-")]
+    assert server.asked == [(FILES[2], None)]
 
 
-@pytest.mark.parametrize("args,words", [
-    (["--val_fraction=1"], "val_fraction must be between 0 and 1"), (["--max_tokens=0"], "max_tokens must be at least 1"),
-    (["--workers=0"], "workers must be at least 1"), (["--tokens_per_file=0"], "tokens_per_file must be at least 1"),
-    (["--colum=text"], "did you mean column?"), (["--tokenizer=nonsense"], "there is no tokenizer 'nonsense'"),
-    (["--subset=other"], "answers 404 (Not Found): check --repo, --subset and --split"),
-    (["--endpoint=ftp:/x"], "is no address of a Hub"), (["--input=/no/such"], "there are no parquet files at /no/such: name"),
-    (["--column=words"], "no column of text 'words': choose --column from text"), (["--column=id"], "--column from text"),
-    (["--val_fraction=1e-9"], "no text for the val split"),
-    (["--endpoint=http://127.0.0.1:1"], "6 times in a row): run the same command later")])
+@pytest.mark.parametrize(
+    "args,words",
+    [
+        (["--val_fraction=1"], "val_fraction must be between 0 and 1"),
+        (["--max_tokens=0"], "max_tokens must be at least 1"),
+        (["--workers=0"], "workers must be at least 1"),
+        (["--tokens_per_file=0"], "tokens_per_file must be at least 1"),
+        (["--colum=text"], "did you mean column?"),
+        (["--tokenizer=nonsense"], "there is no tokenizer 'nonsense'"),
+        (
+            ["--subset=other"],
+            "no parquet files for other/train: check --repo, --subset and --split",
+        ),
+        (["--split=other"], "no parquet files for part/other: check --repo, --subset and --split"),
+        (["--subset=a/b"], "subset must be a name without slashes"),
+        (["--split=.."], "split must be a name"),
+        (["--revision=main"], "revision must be a commit of 40 hex digits"),
+        (["--repo=a b"], "cannot be a data set: write --repo=OWNER/NAME"),
+        (["--repo=other/text"], "there is no data set 'other/text' at"),
+        ([f"--revision={'0' * 40}"], "no parquet files at 0000"),
+        (["--endpoint=ftp:/x"], "is not the address of a Hub"),
+        (["--endpoint=http://["], "from http://[ ("),
+        (["--input=/no/such"], "there are no parquet files at /no/such: name"),
+        (["--column=words"], "no column of text 'words': choose --column from text"),
+        (["--column=id"], "--column from text"),
+        (["--val_fraction=1e-9"], "no text for the val split"),
+        (["--endpoint=http://127.0.0.1:1"], "6 times in a row): run the same command later"),
+    ],
+)
 def test_bad_settings(server, tmp_path, capsys, args, words):
+    server.errors = {"/api/datasets/other/text/revision/refs/convert/parquet": "RepoNotFound"}
+    for folder in ("other/train", "other/partial-train", "part/other", "part/partial-other"):
+        server.errors[f"{TREE}{folder}"] = "EntryNotFound"
+        server.errors[f"{TREE.replace(COMMIT, '0' * 40)}{folder}"] = "RevisionNotFound"
+    server.errors[LIST.replace(COMMIT, "0" * 40)] = "RevisionNotFound"
     assert words in fails(main, arguments(server, tmp_path / "out", *args), capsys)
     assert not list(tmp_path.glob("out/*.*n"))
 
 
-@pytest.mark.parametrize("answer", [b"{}", b"[]", b"[1]", b'["/etc/passwd"]', b"<html>", b"7", b'{"error": "no"}'])
-def test_a_list_that_is_none(server, tmp_path, capsys, answer):
-    server.files[LIST] = answer
-    assert "answers with no list of parquet files" in fails(main, arguments(server, tmp_path / "out"), capsys)
+@pytest.mark.parametrize("path", [LIST, REVISION])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"{}",
+        b"[]",
+        b"[1]",
+        b'["/etc/passwd"]',
+        b"<html>",
+        b"7",
+        b'{"error": "no"}',
+        b"[" * 10**5,
+        b'{"id": "some/text", "sha": "../main"}',
+        b'{"id": "some/text"}',
+        listing("part/train/..", ["0000.parquet"]),
+        listing("/etc", ["passwd"]),
+    ],
+)
+def test_a_list_that_is_none(server, tmp_path, capsys, path, answer):
+    server.files[path] = answer
+    server.errors[f"{TREE}part/partial-train"] = "EntryNotFound"
+    error = fails(main, arguments(server, tmp_path / "out"), capsys)
+    if path == LIST and (answer in (b"{}", b"[]") or answer.startswith(b"[{")):
+        assert "has no parquet files for part/train: check --repo" in error  # none that fits
+    else:
+        assert "answers with no list of parquet files" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_large_data_set_is_there_in_part(server, tmp_path):
+    """Of a large data set the Hub keeps the first gigabytes, in a folder with another name."""
+    main(arguments(server, tmp_path / "out"))
+    del server.files[LIST]
+    server.errors[LIST] = "EntryNotFound"
+    server.files[f"{TREE}part/partial-train"] = listing(
+        "part/partial-train", ["0000.parquet", "0001.parquet"]
+    )
+    for i in range(2):
+        server.files[FILES[i].replace("train", "partial-train")] = server.files.pop(FILES[i])
+    main(arguments(server, tmp_path / "part"))
+    some, every = Dataset(tmp_path / "part").train, Dataset(tmp_path / "out").train
+    n = some.n_tokens
+    assert 0 < n < every.n_tokens and (some.windows([0], n) == every.windows([0], n)).all()
+
+
+def test_a_data_set_keeps_its_commit(server, tmp_path, capsys):
+    """The newest commit is looked up once; --revision names one, and another one is another set."""
+    server.plan = {FILES[1]: [(404,)]}
+    assert "0001.parquet answers 404: check --repo" in fails(
+        main, arguments(server, tmp_path / "out"), capsys
+    )
+    server.files[REVISION] = json.dumps(dict(id="some/text", sha="1" * 40)).encode()
+    server.asked.clear()
+    assert "unfinished data set with other settings" in fails(
+        main, arguments(server, tmp_path / "out", f"--revision={'1' * 40}"), capsys
+    )
+    main(arguments(server, tmp_path / "out"))
+    assert [path for path, _ in server.asked] == FILES[1:]
+    assert Dataset(tmp_path / "out").meta["commit"] == COMMIT
+    server.asked.clear()
+    main(arguments(server, tmp_path / "again", f"--revision={COMMIT}"))
+    assert [path for path, _ in server.asked] == [LIST, *FILES]
+    assert content(tmp_path / "again") == content(tmp_path / "out")
+    main(arguments(server, tmp_path / "out", f"--revision={COMMIT}"))
+    assert "data set with other settings" in fails(
+        main, arguments(server, tmp_path / "out", f"--revision={'1' * 40}"), capsys
+    )
+
+
+def test_gated_data_and_tokens(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    gated = server.files.pop(REVISION)
+    server.errors[REVISION] = "GatedRepo"
+    error = fails(main, arguments(server, tmp_path / "out"), capsys)
+    page = f"{server.url}/datasets/some/text"
+    assert f"is gated: accept its terms at {page}, and set HF_TOKEN" in error
+    assert "hf_secret" not in error and len(server.asked) == 1 and not (tmp_path / "out").exists()
+    server.files[REVISION] = gated
+    server.plan = {f"HEAD {FILES[0]}": [(403,)]}
+    assert "0000.parquet answers 403: check --repo, --subset, --split and HF_TOKEN" in fails(
+        main, arguments(server, tmp_path / "out"), capsys
+    )
+    main(arguments(server, tmp_path / "out"))
+    assert set(server.tokens) == {"Bearer hf_secret"}
+    for file in (tmp_path / "out").iterdir():
+        assert b"hf_secret" not in file.read_bytes()
+
+
+def test_what_ends_a_run_and_what_is_tried_again(server, tmp_path):
+    """A storage server refuses addresses that have expired: the Hub gives a new one."""
+    from huggingface_hub import errors
+
+    client = hub.Hub(hub.HubConfig(endpoint=server.url))
+    with pytest.raises(UserError, match="unset it, or pass --input=FOLDER"):
+        client.raise_if_refused(errors.OfflineModeIsEnabled())
+    for url, status in (("https://storage/x", 403), (server.url, 429), (server.url, 500)):
+        client.raise_if_refused(
+            SimpleNamespace(response=SimpleNamespace(url=url, status_code=status))
+        )
+    with pytest.raises(UserError, match="/x answers 403: check"):
+        client.raise_if_refused(
+            SimpleNamespace(response=SimpleNamespace(url=f"{server.url}/x?key=1", status_code=403))
+        )
+
+
+def test_a_disk_that_fails_is_not_the_network(server, tmp_path, capsys, monkeypatch):
+    import huggingface_hub.file_download
+
+    calls = []
+
+    def full(*args, **kwargs):
+        calls.append(args)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub.file_download, "http_get", full)
+    error = fails(main, arguments(server, tmp_path / "out"), capsys)
+    assert "(No space left on device): pass another --data_dir" in error and len(calls) == 1
+
+
+def test_local_files_that_go_away(server, tmp_path, capsys, monkeypatch):
+    """The files of the first run are the ones that count: new ones are left out."""
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / f"in/{i}.parquet").write_bytes(server.files[FILES[i]])
+    args = ["--tokenizer=byte", "--val_fraction=0.05", f"--input={tmp_path / 'in'}"]
+    main([*args, f"--data_dir={tmp_path / 'out'}"])
+    (tmp_path / "in/1.parquet").write_bytes(b"")
+    args.append(f"--data_dir={tmp_path / 'again'}")
+    assert "in/1.parquet is not a sound parquet file" in fails(main, args, capsys)
+    (tmp_path / "in/1.parquet").unlink()
+    assert "1.parquet is no longer in" in fails(main, args, capsys)
+    for i in (1, 2):
+        (tmp_path / f"in/{i}.parquet").write_bytes(server.files[FILES[i]])
+    (tmp_path / "in/3.parquet").write_bytes(server.files[FILES[0]])
+    main(args)
+    assert content(tmp_path / "again") == content(tmp_path / "out")
 
 
 def test_other_data_sets_are_not_overwritten(server, tmp_path, capsys):
     write_dataset([("train", "text"), ("val", "more")], tmp_path / "out", "byte")
     before = content(tmp_path / "out")
-    assert "holds a data set of other settings" in fails(main, arguments(server, tmp_path / "out"), capsys)
-    (tmp_path / "out/meta.json").write_text(before["meta.json"].decode().replace('"byte"', '"gpt2"'))
-    assert "holds a data set of tokenizer 'gpt2'" in fails(main, arguments(server, tmp_path / "out"), capsys)
-    assert content(tmp_path / "out") == {**before, "meta.json": (tmp_path / "out/meta.json").read_bytes()} and not server.asked
+    assert "holds a data set with other settings" in fails(
+        main, arguments(server, tmp_path / "out"), capsys
+    )
+    (tmp_path / "out/meta.json").write_text(
+        before["meta.json"].decode().replace('"byte"', '"gpt2"')
+    )
+    assert "holds a data set with tokenizer 'gpt2'" in fails(
+        main, arguments(server, tmp_path / "out"), capsys
+    )
+    before["meta.json"] = (tmp_path / "out/meta.json").read_bytes()
+    assert content(tmp_path / "out") == before and not server.asked
     main(arguments(server, tmp_path / "out", "--overwrite=True"))
     assert "train.bin" not in content(tmp_path / "out") and decoded(Dataset(tmp_path / "out").train)
     before = content(tmp_path / "out")
-    assert "of other settings" in fails(main, arguments(server, tmp_path / "out", "--max_tokens=99"), capsys)
+    assert "with other settings" in fails(
+        main, arguments(server, tmp_path / "out", "--max_tokens=99"), capsys
+    )
     assert before == content(tmp_path / "out")
-    (tmp_path / "out/val.bin").write_bytes(b"")  # a damaged set is mended by the same command
+    (tmp_path / "out/val.bin").write_bytes(b"")  # the same command replaces a damaged set
     main(arguments(server, tmp_path / "out"))
     assert before == content(tmp_path / "out")
 
 
 def test_an_unfinished_data_set_of_other_settings_is_kept(server, tmp_path, capsys):
-    server.plan = {"/1.parquet": [(404,)]}
-    assert "1.parquet answers 404" in fails(main, arguments(server, tmp_path / "out"), capsys)
+    server.plan = {FILES[1]: [(404,)]}
+    assert "0001.parquet answers 404" in fails(main, arguments(server, tmp_path / "out"), capsys)
     part = content(tmp_path / "out/hub.part")
-    assert "an unfinished data set of other settings" in fails(main, arguments(server, tmp_path / "out", "--column=id"), capsys)
+    assert "an unfinished data set with other settings" in fails(
+        main, arguments(server, tmp_path / "out", "--column=id"), capsys
+    )
     assert part == content(tmp_path / "out/hub.part")
     (tmp_path / "out/hub.part/train_00000.bin").write_bytes(b"")
     main(arguments(server, tmp_path / "out", "--overwrite=True", "--max_tokens=9000"))
@@ -310,46 +613,96 @@ def test_an_unfinished_data_set_of_other_settings_is_kept(server, tmp_path, caps
 
 
 def test_damaged_progress(server, tmp_path, capsys):
-    server.plan = {"/1.parquet": [(404,)]}
+    server.plan = {FILES[1]: [(404,)]}
     fails(main, arguments(server, tmp_path / "out"), capsys)
     for file in (tmp_path / "out/hub.part").glob("train_*.bin"):
         file.write_bytes(b"")
-    assert f"remove {tmp_path / 'out/hub.part'} to begin again" in fails(main, arguments(server, tmp_path / "out"), capsys)
-    for text in ("{", "[]", "{}", "null"):
-        (tmp_path / "out/hub.part/progress.json").write_text(text)
-        assert "progress.json is damaged: remove" in fails(main, arguments(server, tmp_path / "out"), capsys)
+    assert f"remove {tmp_path / 'out/hub.part'} to begin again" in fails(
+        main, arguments(server, tmp_path / "out"), capsys
+    )
+    progress = tmp_path / "out/hub.part/progress.json"
+    good = json.loads(progress.read_text())
+    damaged = ["{", "[]", "{}", "null", "[" * 10**5]
+    for key, value in (
+        ("names", ["../../../etc/passwd"]),
+        ("names", "0000.parquet"),
+        ("names", [".."]),
+        ("folder", "../.."),
+        ("file", -1),
+        ("file", 4),
+        ("rows", "0"),
+        ("rows", 0.5),
+        ("else", 1),
+    ):
+        damaged.append(json.dumps(dict(good, position=dict(good["position"], **{key: value}))))
+    damaged.append(json.dumps(dict(good, about=dict(good["about"], commit="../main"))))
+    entry = dict(good["splits"]["val"][0], name="../val.bin")
+    damaged.append(json.dumps(dict(good, splits=dict(good["splits"], val=[entry]))))
+    entry = dict(entry, name="val.bin", tokens=-1)
+    damaged.append(json.dumps(dict(good, splits=dict(good["splits"], val=[entry]))))
+    for text in damaged:
+        progress.write_text(text)
+        assert "progress.json is damaged: remove" in fails(
+            main, arguments(server, tmp_path / "out"), capsys
+        )
 
 
-def test_without_pyarrow(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install pyarrow" in fails(main, ["--tokenizer=byte", f"--data_dir={tmp_path / 'out'}"], capsys)
+@pytest.mark.parametrize("name", ["pyarrow", "huggingface_hub"])
+def test_without_a_package(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "pyarrow", sys)  # as if it were installed
+    monkeypatch.setitem(sys.modules, name, None)
+    error = fails(main, ["--tokenizer=byte", f"--data_dir={tmp_path / 'out'}"], capsys)
+    assert f"{name} is not installed: pip install pyarrow huggingface_hub" in error
 
 
 def test_tokenizer_files_tokenize_batches_as_they_do_texts(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     from nanogqa.tokenizer import HuggingFaceTokenizer
+
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts(200), tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        texts(200),
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     parquet(tmp_path / "x.parquet", texts(400))
-    main([f"--tokenizer={tmp_path}", f"--input={tmp_path}/x.parquet", f"--data_dir={tmp_path}/out", "--val_fraction=0.1"])
+    main(
+        [
+            f"--tokenizer={tmp_path}",
+            f"--input={tmp_path}/x.parquet",
+            f"--data_dir={tmp_path}/out",
+            "--val_fraction=0.1",
+        ]
+    )
     encoding, train = HuggingFaceTokenizer(tmp_path), Dataset(tmp_path / "out").train
-    val = [text for text in texts(400) if int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < 0.1 * 2**64]
-    want = [i for text in texts(400) if text not in val for i in [*encoding.encode_ordinary(text), encoding.eot_token]]
-    assert train.windows([0], train.n_tokens)[0].tolist() == want and (tmp_path / "out/tokenizer.json").exists()
+    want = []
+    for text in texts(400):
+        if not in_val(text, 0.1):
+            want += [*encoding.encode_ordinary(text), encoding.eot_token]
+    assert train.windows([0], train.n_tokens)[0].tolist() == want
+    assert (tmp_path / "out/tokenizer.json").exists()
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
-def make(folder, files, **counts):
-    """A meta.json over files, pairs of name and tokens, that both splits share."""
+
+def make(folder, files):
+    """A data set whose train split is files, pairs of name and tokens, and val the last of them."""
     listed = [dict(name=name, tokens=n, bytes=n + 1) for name, n in files]
-    meta = dict(tokenizer="byte", vocab_size=257, dtype="uint16", sha256="", splits=dict(train=listed, val=listed[-1:]))
+    meta = dict(
+        tokenizer="byte",
+        vocab_size=257,
+        dtype="uint16",
+        sha256="",
+        splits=dict(train=listed, val=listed[-1:]),
+    )
     (folder / "meta.json").write_text(json.dumps(meta))
     return Dataset(folder)
 
@@ -359,12 +712,15 @@ def test_windows_of_many_files_are_those_of_one(tmp_path):
     sizes = [*rng.integers(0, 60, 300).tolist(), 0, 5]
     whole = rng.integers(0, 257, sum(sizes)).astype("<u2")
     files = [(f"train_{i:05d}.bin", n) for i, n in enumerate(sizes)]
-    for (name, n), end in zip(files, np.cumsum(sizes)):
-        whole[end - n:end].tofile(tmp_path / name)
+    for (name, n), end in zip(files, np.cumsum(sizes), strict=True):
+        whole[end - n : end].tofile(tmp_path / name)
     split = make(tmp_path, files).train
     for length in (1, 2, 33, 500, len(whole)):
         starts = rng.integers(0, len(whole) - length + 1, 50)
-        assert (split.windows(starts, length) == np.stack([whole[start:start + length] for start in starts])).all()
+        assert (
+            split.windows(starts, length)
+            == np.stack([whole[start : start + length] for start in starts])
+        ).all()
     with pytest.raises(IndexError):
         split.windows([len(whole) - 3], 4)
 
@@ -379,6 +735,7 @@ def test_a_file_that_shrinks_while_it_is_used(tmp_path):
 
 def test_opening_checks_a_bounded_number_of_tokens(tmp_path, monkeypatch):
     from nanogqa import dataloader
+
     monkeypatch.setattr(dataloader, "SCANNED", 100)
     files = [(f"{i}.bin", 30) for i in range(10)]
     for name, n in files:
@@ -392,7 +749,7 @@ def test_opening_checks_a_bounded_number_of_tokens(tmp_path, monkeypatch):
 SPARSE = """
 import re, sys, time
 from nanogqa import dataloader
-def peak():  # in kB, of this process alone: that of getrusage() begins with its parent's
+def peak():  # in kB, of this process alone: getrusage() starts from the parent's peak
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before, start = peak(), time.perf_counter()
 data = dataloader.Dataset(sys.argv[1])
@@ -409,7 +766,7 @@ print(opened, (peak() - before) / 1024, *end)
 
 
 def test_a_file_of_20_gb_opens_in_a_second_and_in_little_memory(tmp_path):
-    """The file is a hole but for its last token; a process of its own tells its memory: 300 MB at most are added."""
+    """A sparse file, with only its last token written. Its own process adds at most 300 MB."""
     n = 10**10
     if not os.path.exists("/proc/self/status"):
         pytest.skip("no /proc here")
@@ -420,7 +777,13 @@ def test_a_file_of_20_gb_opens_in_a_second_and_in_little_memory(tmp_path):
     except OSError:
         pytest.skip("no file of 20 GB here")
     make(tmp_path, [("train.bin", n)])
-    out = subprocess.run([sys.executable, "-c", SPARSE, tmp_path], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", SPARSE, tmp_path],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
     opened, grown, *end = map(float, out.split())
     assert opened < 1 and grown < 300 and end == [0, 7], out
 

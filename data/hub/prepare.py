@@ -1,145 +1,258 @@
-"""FineWeb-Edu, OpenWebText or any other column of text on the Hugging Face Hub, or in parquet files that are here.
+"""FineWeb-Edu, OpenWebText or other text on the Hugging Face Hub, or in local parquet files.
 
     python data/hub/prepare.py [--max_tokens=1_000_000_000] [--data_dir=FOLDER]
     python data/hub/prepare.py --repo=Skylion007/openwebtext --subset=plain_text --data_dir=FOLDER
     python data/hub/prepare.py --input=FILE_OR_FOLDER --data_dir=FOLDER
 
-Needs pyarrow. Takes one parquet file after the other, in the order of the Hub's list of them; of large data sets that
-list may hold a first part only (its split is then called partial-train). Documents stay whole and in order; nulls are
-left out. What is done so far is in DATA_DIR/hub.part: the same command goes on there after any interruption, and the
-data set that it makes is the same to the byte.
+Needs pyarrow and huggingface_hub. Reads the parquet files that the Hub makes of every data set, one
+after the other, sorted by name; of large data sets they may hold the first part only. Documents
+stay whole and in order; nulls are skipped. Progress is kept in DATA_DIR/hub.part: after an
+interruption run the same command again, and the result is identical to the byte.
 """
 import hashlib
-import http.client
-import json
+import importlib.util
 import os
+import re
 import shutil
-import ssl
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass
+from itertools import chain, repeat
 from pathlib import Path
-from urllib.parse import quote
 
 import tiktoken
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from nanogqa.configurator import UserError, build, parse, program
-from nanogqa.files import write_json
-from nanogqa.tokenizer import copy_tokenizer
-from nanogqa.writer import PrepareConfig, ShardWriter, find_finished, find_unfinished, open_tokenizer, print_counts, publish
+from nanogqa.configurator import UserError, build, one_line, parse, program
+from nanogqa.writer import (
+    DatasetWriter,
+    PrepareConfig,
+    cannot_write,
+    find_finished,
+    find_unfinished,
+    open_tokenizer,
+    print_counts,
+)
 
-RETRIES, BACKOFF = 6, 1.0  # tries in a row that bring no new byte, and the seconds before the first, which then double
-SAVE_SECONDS = 10  # of work that a kill may cost
-BATCH, PART = 1024, 16  # documents that are read at once, and that a core takes of them
-NETWORK = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError)
+BRANCH = "refs/convert/parquet"  # where the Hub keeps the parquet files that it makes of a data set
+RETRIES = 6         # tries before a busy or unreachable Hub ends the run
+BACKOFF = 1.0       # seconds before the second try; doubles with each
+SAVE_SECONDS = 10   # work that a kill may cost
+BATCH = 1024        # documents that are read at once
+PART = 16           # documents of a batch that one thread tokenizes at a time
+
+# Plain HTTP: hf_xet reports network errors as other exceptions than huggingface_hub documents.
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
 
 @dataclass
 class HubConfig(PrepareConfig):
-    tokenizer: str = "gpt2"       # byte, the name of any tiktoken encoding, or a folder with a tokenizer.json
-    input: str | None = None      # a parquet file, or a folder of them, to read instead of the Hub's
-    overwrite: bool = False       # replace another data set, or an unfinished one of other settings
-    repo: str = "HuggingFaceFW/fineweb-edu"  # the Hub's name of the data set
-    subset: str = "sample-10BT"   # the Hub's name of its part (default where there is but one)
-    split: str = "train"          # the Hub's split, which is split again into train and val
-    column: str = "text"          # the column that holds the documents
-    max_tokens: int | None = None  # stop after the document that reaches so many tokens, train and val together; None: take all
-    val_fraction: float = 0.001   # share of the documents that validates, by a hash of their text: equal texts stay together
-    tokens_per_file: int = 10**8  # a file of the train split ends with the document that reaches so many
-    workers: int | None = None    # threads that tokenize; None: one a core (for a tokenizer.json, RAYON_NUM_THREADS says it)
-    endpoint: str | None = None   # address of the Hub; None: the environment's HF_ENDPOINT, or https://huggingface.co
+    tokenizer: str = "gpt2"       # byte, a tiktoken encoding, or a folder with a tokenizer.json
+    input: str | None = None      # parquet file, or folder of them, to read instead of the Hub's
+    overwrite: bool = False       # replace a data set, or unfinished one, with other settings
+    repo: str = "HuggingFaceFW/fineweb-edu"  # name of the data set on the Hub
+    subset: str = "sample-10BT"   # its subset ("default" if it has only one)
+    split: str = "train"          # its split, which is divided again into train and val
+    revision: str | None = None   # commit of its parquet files, as in meta.json; None: the newest
+    column: str = "text"          # column with the documents
+    max_tokens: int | None = None  # stop after the document that reaches this in train plus val
+    val_fraction: float = 0.001   # share of documents for val, by hash: equal texts stay together
+    tokens_per_file: int = 10**8  # a train file ends with the document that reaches this
+    workers: int | None = None    # tokenizing threads; None: one per core. Not for a tokenizer.json
+    endpoint: str | None = None   # address of the Hub; None: HF_ENDPOINT, or https://huggingface.co
 
     def __post_init__(self):
         for key in ("max_tokens", "tokens_per_file", "workers"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key} must be at least 1, not {value}")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
+        for key in ("subset", "split"):
+            value = getattr(self, key)
+            if not is_base_name(value):
+                raise ValueError(f"{key} must be a name without slashes, not {value!r}")
+        if self.revision is not None and not is_commit(self.revision):
+            raise ValueError(f"revision must be a commit of 40 hex digits, not {self.revision!r}")
+
+
+@dataclass
+class Position:
+    """The parquet files, and how many of them and of the next one's rows are done."""
+    folder: str    # of the repository, or --input
+    names: list    # of the files below folder, in order
+    file: int = 0
+    rows: int = 0
 
 
 class Corrupt(Exception):
-    """A parquet file that cannot be read."""
+    """A parquet file cannot be read."""
 
 
-# -- parquet files -----------------------------------------------------------------------------------------------------
+def is_base_name(name):
+    return name == os.path.basename(name) and name not in ("", ".", "..")
 
-def download(url, path):
-    """Fetches url into path, from where an earlier try left off. UserError where the server refuses or stays away."""
-    part, best, failures = path.with_name(path.name + ".part"), 0, 0
-    while True:
-        have = part.stat().st_size if part.exists() else 0
+
+def is_commit(name):
+    return isinstance(name, str) and re.fullmatch("[0-9a-f]{40}", name) is not None
+
+
+# -- the Hub ---------------------------------------------------------------------------------------
+
+class Hub:
+    """The data set that config names on the Hub, or on a server that speaks the same protocol."""
+
+    def __init__(self, config):
+        from huggingface_hub import HfApi, errors
+        from huggingface_hub.utils import logging
+        logging.set_verbosity_error()  # no warning for each retry
+        self.errors = errors
+        self.config = config
+        self.endpoint = config.endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        self.endpoint = self.endpoint.rstrip("/")
+        if not self.endpoint.startswith(("http://", "https://")):
+            raise UserError(
+                f"{self.endpoint!r} is not the address of a Hub: give --endpoint or HF_ENDPOINT "
+                "like https://huggingface.co"
+            )
+        self.api = HfApi(endpoint=self.endpoint)  # reads HF_TOKEN
+
+    def find_files(self):
+        """(commit, Position) of the data set's parquet files. UserError if there are none."""
+        config = self.config
+        commit = config.revision
         try:
-            request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-            with urllib.request.urlopen(request, timeout=60) as response:
-                have = have if response.status == 206 else 0  # 200: this server sends everything, ranges or not
-                length = response.headers["Content-Length"]
-                total = have + int(length) if length else None
-                with open(part, "ab" if have else "wb") as file, tqdm(
-                        total=total, initial=have, desc=path.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-                    while chunk := response.read(2**20):
-                        bar.update(file.write(chunk))
-            problem = "the connection dropped"
-            if total in (None, part.stat().st_size):
-                os.replace(part, path)
-                return
-        except NETWORK as error:
-            problem, code = str(error), getattr(error, "code", 500)
-            if code == 416:  # these bytes are of another file, or all that there are
-                part.unlink()
-            elif code < 500 and code not in (408, 429):
-                raise UserError(f"{url} answers {code} ({error.reason}): check --repo, --subset and --split, or pass parquet "
-                                "files as --input=FOLDER") from None
-        size = part.stat().st_size if part.exists() else 0
-        best, failures = max(best, size), 0 if size > best else failures + 1
-        if failures == RETRIES:
-            raise UserError(f"cannot fetch {url} ({problem}, {RETRIES} times in a row): run the same command later, it goes on "
-                            "from here")
-        time.sleep(BACKOFF * 2**failures / 2)
+            if commit is None:
+                commit = self.ask(self.api.dataset_info, config.repo, revision=BRANCH).sha
+            if not is_commit(commit):
+                raise ValueError(f"{commit!r} is not a commit")
+            for split in (config.split, f"partial-{config.split}"):
+                folder = f"{config.subset}/{split}"
+                names = self.ask(self.list_names, folder, commit)
+                if names:
+                    return commit, Position(folder, names)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise UserError(
+                f"{self.endpoint} answers with no list of parquet files for {config.repo!r}: check "
+                "--repo and --endpoint"
+            ) from None
+        raise UserError(
+            f"data set {config.repo!r} has no parquet files for {config.subset}/{config.split}: "
+            "check --repo, --subset and --split"
+        )
 
-
-def find_sources(config):
-    """The parquet files in order: addresses on the Hub, or paths below --input."""
-    if config.input is not None:
-        path = Path(config.input)
-        paths = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-        if not paths:
-            raise UserError(f"there are no parquet files at {path}: name one, or a folder of them, with --input=PATH")
-        return [str(path.resolve()) for path in paths]
-    base = (config.endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    url = "/".join([base, "api/datasets", quote(config.repo), "parquet", quote(config.subset, ""), quote(config.split, "")])
-    if not base.startswith(("http://", "https://")):
-        raise UserError(f"{base!r} is no address of a Hub: give --endpoint or HF_ENDPOINT like https://huggingface.co")
-    with tempfile.TemporaryDirectory() as folder:
-        download(url, Path(folder) / "list")
+    def list_names(self, folder, commit):
+        """The names of the parquet files in a folder of the repository; [] if it does not exist."""
+        names = []
         try:
-            urls = json.loads((Path(folder) / "list").read_bytes())
-            if urls and all(url.startswith(("http://", "https://")) for url in urls):
-                return urls
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            pass
-    raise UserError(f"{url} answers with no list of parquet files: check --repo, --subset, --split and --endpoint")
+            for entry in self.api.list_repo_tree(
+                self.config.repo, folder, revision=commit, repo_type="dataset"
+            ):
+                name = os.path.basename(entry.path)
+                if entry.path == f"{folder}/{name}" and name.endswith(".parquet"):
+                    names.append(name)
+        except self.errors.EntryNotFoundError:
+            return []
+        return sorted(names)
+
+    def download(self, name, commit, path):
+        """Downloads a file of the repository to path, by way of a folder beside it."""
+        folder = path.parent / "download"
+        downloaded = self.ask(
+            self.api.hf_hub_download, self.config.repo, name,
+            revision=commit, repo_type="dataset", local_dir=folder,
+        )
+        os.replace(downloaded, path)
+        shutil.rmtree(folder)
+
+    def ask(self, call, *args, **kwargs):
+        """Returns call(*args, **kwargs), retrying while the Hub is busy or cannot be reached.
+
+        UserError if it refuses, or after RETRIES tries.
+        """
+        errors = self.errors
+        for failures in range(RETRIES):
+            if failures:
+                time.sleep(BACKOFF * 2 ** (failures - 1))
+            try:
+                return call(*args, **kwargs)
+            except errors.HFValidationError:
+                raise UserError(
+                    f"{self.config.repo!r} cannot be a data set: write --repo=OWNER/NAME"
+                ) from None
+            except (errors.HTTPError, OSError) as error:
+                if isinstance(error, errors.LocalEntryNotFoundError):
+                    error = error.__cause__ or error  # why the file could not be located
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise error  # from this machine's disk, not from the network
+                self.raise_if_refused(error)
+                problem = one_line(error)
+        raise UserError(
+            f"cannot get {self.config.repo!r} from {self.endpoint} ({problem}, {RETRIES} times in "
+            "a row): run the same command later, it continues from here"
+        )
+
+    def raise_if_refused(self, error):
+        """UserError if another try cannot help."""
+        errors = self.errors
+        repo = self.config.repo
+        refusals = {  # subclasses first: a GatedRepoError is also a RepositoryNotFoundError
+            errors.OfflineModeIsEnabled:
+                "HF_HUB_OFFLINE forbids downloads: unset it, or pass --input=FOLDER",
+            errors.GatedRepoError:
+                f"data set {repo!r} is gated: accept its terms at {self.endpoint}/datasets/{repo}, "
+                "and set HF_TOKEN to a token of your account",
+            errors.RepositoryNotFoundError:
+                f"there is no data set {repo!r} at {self.endpoint}, or it is private: check "
+                "--repo, or set HF_TOKEN",
+            errors.RevisionNotFoundError:
+                f"data set {repo!r} has no parquet files at {self.config.revision or BRANCH}: "
+                "check --revision, or pass parquet files as --input=FOLDER",
+        }
+        for kind, sentence in refusals.items():
+            if isinstance(error, kind):
+                raise UserError(sentence)
+        response = getattr(error, "response", None)  # of an HfHubHTTPError
+        if response is None or response.status_code >= 500 or response.status_code in (408, 429):
+            return
+        url = str(response.url).partition("?")[0]
+        if url.startswith(self.endpoint):  # not a storage server, whose signed addresses expire
+            raise UserError(
+                f"{url} answers {response.status_code}: check --repo, --subset, --split and "
+                "HF_TOKEN, or pass parquet files as --input=FOLDER"
+            )
+
+
+# -- parquet files ---------------------------------------------------------------------------------
+
+def find_local_files(config):
+    """The Position at the start of the parquet files at --input, sorted by path."""
+    path = Path(config.input)
+    if path.is_file():
+        return Position(str(path.parent), [path.name])
+    names = sorted(found.relative_to(path).as_posix() for found in path.rglob("*.parquet"))
+    if not names:
+        raise UserError(
+            f"there are no parquet files at {path}: name one, or a folder of them, with "
+            "--input=PATH"
+        )
+    return Position(str(path), names)
 
 
 def read_batches(path, column, start):
-    """(rows read so far, their texts) of a parquet file, from row start on."""
+    """Yields (rows read so far, their texts) of a parquet file, from row start on."""
     import pyarrow
     import pyarrow.parquet
+    row = 0
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            known = [field.name for field in file.schema_arrow if field.type in (pyarrow.string(), pyarrow.large_string())]
-            if column not in known:
-                raise UserError(f"{path.name} has no column of text {column!r}: choose --column from {', '.join(known)[:200]}")
-            row = 0
-            for group in range(file.num_row_groups):  # one at a time: iter_batches() alone may hold on to all
-                if row + (n := file.metadata.row_group(group).num_rows) <= start:
-                    row += n
+            check_column(file.schema_arrow, path, column)
+            for group in range(file.num_row_groups):  # one call for all may hold all in memory
+                n_rows = file.metadata.row_group(group).num_rows
+                if row + n_rows <= start:
+                    row += n_rows
                     continue
                 for batch in file.iter_batches(BATCH, row_groups=[group], columns=[column]):
                     texts = batch.column(0)[max(0, start - row):].to_pylist()
@@ -147,103 +260,209 @@ def read_batches(path, column, start):
                     if row > start:
                         yield row, [text for text in texts if text is not None]
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise Corrupt(" ".join(str(error).split())[:200]) from None
+        raise Corrupt(one_line(error)) from None
+
+
+def check_column(schema, path, column):
+    import pyarrow
+    known = []
+    for field in schema:
+        if field.type in (pyarrow.string(), pyarrow.large_string()):
+            known.append(field.name)
+    if column not in known:
+        raise UserError(
+            f"{path.name} has no column of text {column!r}: choose --column from "
+            f"{', '.join(known)[:200]}"
+        )
 
 
 def tokenize(batches, encoding, pool):
-    """(rows, texts, ids of each) of batches; the pool works on the next batch while one is written."""
-    def encode(texts):  # in threads: tiktoken works without the GIL, and into arrays, as lists would need it
-        if isinstance(encoding, tiktoken.Encoding):
-            return [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
-        return encoding.encode_ordinary_batch(texts)
-    size = PART if isinstance(encoding, tiktoken.Encoding) else BATCH  # a tokenizer.json's batches spread by themselves
+    """Yields (rows, texts, ids of each text). The pool works one batch ahead of the caller."""
+    size = BATCH  # a tokenizer.json uses all cores for a batch
+    if isinstance(encoding, tiktoken.Encoding):
+        size = PART
     before = None
     for rows, texts in batches:
-        ids = pool.map(encode, [texts[i:i + size] for i in range(0, len(texts), size)])
-        if before:
+        parts = [texts[i:i + size] for i in range(0, len(texts), size)]
+        ids = chain.from_iterable(pool.map(encode, parts, repeat(encoding)))
+        if before is not None:
             yield before
-        before = rows, texts, chain.from_iterable(ids)
-    if before:
+        before = (rows, texts, ids)
+    if before is not None:
         yield before
 
 
-# -- the data set ------------------------------------------------------------------------------------------------------
+def encode(texts, encoding):
+    """Ids of each text, without special tokens."""
+    if isinstance(encoding, tiktoken.Encoding):
+        # arrays, not lists: they are made without the GIL, so that threads run in parallel
+        return [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+    return encoding.encode_ordinary_batch(texts)
 
-def write_splits(config, folder, state, encoding, dtype):
-    """Tokenizes the files of state["sources"] into folder, from where state stands."""
-    out = ShardWriter(folder, state, encoding.eot_token, dtype, config.tokens_per_file)
-    done, limit = sum(file["tokens"] for file in chain(*state["splits"].values())), config.max_tokens or 2**62
-    workers = (config.workers or os.cpu_count()) if isinstance(encoding, tiktoken.Encoding) else 1
-    local, corrupt = config.input is not None, None  # corrupt: the file that was downloaded twice
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=config.max_tokens, initial=done, desc="tokenizing", unit=" tokens",
-                                                   unit_scale=True, disable=None) as bar:
-        while state["file"] < len(state["sources"]) and done < limit:
-            source = state["sources"][state["file"]]
-            path = Path(source) if local else folder / f"{state['file']:05d}.parquet"
-            bar.set_postfix_str(f"file {state['file'] + 1} of {len(state['sources'])}")
-            if not local and not path.exists():
-                download(source, path)
+
+# -- the data set ----------------------------------------------------------------------------------
+
+def add_document(config, writer, text, ids):
+    """Appends a document to train or val, chosen by the hash of its text."""
+    raw = text.encode()
+    share = int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64  # uniform in [0, 1)
+    split = "train"
+    if share < config.val_fraction:
+        split = "val"
+    writer.add(split, ids, len(raw))
+
+
+def is_full(config, writer):
+    return config.max_tokens is not None and writer.n_tokens >= config.max_tokens
+
+
+def write_file(config, writer, position, path, pool, bar):
+    """Tokenizes a parquet file from position on, up to its end or max_tokens. May raise Corrupt."""
+    saved = time.monotonic()
+    batches = read_batches(path, config.column, position.rows)
+    for rows, texts, all_ids in tokenize(batches, writer.tokenizer.encoding, pool):
+        for text, ids in zip(texts, all_ids, strict=True):
+            if is_full(config, writer):
+                return
+            add_document(config, writer, text, ids)
+            bar.update(len(ids) + 1)
+        position.rows = rows
+        if time.monotonic() - saved >= SAVE_SECONDS:
+            writer.save(asdict(position))
+            saved = time.monotonic()
+
+
+def write_files(config, hub, writer, position):
+    """Tokenizes the parquet files from position on. hub is None if they are local."""
+    workers = config.workers or os.cpu_count()
+    if not isinstance(writer.tokenizer.encoding, tiktoken.Encoding):
+        workers = 1
+    corrupt = None  # the file that is downloaded for the second time
+    bar = tqdm(
+        total=config.max_tokens, initial=writer.n_tokens, desc="tokenizing", unit=" tokens",
+        unit_scale=True, disable=None,
+    )
+    with ThreadPoolExecutor(workers) as pool, bar:
+        while position.file < len(position.names) and not is_full(config, writer):
+            bar.set_postfix_str(f"file {position.file + 1} of {len(position.names)}")
+            name = position.names[position.file]
+            path = Path(position.folder) / name
+            if hub is not None:
+                path = writer.part / f"{position.file:05d}.parquet"
+                if not path.exists():
+                    hub.download(f"{position.folder}/{name}", writer.about["commit"], path)
             try:
-                for rows, texts, ids in tokenize(read_batches(path, config.column, state["rows"]), encoding, pool):
-                    for text, document in zip(texts, ids):
-                        if done < limit:
-                            raw = text.encode()
-                            share = int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64
-                            out.add("val" if share < config.val_fraction else "train", document, len(raw))
-                            done += len(document) + 1
-                            bar.update(len(document) + 1)
-                    state["rows"] = rows
-                    if done >= limit:
-                        break
-                    if time.monotonic() - out.saved >= SAVE_SECONDS:
-                        out.save()
+                write_file(config, writer, position, path, pool, bar)
             except Corrupt as error:
-                if not local:
-                    path.unlink()
-                if local or corrupt == source:
-                    raise UserError(f"{source} is no sound parquet file ({error}): get it again, or go without it") from None
-                corrupt = source
-                continue
-            out.save(file=state["file"] + 1, rows=0)
-            if not local:
+                if hub is None or corrupt == name:
+                    raise UserError(
+                        f"{Path(position.folder) / name} is not a sound parquet file ({error}): "
+                        "get it again, or pass the other files as --input=FOLDER"
+                    ) from None
+                corrupt = name
                 path.unlink()
-    out.finish()
+                continue
+            position.file += 1
+            position.rows = 0
+            writer.save(asdict(position))
+            if hub is not None:
+                path.unlink()
+
+
+def read_position(config, progress, part):
+    """The Position in progress, which was read from disk. UserError if it is not valid."""
+    try:
+        position = Position(**progress["position"])
+        valid = is_position(config, position)
+        if config.input is None and not is_commit(progress["about"]["commit"]):
+            valid = False
+    except (TypeError, KeyError):
+        valid = False
+    if not valid:
+        raise UserError(f"{part / 'progress.json'} is damaged: remove {part} to begin again")
+    if config.input is not None:
+        here = find_local_files(config)
+        position.folder = here.folder
+        missing = set(position.names) - set(here.names)
+        if missing:
+            raise UserError(
+                f"{min(missing)} is no longer in {here.folder}: put it back, or remove {part} to "
+                "begin again"
+            )
+    return position
+
+
+def is_position(config, position):
+    """Whether position can be one of a run with config. May raise TypeError if not."""
+    for count in (position.file, position.rows):
+        if type(count) is not int or count < 0:
+            return False
+    if type(position.names) is not list or position.file > len(position.names):
+        return False
+    if config.input is not None:
+        return True  # the names are compared with those that are there
+    for name in position.names:
+        if not is_base_name(name):
+            return False
+    folders = (f"{config.subset}/{config.split}", f"{config.subset}/partial-{config.split}")
+    return position.folder in folders
+
+
+def prepare(config, part, tokenizer, about):
+    """Writes the data set, from where an earlier run was interrupted. Returns its meta."""
+    hub = None
+    if config.input is None:
+        hub = Hub(config)
+    progress = find_unfinished(part, about, config.overwrite)
+    if progress is not None:
+        about = progress["about"]
+        position = read_position(config, progress, part)
+    elif hub is not None:
+        commit, position = hub.find_files()
+        about = dict(about, commit=commit)
+    else:
+        position = find_local_files(config)
+    if progress is None:
+        shutil.rmtree(part, ignore_errors=True)
+    writer = DatasetWriter(part, tokenizer, about, config.tokens_per_file, progress)
+    writer.save(asdict(position))
+    write_files(config, hub, writer, position)
+    return writer.finish(
+        asdict(position), "take more text, or another --val_fraction, with --overwrite=True"
+    )
+
+
+def describe(config, tokenizer):
+    """The fields of meta.json that settings decide. A data set is the same if these are."""
+    source = dict(repo=config.repo, subset=config.subset, split=config.split)
+    if config.input is not None:
+        source = dict(input=Path(config.input).resolve().name)
+    for key in ("column", "max_tokens", "val_fraction", "tokens_per_file"):
+        source[key] = getattr(config, key)
+    about = dict(source=source, **tokenizer.describe())
+    if config.input is None and config.revision is not None:
+        about["commit"] = config.revision
+    return about
 
 
 @program
 def main(argv):
     config = build(HubConfig, parse(HubConfig, argv, __doc__))
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError:
-        raise UserError("parquet files are read with pyarrow, which is not installed: pip install pyarrow") from None
+    needed = ["pyarrow"]
+    if config.input is None:
+        needed.append("huggingface_hub")
+    for name in needed:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed: pip install pyarrow huggingface_hub")
     data_dir = Path(config.data_dir or Path(__file__).parent)
-    name, encoding, dtype = open_tokenizer(config.tokenizer, data_dir, config.overwrite)
-    source = dict(repo=config.repo, subset=config.subset, split=config.split)
-    if config.input is not None:
-        source = dict(input=Path(config.input).resolve().name)
-    source |= dict(column=config.column, max_tokens=config.max_tokens, val_fraction=config.val_fraction,
-                   tokens_per_file=config.tokens_per_file)
-    about = dict(source=source, tokenizer=name, vocab_size=encoding.n_vocab, dtype=dtype.name)
-    if meta := find_finished(data_dir, about, config.overwrite):
-        return print_counts(data_dir, meta)
-    folder = data_dir / "hub.part"
-    try:
-        state = find_unfinished(folder, about, config.overwrite)
-        if not state:
-            state = dict(about=about, sources=find_sources(config), file=0, rows=0, splits=dict(train=[], val=[]))
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            write_json(folder / "progress.json", state)
-        if "finished" not in state:
-            write_splits(config, folder, state, encoding, dtype)
-        for split, files in state["splits"].items():
-            if not sum(file["bytes"] for file in files):
-                raise UserError(f"no text for the {split} split: take more, or another --val_fraction, with --overwrite=True")
-        copy_tokenizer(name, config.tokenizer, data_dir)
-        meta = publish(folder, data_dir, about, state["splits"])
-    except OSError as error:
-        raise UserError(f"cannot write the data set to {data_dir} ({error.strerror}): pass another --data_dir") from None
+    tokenizer = open_tokenizer(config.tokenizer, data_dir, config.overwrite)
+    about = describe(config, tokenizer)
+    meta = find_finished(data_dir, about, config.overwrite)
+    if meta is None:
+        try:
+            meta = prepare(config, data_dir / "hub.part", tokenizer, about)
+        except OSError as error:
+            raise cannot_write(data_dir, error) from None
     print_counts(data_dir, meta)
 
 

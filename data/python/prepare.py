@@ -1,8 +1,9 @@
-"""The source of the Python standard library on this machine, without its tests, as a data set. No download.
+"""The source of the Python standard library on this machine, without its tests. No download.
 
     python data/python/prepare.py [--tokenizer=gpt2] [--input=FOLDER] [--data_dir=FOLDER]
 
-One document a file, in the order of their paths; a tenth of the files, by a hash of the path, validates.
+Each file is a document, in the order of the paths. A tenth of the files, chosen by the hash of the
+path, is the validation split.
 """
 import platform
 import sys
@@ -11,34 +12,52 @@ import tokenize
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from nanogqa.configurator import UserError, build, parse, program
+from nanogqa.configurator import UserError, build, one_line, parse, program
 from nanogqa.writer import PrepareConfig, held_out, write_dataset
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-def documents(root):
-    paths = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py") if path.is_file()}
-    names = sorted(name for name in paths if not SKIPPED & set(name.split("/")))
-    if not names:
+def find_files(root):
+    """{path relative to root: path} of the Python files below root, sorted."""
+    files = {}
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if path.is_file() and not SKIPPED.intersection(relative.parts):
+            files[relative.as_posix()] = path
+    if not files:
         raise UserError(f"{root} holds no Python source: name a folder that does with --input")
-    val = held_out(names)
-    for name in names:
+    return dict(sorted(files.items()))
+
+
+def documents(root):
+    """Yields (split, text) for each file."""
+    files = find_files(root)
+    val = held_out(files)
+    for name, path in files.items():
         try:
-            with tokenize.open(paths[name]) as f:  # reads the encoding that the file declares
-                text = f.read()
+            with tokenize.open(path) as file:  # decodes as the file declares
+                text = file.read()
         except (OSError, SyntaxError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {paths[name]} ({error}): mend or remove it, or name another --input") from None
-        yield "val" if name in val else "train", text
+            raise UserError(
+                f"cannot read {path} ({one_line(error)}): fix or remove it, or name another --input"
+            ) from None
+        split = "train"
+        if name in val:
+            split = "val"
+        yield split, text
 
 
 @program
 def main(argv):
     config = build(PrepareConfig, parse(PrepareConfig, argv, __doc__))
     root = Path(config.input or sysconfig.get_path("stdlib"))
+    data_dir = config.data_dir or Path(__file__).parent
     print(f"Python {platform.python_version()}, source from {root}")
-    write_dataset(documents(root), config.data_dir or Path(__file__).parent, config.tokenizer, config.overwrite,
-                  source="Python standard library", python=platform.python_version())
+    write_dataset(
+        documents(root), data_dir, config.tokenizer, config.overwrite,
+        source="Python standard library", python=platform.python_version(),
+    )
 
 
 if __name__ == "__main__":

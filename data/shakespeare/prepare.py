@@ -1,4 +1,4 @@
-"""Tiny Shakespeare (Karpathy, char-rnn): 1,115,394 bytes, the first 90 % to train, the last 10 % to validate.
+"""Tiny Shakespeare (Karpathy, char-rnn): 1,115,394 bytes. The last 10 % is the validation split.
 
     python data/shakespeare/prepare.py [--tokenizer=gpt2] [--input=FILE] [--data_dir=FOLDER]
 """
@@ -10,37 +10,51 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from nanogqa.configurator import UserError, build, parse, program
+from nanogqa.configurator import UserError, build, one_line, parse, program
 from nanogqa.writer import PrepareConfig, write_dataset
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def read(path):
-    """The bytes of the text, from a file or else from the network."""
+def download():
+    """The bytes at URL. OSError if the download fails."""
+    with urllib.request.urlopen(URL, timeout=30) as response:
+        size = int(response.headers["Content-Length"] or 0) or None
+        with tqdm.wrapattr(response, "read", size, desc="downloading", disable=None) as stream:
+            return stream.read()
+
+
+def read_text(path):
+    """The text, from the file at path or downloaded. UserError if it is not the expected one."""
     try:
-        if path is not None:
-            return Path(path).read_bytes()
-        with urllib.request.urlopen(URL, timeout=30) as response:
-            size = int(response.headers["Content-Length"] or 0) or None
-            with tqdm.wrapattr(response, "read", total=size, desc="downloading", disable=None) as stream:
-                return stream.read()
-    except OSError as error:  # of which a failed download is one
-        raise UserError(f"cannot read {path or URL} ({error}): get the file elsewhere and pass it as --input=FILE") from None
+        if path is None:
+            raw = download()
+        else:
+            raw = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path or URL} ({one_line(error)}): get the file another way and pass it "
+            "as --input=FILE"
+        ) from None
+    if hashlib.sha256(raw).hexdigest() != SHA256:
+        raise UserError(
+            f"{path or URL} is not tiny Shakespeare (another sha256): prepare other text with "
+            "data/text/prepare.py"
+        )
+    return raw.decode()
 
 
 @program
 def main(argv):
     config = build(PrepareConfig, parse(PrepareConfig, argv, __doc__))
-    raw = read(config.input)
-    if hashlib.sha256(raw).hexdigest() != SHA256:
-        raise UserError(f"{config.input or URL} is not tiny Shakespeare (another sha256): other text goes through "
-                        "data/text/prepare.py")
-    text = raw.decode()
+    text = read_text(config.input)
     cut = int(len(text) * 0.9)
-    write_dataset([("train", text[:cut]), ("val", text[cut:])], config.data_dir or Path(__file__).parent,
-                  config.tokenizer, config.overwrite, source="tiny Shakespeare")
+    documents = [("train", text[:cut]), ("val", text[cut:])]
+    data_dir = config.data_dir or Path(__file__).parent
+    write_dataset(
+        documents, data_dir, config.tokenizer, config.overwrite, source="tiny Shakespeare"
+    )
 
 
 if __name__ == "__main__":
