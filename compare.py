@@ -77,7 +77,7 @@ KIND_SETTINGS = ("attention", "n_kv_head")
 
 @dataclass
 class Choice:
-    """A choice of one value on every axis, before anything is done to match parameters."""
+    """A variant before its parameters are matched: one value on every axis, or a control."""
     name: str
     config: TrainConfig
 
@@ -92,7 +92,7 @@ class Variant:
 
     @property
     def shape(self):
-        """Names the model: a variant may be the same one in both matchings."""
+        """The name of its model: both matchings share timings and runs where n_ff is equal."""
         return f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', self.name)}-n_ff{self.config.n_ff}"
 
     def run_name(self, seed):
@@ -103,12 +103,12 @@ class Variant:
 def plan(given):
     """(CompareConfig, Runtime, variants) of the given settings.
 
-    The first variant of each matching is the one that the others are compared to.
+    The others of a matching are compared to its first variant.
     """
     for key in SHARED:
         if isinstance(given.get(key), list):
             raise UserError(f"{key} takes one value in a comparison: every run shares it")
-    config = build(CompareConfig, choices_of(given)[0])
+    config = first_config(given)
     runtime = pick_runtime(config.device, config.dtype, config.compile)
     prepare_default(config.dataset)
     choices = plan_choices(config, run_settings(config, given))
@@ -119,6 +119,11 @@ def plan(given):
     for match in matches:
         variants += match_variants(choices, match, runtime)
     return config, runtime, variants
+
+
+def first_config(given):
+    """The CompareConfig with the first value of every axis, and with what all runs share."""
+    return build(CompareConfig, choices_of(given)[0])
 
 
 def run_settings(config, given):
@@ -147,7 +152,7 @@ def run_settings(config, given):
 
 
 def wants_head_counts(config, settings):
-    """Whether n_kv_head becomes an axis that was not asked for."""
+    """Whether n_kv_head becomes an axis although it was not listed."""
     axes = axes_of(settings)
     if not axes:
         return config.attention == "gqa"
@@ -169,11 +174,11 @@ def plan_choices(config, settings):
     axes = axes_of(settings)
     other_axes = [key for key in axes if key not in KIND_SETTINGS]
     show_kind = not axes or other_axes != axes
-    combinations = choices_of(settings)
-    configs = [build(TrainConfig, values) for values in combinations]
+    points = choices_of(settings)
+    configs = [build(TrainConfig, values) for values in points]
     differing = differing_settings(configs, axes)
     choices = []
-    for values, run in zip(combinations, configs, strict=True):
+    for values, run in zip(points, configs, strict=True):
         details = [f"{key}={values[key]}" for key in other_axes if key in values]
         details += changed_from(differing, run)
         words = details
@@ -265,7 +270,7 @@ def match_variants(choices, match, runtime):
 
 
 def facts_of(config, runtime):
-    """What the records say of a model: heads, sizes, and costs that follow from them."""
+    """Heads, sizes and costs of a model, for the records."""
     model = checkpoint.new_model(GPT, subset(GPTConfig, config))
     return dict(
         heads=config.heads, n_head=config.n_head, head_dim=config.head_dim, n_ff=config.n_ff,
@@ -410,7 +415,7 @@ class Timing:
 
 
 def measure_speed(variants, config, given):
-    """{shape: {"train": [row], "decode": [rows]}}: rows of bench.py, the faster of two rounds.
+    """{shape: {"train": [row], "decode": rows}}: rows of bench.py, the faster of two rounds.
 
     Every timing has its own process. A second round follows the first, instead of timing each
     shape twice in a row, since a shared machine may be busy for a while.
@@ -633,7 +638,7 @@ def print_variants(variants):
 @program
 def main(argv):
     given = parse(CompareConfig, argv, __doc__, axes=True)
-    config = build(CompareConfig, choices_of(given)[0])
+    config = first_config(given)
     if config.report_only:
         report_again(config)
         return

@@ -1,4 +1,5 @@
 """Statistics, tables and pictures of a comparison, from the content of its results.json."""
+import itertools
 import math
 import statistics
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def steps_to(curve, loss):
 
     The curve is interpolated linearly between its points.
     """
-    for (step, before), (next_step, after) in zip(curve, curve[1:], strict=False):
+    for (step, before), (next_step, after) in itertools.pairwise(curve):
         if before > loss >= after:
             return step + (next_step - step) * (before - loss) / (before - after)
     return None
@@ -264,9 +265,7 @@ def introduction(results, summaries):
 def quality_table(summaries, speed):
     """Costs, losses and differences of the variants of one matching."""
     first = summaries[0]
-    metrics = {}  # names only, in order
-    for summary in summaries:
-        metrics.update(dict.fromkeys(summary.metrics))
+    metrics = metric_names(summaries)
     head = ["variant", "n_ff", "parameters", "without embedding", "training FLOPs per token",
             "cache, bytes per token", "validation loss", "bits per byte"]
     for name in metrics:
@@ -281,6 +280,16 @@ def quality_table(summaries, speed):
         row += [*difference_cells(summary), steps_cell(summary, speed)]
         rows.append(row)
     return table(head, rows)
+
+
+def metric_names(summaries):
+    """The metrics that any variant has, each once, in order."""
+    names = []
+    for summary in summaries:
+        for name in summary.metrics:
+            if name not in names:
+                names.append(name)
+    return names
 
 
 def cost_cells(summary, first_params):
