@@ -34,9 +34,9 @@ def local_names(tree):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names if is_local(alias.name)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.value.id in modules:
-                names.add((node.value.id, node.attr))
+        is_attribute = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if is_attribute and node.value.id in modules:
+            names.add((node.value.id, node.attr))
     return names
 
 
