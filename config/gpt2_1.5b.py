@@ -1,7 +1,11 @@
-"""The GPT-2 1.5B shape on GPT-2 tokens, for eight large GPUs. Add config/gqa.py; prepare data with --tokenizer=gpt2.
+"""The GPT-2 1.5B shape, for eight large GPUs.
 
-Calculated by bench.py --mode=scale, not measured: 31.5 billion tokens, 228 GPU-hours on H100s, 65.8 GB on each of 8 (DDP).
-GPT-2's 25 heads could not share the two key/value heads of config/gqa.py: 20 of width 80 weigh the same.
+Add config/gqa.py after it to choose the attention variant. Prepare the data with --tokenizer=gpt2.
+Calculated by bench.py --mode=scale, not measured: 31.5 billion tokens, 228 GPU-hours on H100s,
+65.8 GB on each of 8 (DDP).
+
+GPT-2 has 25 heads, which cannot share the two key/value heads of config/gqa.py. This shape has 20
+heads of width 80 instead, with the same number of parameters.
 """
 out_dir = "{out_dir}/gpt2_1.5b"
 dataset = "text"

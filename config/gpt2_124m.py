@@ -1,6 +1,7 @@
-"""The GPT-2 124M shape on GPT-2 tokens (0.5M tokens a step, 10B tokens in all), for one or more large GPUs.
+"""The GPT-2 124M shape, for one or more large GPUs: 0.5M GPT-2 tokens per step, 10B in total.
 
-Add config/gqa.py behind it for the variant. Text to match is yours to bring: prepare it with --tokenizer=gpt2.
+Add config/gqa.py after it to choose the attention variant. Bring your own text, for example from
+data/hub, and prepare it with --tokenizer=gpt2.
 """
 out_dir = "{out_dir}/gpt2_124m"
 dataset = "text"

@@ -1,6 +1,8 @@
-"""The GPT-2 350M shape on GPT-2 tokens, for eight large GPUs. Add config/gqa.py; prepare data with --tokenizer=gpt2.
+"""The GPT-2 350M shape, for eight large GPUs.
 
-Calculated by bench.py --mode=scale, not measured: 10.0 billion tokens, 17 GPU-hours on H100s, 31.7 GB on each of 8 (DDP).
+Add config/gqa.py after it to choose the attention variant. Prepare the data with --tokenizer=gpt2.
+Calculated by bench.py --mode=scale, not measured: 10.0 billion tokens, 17 GPU-hours on H100s,
+31.7 GB on each of 8 (DDP).
 """
 out_dir = "{out_dir}/gpt2_350m"
 dataset = "text"

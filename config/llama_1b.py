@@ -1,6 +1,8 @@
-"""The shape of Llama 3.2 1B at a context of 2,048, on text of your own, prepared with a tokenizer of at most 128,256 ids.
+"""The Llama 3.2 1B shape at a context of 2,048 tokens.
 
-Calculated by bench.py --mode=scale, not measured: 25.2 billion tokens, 145 GPU-hours on H100s, 54.9 GB on each of 8 (DDP).
+Bring your own text, prepared with a tokenizer of at most 128,256 ids.
+Calculated by bench.py --mode=scale, not measured: 25.2 billion tokens, 145 GPU-hours on H100s,
+54.9 GB on each of 8 (DDP).
 """
 out_dir = "{out_dir}/llama_1b"
 dataset = "text"

@@ -1,7 +1,9 @@
-"""The shape of Llama 3.1 8B at a context of 8,192, on text of your own, prepared with a tokenizer of at most 128,256 ids.
+"""The Llama 3.1 8B shape at a context of 8,192 tokens.
 
-Calculated by bench.py --mode=scale, not measured: 159.4 billion tokens, 6,481 GPU-hours on H100s. DDP would need
-202.4 GB on each: too much. FSDP on 8 GPUs would need 82.9 GB, or 34.1 GB with activations recomputed, as below.
+Bring your own text, prepared with a tokenizer of at most 128,256 ids.
+Calculated by bench.py --mode=scale, not measured: 159.4 billion tokens, 6,481 GPU-hours on H100s.
+DDP would need 202.4 GB on each GPU, which is too much. FSDP on 8 GPUs would need 82.9 GB, or
+34.1 GB with activations recomputed, as set below.
 """
 out_dir = "{out_dir}/llama_8b"
 dataset = "text"

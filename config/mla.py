@@ -1,3 +1,3 @@
-"""Multi-head latent attention: all heads' keys and values are made from one latent, which is what is cached."""
+"""Multi-head latent attention: one cached vector replaces the keys and values of all heads."""
 attention = "mla"
 out_dir = "{out_dir}/mla"

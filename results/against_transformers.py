@@ -1,41 +1,58 @@
-"""Decoding and training steps of this model and of transformers' Llama at the same shape, in turns on the same machine.
+"""Times decoding and training steps of this model beside transformers' Llama of the same shape.
 
     pip install transformers
     python results/against_transformers.py decode
     python results/against_transformers.py train
 
-float32, random weights, no QK-norm. Prints, for each shape, the minimum over the rounds of both, and their ratio.
+float32 on the CPU, random weights, no QK-norm. The two models are timed in turns. Prints the
+minimum of each over the rounds, and the ratio, for every shape.
 """
 import statistics
 import sys
 import time
-from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bench import BenchConfig, decode, train
+import bench
 from train import pick_runtime
 
 ROUNDS = 2
-# n_layer, n_head, n_kv_head, n_embd, vocab_size, batch_size, and for decode prompt_len, for train block_size
-DECODE = [(12, 12, kv, 768, 50304, 1, 64) for kv in (12, 4, 1)] + [(12, 12, 4, 768, 50304, 8, 64)] + [
-          (12, 12, kv, 768, 50304, 8, 1024) for kv in (12, 4, 1)]
-TRAIN = [(4, 4, 4, 128, 256, 12, 64), (6, 6, 6, 384, 256, 16, 256), (4, 4, 4, 256, 50304, 8, 256)]
+WARMUP = 5  # training steps before the timed ones
+SHARED = dict(device="cpu", dtype="float32", qk_norm=False)
+DECODED = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, new_tokens=24, repeats=2)
+DECODE = (
+    dict(n_kv_head=12, batch_size=1, prompt_len=64),
+    dict(n_kv_head=4, batch_size=1, prompt_len=64),
+    dict(n_kv_head=1, batch_size=1, prompt_len=64),
+    dict(n_kv_head=4, batch_size=8, prompt_len=64),
+    dict(n_kv_head=12, batch_size=8, prompt_len=1024),
+    dict(n_kv_head=4, batch_size=8, prompt_len=1024),
+    dict(n_kv_head=1, batch_size=8, prompt_len=1024),
+)
+TRAIN = (
+    dict(n_layer=4, n_head=4, n_embd=128, vocab_size=256, batch_size=12, block_size=64, steps=50),
+    dict(n_layer=6, n_head=6, n_embd=384, vocab_size=256, batch_size=16, block_size=256, steps=8),
+    dict(n_layer=4, n_head=4, n_embd=256, vocab_size=50304, batch_size=8, block_size=256, steps=8),
+)
 
 
-def llama(c):
+# -- transformers ----------------------------------------------------------------------------------
+
+def llama(config):
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_ff, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, tie_word_embeddings=True,
-        max_position_embeddings=c.block_size, attn_implementation="sdpa"))
+        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=config.n_ff,
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head,
+        num_key_value_heads=config.n_kv_head, tie_word_embeddings=True,
+        max_position_embeddings=config.block_size, attn_implementation="sdpa"))
 
 
 class Clock(transformers.StoppingCriteria):
-    """Notes when each token is there, and stops nothing."""
+    """Records when each token is generated, and never stops generation."""
 
     def __init__(self):
         self.ticks = []
@@ -45,41 +62,78 @@ class Clock(transformers.StoppingCriteria):
         return torch.zeros(input_ids.size(0), dtype=torch.bool)
 
 
-def their_decode(c):
-    model, steps = llama(c).eval(), []
-    idx = torch.randint(c.vocab_size - 1, (c.batch_size, c.prompt_len))
-    for _ in range(2):
+def their_decode(config):
+    """Seconds per token: median of a run, minimum of the runs."""
+    model = llama(config).eval()
+    idx = torch.randint(config.vocab_size - 1, (config.batch_size, config.prompt_len))
+    medians = []
+    for _ in range(config.repeats):
         clock = Clock()
-        model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=c.new_tokens, do_sample=False, pad_token_id=0,
-                       eos_token_id=None, stopping_criteria=transformers.StoppingCriteriaList([clock]))
-        steps.append(statistics.median(b - a for a, b in zip(clock.ticks, clock.ticks[1:])))
-    return min(steps) * 1e3
+        model.generate(
+            idx, attention_mask=torch.ones_like(idx), max_new_tokens=config.new_tokens,
+            do_sample=False, pad_token_id=0, eos_token_id=None,
+            stopping_criteria=transformers.StoppingCriteriaList([clock]))
+        medians.append(statistics.median(after - before for before, after in pairwise(clock.ticks)))
+    return min(medians)
 
 
-def their_train(c):
-    model, seconds = llama(c), []
+def their_train(config):
+    """Seconds per step: median of the steps after the warm-up."""
+    model = llama(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    for _ in range(5 + c.steps):
-        began = time.perf_counter()
-        idx = torch.randint(c.vocab_size, (c.batch_size, c.block_size))
+    seconds = []
+    for _ in range(WARMUP + config.steps):
+        start = time.perf_counter()
+        idx = torch.randint(config.vocab_size, (config.batch_size, config.block_size))
         model(input_ids=idx, labels=idx, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[5:]) * 1e3
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[WARMUP:])
 
 
-mode = sys.argv[1]
-for shape in dict(decode=DECODE, train=TRAIN)[mode]:
-    config = BenchConfig(mode=mode, device="cpu", dtype="float32", qk_norm=False, new_tokens=24, repeats=2,
-                         steps=50 if shape[4] < 1000 and shape[3] < 300 else 8,
-                         **dict(zip(("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size", "batch_size"), shape)),
-                         **{"prompt_len" if mode == "decode" else "block_size": shape[6]})
-    runtime, ours, theirs = pick_runtime("cpu", "float32", False), [], []
-    for _ in range(ROUNDS):
-        theirs.append((their_decode if mode == "decode" else their_train)(config))
-        row = decode(replace(config), runtime, None) if mode == "decode" else train(config, runtime)
-        ours.append(row["step_ms"])
-    print(f"{mode} n_layer {shape[0]} n_embd {shape[3]} vocab {shape[4]} n_kv_head {shape[2]} batch {shape[5]} context {shape[6]}: "
-          f"transformers {min(theirs):.1f} ms, here {min(ours):.1f} ms, ratio {min(ours) / min(theirs):.2f}", flush=True)
+# -- both in turns ---------------------------------------------------------------------------------
+
+def compare_decode(config):
+    """One round: milliseconds per token of transformers and of this model."""
+    runtime = pick_runtime("cpu", "float32", False)
+    theirs = their_decode(config) * 1e3
+    return theirs, bench.decode(config, runtime, None)["step_ms"]
+
+
+def compare_train(config):
+    """One round: milliseconds per step of transformers and of this model."""
+    runtime = pick_runtime("cpu", "float32", False)
+    theirs = their_train(config) * 1e3
+    return theirs, bench.train(config, runtime)["step_ms"]
+
+
+def report(config, context, rounds):
+    theirs = min(their_ms for their_ms, _ in rounds)
+    ours = min(our_ms for _, our_ms in rounds)
+    print(f"{config.mode} n_layer {config.n_layer} n_embd {config.n_embd} "
+          f"vocab {config.vocab_size} n_kv_head {config.n_kv_head} batch {config.batch_size} "
+          f"context {context}: transformers {theirs:.1f} ms, here {ours:.1f} ms, "
+          f"ratio {ours / theirs:.2f}", flush=True)
+
+
+def main(mode):
+    if mode == "decode":
+        for shape in DECODE:
+            config = bench.BenchConfig(mode="decode", **SHARED, **DECODED, **shape)
+            rounds = [compare_decode(config) for _ in range(ROUNDS)]
+            report(config, config.prompt_len, rounds)
+    elif mode == "train":
+        for shape in TRAIN:
+            config = bench.BenchConfig(mode="train", **SHARED, **shape)
+            rounds = [compare_train(config) for _ in range(ROUNDS)]
+            report(config, config.block_size, rounds)
+    else:
+        sys.exit(f"unknown mode {mode!r}: choose decode or train")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python results/against_transformers.py decode|train")
+    main(sys.argv[1])

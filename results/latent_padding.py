@@ -1,30 +1,66 @@
-"""Expanded latent attention with values padded to the width of keys, as model.py does, and as they are.
+"""Times expanded latent attention with its values padded to the width of the keys, and unpadded.
 
     python results/latent_padding.py
 
-Prints, for several lengths, how many times as long scaled_dot_product_attention takes without padding, forward and with the
-gradient: causal, float32, keys of 3/2 the width of values, best of 20 in turns.
+model.py pads. This prints, for several shapes, how many times as long scaled_dot_product_attention
+takes without padding, in the forward pass alone and with the gradient. Attention is causal and in
+float32, keys are 3/2 as wide as values, and each time is the best of 20, measured in turns.
 """
 import time
 
 import torch
 from torch.nn import functional as F
 
+ROUNDS = 20
+SHAPES = (  # batch, heads, tokens, width of a value
+    (12, 4, 64, 32),
+    (8, 4, 256, 32),
+    (4, 12, 256, 64),
+    (2, 12, 1024, 64),
+)
 
-def seconds(q, k, v, padded, gradient):
+
+def unpadded(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def padded(q, k, v):
+    """The same result: zeros are appended to the values and cut off from the output."""
+    width = v.size(-1)
+    v = F.pad(v, (0, k.size(-1) - width))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)[..., :width]
+
+
+def seconds(attention, inputs, gradient):
     start = time.perf_counter()
-    y = F.scaled_dot_product_attention(q, k, F.pad(v, (0, k.size(-1) - v.size(-1))) if padded else v, is_causal=True)
-    y = y[..., :v.size(-1)]
+    y = attention(*inputs)
     if gradient:
         y.backward(torch.ones_like(y))
     return time.perf_counter() - start
 
 
-for batch, heads, length, width in ((12, 4, 64, 32), (8, 4, 256, 32), (4, 12, 256, 64), (2, 12, 1024, 64)):
-    print(f"batch {batch}, {heads} heads of {width}, {length} tokens:", end="")
-    for gradient in (False, True):
-        q, k, v = (torch.randn(batch, heads, length, w, requires_grad=gradient) for w in (3 * width // 2, 3 * width // 2, width))
-        runs = [[seconds(q, k, v, padded, gradient) for padded in (True, False)] for _ in range(20)]
-        padded, plain = map(min, zip(*runs))
-        print(f"  {'with gradient' if gradient else 'forward'} {plain / padded:.2f}", end="")
-    print()
+def slowdown(shape, gradient):
+    """Best time without padding divided by the best time with it."""
+    batch, heads, tokens, width = shape
+    q = torch.randn(batch, heads, tokens, 3 * width // 2, requires_grad=gradient)
+    k = torch.randn(batch, heads, tokens, 3 * width // 2, requires_grad=gradient)
+    v = torch.randn(batch, heads, tokens, width, requires_grad=gradient)
+    with_padding = []
+    without_padding = []
+    for _ in range(ROUNDS):
+        with_padding.append(seconds(padded, (q, k, v), gradient))
+        without_padding.append(seconds(unpadded, (q, k, v), gradient))
+    return min(without_padding) / min(with_padding)
+
+
+def main():
+    for shape in SHAPES:
+        batch, heads, tokens, width = shape
+        forward = slowdown(shape, gradient=False)
+        backward = slowdown(shape, gradient=True)
+        print(f"batch {batch}, {heads} heads of {width}, {tokens} tokens:  "
+              f"forward {forward:.2f}  with gradient {backward:.2f}")
+
+
+if __name__ == "__main__":
+    main()
