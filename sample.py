@@ -17,9 +17,11 @@ from torch import nn
 
 from nanogqa import checkpoint
 from nanogqa.configurator import UserError, build, parse, program
-from nanogqa.tokenizer import get_tokenizer
-from model import GPT, ONEDNN, GPTConfig, KVCache, attention_route, onednn_product
-from train import pick_runtime, warn_eager
+from model import GPT, GPTConfig, KVCache
+from nanogqa.costs import kv_bytes_per_token, prefill_chunk
+from nanogqa.fast import prepare_for_decoding
+from nanogqa.runtime import compile_for_decoding, pick_runtime
+from nanogqa.tokenizer import Text, get_tokenizer, known_ids
 
 
 @dataclass
@@ -49,37 +51,6 @@ class SampleConfig:
             raise ValueError(f"top_p is a probability, at most 1, not {self.top_p}")
 
 
-class PackedLinear(nn.Module):
-    """A linear layer for float32 inference on a CPU, its weight in the blocked layout that oneDNN reads fastest."""
-
-    def __init__(self, weight, bias, rows):
-        super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows), bias
-
-    def forward(self, x):
-        return onednn_product(x, self.weight, self.bias)
-
-
-def packs(device, dtype):
-    return ONEDNN and device.type == "cpu" and dtype == torch.float32
-
-
-def prepare_for_decoding(model, rows):
-    """model with its weights packed for products of that many rows, where that is faster; it can no longer be trained.
-
-    The plain weights are freed, but for an embedding table that is also the head: it is read in both ways.
-    """
-    if not packs(model.embed.weight.device, model.embed.weight.dtype):
-        return model
-    for module in [m for m in model.modules() if not isinstance(m, nn.Linear)]:  # a list of all would keep them alive
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and name != "kv_b_proj":  # LatentAttention reads that one as matrices, too
-                setattr(module, name, PackedLinear(child.weight, child.bias, rows))
-    if model.lm_head is None:
-        model.lm_head = PackedLinear(model.embed.weight, None, rows)
-    return model
-
-
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """(B, V) logits -> (B, 1) token ids, drawn among the top_k likeliest and, of these, the fewest that reach top_p."""
     if temperature == 0:
@@ -104,62 +75,11 @@ def context_start(n_tokens, block_size):
     return max(0, -(-(n_tokens - block_size) // half)) * half
 
 
-def prefill_chunk(config, batch_size):
-    """Tokens of each row that are read at once: 2,048 in all rows, and few enough that the mask stays small."""
-    return max(1, 2048 // max(4, batch_size, config.n_head // config.cached[1]))
-
-
 def prefill(model, idx, cache, chunk):
     """Reads (B, T) ids into cache, chunk tokens of each row at a time; returns the logits behind the last, (B, 1, V)."""
     for part in idx.split(chunk, dim=1):
         logits = model(part, cache=cache, logits="last")[0]
     return logits
-
-
-def decoding_bytes(config, batch_size, prompt_len, max_length, runtime, static=False, padded=False):
-    """What decoding holds at most, in bytes: weights, cache, a row of logits per sequence, and what a chunk of prefill takes.
-
-    In a chunk of n = batch_size * t tokens, elements live at once: the residual, its norm and one more, 3 n C, and then
-    either 4 n F of the MLP or 7 n H D + 4 n K D of queries and keys as they are normed and turned (mla, in the letters of
-    LatentAttention: 2 n (R + P) of latents, and 8 n H (N + P) expanded or n H (3 (R + P) + 2 (N + P)) absorbed). From the
-    second chunk on, or with a static cache or padded rows from the first, masks of 3 t S bytes and one of t S H/K, which
-    attention turns into numbers; of each row where rows are padded. The tests compare this with what is allocated.
-    """
-    c, size, packed = config, runtime.dtype.itemsize, packs(runtime.device, runtime.dtype)
-    C, D, H, F, V = c.n_embd, c.head_dim, c.n_head, c.n_ff, c.vocab_size
-    tensors, K, width = c.cached
-    with torch.device("meta"):  # shapes alone
-        matrices = sum(p.numel() for p in GPT(c).parameters() if p.dim() == 2)
-    matrices += V * C if c.tie_embeddings and packed else 0
-    t = min(prompt_len, prefill_chunk(c, batch_size))
-    heads = 7 * H * D + 4 * K * D
-    if c.attention == "mla":
-        key = c.nope_head_dim + c.rope_head_dim
-        heads = 2 * width + H * max(8 * key, 3 * width + 2 * key)
-    activations = batch_size * t * (3 * C + max(4 * F, heads)) * size
-    mask = t * (max_length if static else prompt_len) * (3 + H // K * (1 + size)) * (batch_size if padded else 1)
-    mask = mask if static or padded or prompt_len > t else 0
-    return dict(weights=matrices * size, cache=c.n_layer * tensors * batch_size * K * width * max_length * size,
-                logits=batch_size * V * size, prefill=activations + mask)
-
-
-def compile_for_decoding(model, runtime):
-    """model as GPT.forward, in two graphs: one for a single new token, which CUDA replays, and one for any other number.
-
-    For a static KVCache. Each graph is compiled at its first call; where that fails, one warning, and model itself from
-    then on.
-    """
-    one = torch.compile(model, mode="reduce-overhead" if runtime.device.type == "cuda" else None)
-    many = torch.compile(model, dynamic=True)
-
-    def forward(idx, **kwargs):
-        if runtime.compile:
-            try:
-                return (one if idx.size(1) == 1 else many)(idx, **kwargs)
-            except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, no Triton: before anything has run
-                warn_eager(error, runtime)
-        return model(idx, **kwargs)
-    return forward
 
 
 @torch.inference_mode()
@@ -213,49 +133,6 @@ def generate(model, prompts, max_new_tokens, num_samples=1, known=None, kv_cache
         if len(going) < len(rows) and (compiled is None or 2 * len(going) <= len(rows)):
             texts, rows, cache_starts = ([x[i] for i in going] for x in (texts, rows, cache_starts))
             cache = cache.rows(going) if kv_cache else None
-
-
-class Text:
-    """One sample as text while it grows: whole characters, up to end-of-text or the stop string."""
-
-    def __init__(self, encoding, stop=None):
-        self.encoding, self.stop = encoding, stop
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.held = ""                # decoded, but it may be the beginning of the stop string
-        self.done = False
-
-    def add(self, token):
-        """Takes one more token id; returns the text that is certain now."""
-        if self.done:
-            return ""
-        if token == self.encoding.eot_token:
-            return self.finish()
-        self.held += self.decoder.decode(self.encoding.decode_single_token_bytes(token))
-        certain = len(self.held)
-        if self.stop:
-            if (found := self.held.find(self.stop)) >= 0:
-                self.held, self.done = self.held[:found], True
-                return self.finish()
-            tails = range(max(0, certain - len(self.stop) + 1), certain)
-            certain = next((i for i in tails if self.stop.startswith(self.held[i:])), certain)
-        text, self.held = self.held[:certain], self.held[certain:]
-        return text
-
-    def finish(self):
-        """The text that was held back; nothing comes after it."""
-        text, self.held = self.held + ("" if self.done else self.decoder.decode(b"", final=True)), ""
-        self.done = True
-        return text
-
-
-def known_ids(encoding, vocab_size):
-    """(vocab_size,) bool: the ids that the tokenizer can decode. A padded table has more rows than that."""
-    def known(i):
-        try:
-            return bool(encoding.decode_single_token_bytes(i))
-        except KeyError:
-            return False
-    return torch.tensor([i < encoding.n_vocab and known(i) for i in range(vocab_size)])
 
 
 def read_text(path):
