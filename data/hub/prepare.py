@@ -60,7 +60,7 @@ class HubConfig(PrepareConfig):
     max_tokens: int | None = None  # stop after the document that reaches this in train plus val
     val_fraction: float = 0.001   # share of documents for val, by hash: equal texts stay together
     tokens_per_file: int = 10**8  # a train file ends with the document that reaches this
-    workers: int | None = None    # tokenizing threads; None: one per core. Not for a tokenizer.json
+    workers: int | None = None    # threads; None: one per core (tokenizer.json: RAYON_NUM_THREADS)
     endpoint: str | None = None   # address of the Hub; None: HF_ENDPOINT, or https://huggingface.co
 
     def __post_init__(self):
