@@ -566,6 +566,17 @@ def test_local_files_that_go_away(server, tmp_path, capsys, monkeypatch):
     assert "in/1.parquet is not a sound parquet file" in fails(main, args, capsys)
     (tmp_path / "in/1.parquet").unlink()
     assert "1.parquet is no longer in" in fails(main, args, capsys)
+    progress = tmp_path / "again/hub.part/progress.json"
+    good = progress.read_text()
+    for names, words in (
+        ([[1], 2], "progress.json is damaged: remove"),
+        (["../0.parquet"], "../0.parquet is no longer in"),
+    ):
+        changed = json.loads(good)
+        changed["position"].update(names=names, file=0)
+        progress.write_text(json.dumps(changed))
+        assert words in fails(main, args, capsys)
+    progress.write_text(good)
     for i in (1, 2):
         (tmp_path / f"in/{i}.parquet").write_bytes(server.files[FILES[i]])
     (tmp_path / "in/3.parquet").write_bytes(server.files[FILES[0]])

@@ -399,11 +399,13 @@ def is_position(config, position):
             return False
     if type(position.names) is not list or position.file > len(position.names):
         return False
-    if config.input is not None:
-        return True  # the names are compared with those that are there
     for name in position.names:
-        if not is_base_name(name):
+        if not isinstance(name, str):
             return False
+        if config.input is None and not is_base_name(name):
+            return False
+    if config.input is not None:
+        return True  # read_position() compares the names with those that are there
     folders = (f"{config.subset}/{config.split}", f"{config.subset}/partial-{config.split}")
     return position.folder in folders
 
