@@ -215,7 +215,6 @@ class DatasetWriter:
         shutil.rmtree(self.part)
         return meta
 
-
     def copy_tokenizer(self):
         """Copies the files of a tokenizer.json into part. Returns their names."""
         names = [HF_TOKENIZER, HF_CONFIG]
@@ -233,7 +232,7 @@ def remove_old(data_dir, kept):
         splits = {}
     for files in splits.values():
         for file in files:
-            if file["name"] not in kept:
+            if file["name"].endswith(".bin") and file["name"] not in kept:
                 (data_dir / file["name"]).unlink(missing_ok=True)
     (data_dir / "meta.json").unlink(missing_ok=True)
 
@@ -351,7 +350,9 @@ def is_progress(progress):
         files = progress["splits"][split]
         if not isinstance(files, list) or not are_files(files):
             return False
-        for file in files[:-1]:  # only the last file of a split may be incomplete
+        for file in files:
+            if file is files[-1] and "sha256" not in file:
+                continue  # the last file of a split may be incomplete
             if not isinstance(file["sha256"], str):
                 return False
     return set(progress["splits"]) == set(SPLITS)

@@ -566,6 +566,17 @@ def test_local_files_that_go_away(server, tmp_path, capsys, monkeypatch):
     assert "in/1.parquet is not a sound parquet file" in fails(main, args, capsys)
     (tmp_path / "in/1.parquet").unlink()
     assert "1.parquet is no longer in" in fails(main, args, capsys)
+    progress = tmp_path / "again/hub.part/progress.json"
+    good = progress.read_text()
+    for names, words in (
+        ([[1], 2], "progress.json is damaged: remove"),
+        (["../0.parquet"], "../0.parquet is no longer in"),
+    ):
+        changed = json.loads(good)
+        changed["position"].update(names=names, file=0)
+        progress.write_text(json.dumps(changed))
+        assert words in fails(main, args, capsys)
+    progress.write_text(good)
     for i in (1, 2):
         (tmp_path / f"in/{i}.parquet").write_bytes(server.files[FILES[i]])
     (tmp_path / "in/3.parquet").write_bytes(server.files[FILES[0]])
@@ -655,7 +666,7 @@ def test_without_a_package(tmp_path, capsys, monkeypatch, name):
     assert f"{name} is not installed: pip install pyarrow huggingface_hub" in error
 
 
-def test_tokenizer_files_tokenize_batches_as_they_do_texts(tmp_path):
+def test_tokenizer_files_tokenize_batches_as_they_do_texts(tmp_path, capsys):
     tokenizers = pytest.importorskip("tokenizers")
     from nanogqa.tokenizer import HuggingFaceTokenizer
 
@@ -673,14 +684,13 @@ def test_tokenizer_files_tokenize_batches_as_they_do_texts(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     parquet(tmp_path / "x.parquet", texts(400))
-    main(
-        [
-            f"--tokenizer={tmp_path}",
-            f"--input={tmp_path}/x.parquet",
-            f"--data_dir={tmp_path}/out",
-            "--val_fraction=0.1",
-        ]
-    )
+    args = [
+        f"--tokenizer={tmp_path}",
+        f"--input={tmp_path}/x.parquet",
+        f"--data_dir={tmp_path}/out",
+        "--val_fraction=0.1",
+    ]
+    main(args)
     encoding, train = HuggingFaceTokenizer(tmp_path), Dataset(tmp_path / "out").train
     want = []
     for text in texts(400):
@@ -688,6 +698,12 @@ def test_tokenizer_files_tokenize_batches_as_they_do_texts(tmp_path):
             want += [*encoding.encode_ordinary(text), encoding.eot_token]
     assert train.windows([0], train.n_tokens)[0].tolist() == want
     assert (tmp_path / "out/tokenizer.json").exists()
+
+    changed = (tmp_path / "tokenizer.json").read_text() + " "  # has another sha256
+    (tmp_path / "tokenizer.json").write_text(changed)
+    assert "pass another --data_dir, or --overwrite=True" in fails(main, args, capsys)
+    main([*args, "--overwrite=True"])
+    assert (tmp_path / "out/tokenizer.json").read_text() == changed
 
 
 # -- reading ---------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class HubConfig(PrepareConfig):
     max_tokens: int | None = None  # stop after the document that reaches this in train plus val
     val_fraction: float = 0.001   # share of documents for val, by hash: equal texts stay together
     tokens_per_file: int = 10**8  # a train file ends with the document that reaches this
-    workers: int | None = None    # tokenizing threads; None: one per core. Not for a tokenizer.json
+    workers: int | None = None    # threads; None: one per core (tokenizer.json: RAYON_NUM_THREADS)
     endpoint: str | None = None   # address of the Hub; None: HF_ENDPOINT, or https://huggingface.co
 
     def __post_init__(self):
@@ -399,11 +399,13 @@ def is_position(config, position):
             return False
     if type(position.names) is not list or position.file > len(position.names):
         return False
-    if config.input is not None:
-        return True  # the names are compared with those that are there
     for name in position.names:
-        if not is_base_name(name):
+        if not isinstance(name, str):
             return False
+        if config.input is None and not is_base_name(name):
+            return False
+    if config.input is not None:
+        return True  # read_position() compares the names with those that are there
     folders = (f"{config.subset}/{config.split}", f"{config.subset}/partial-{config.split}")
     return position.folder in folders
 
