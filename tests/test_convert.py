@@ -16,6 +16,7 @@ import convert
 from nanogqa import tokenizer
 import sample
 import train
+from nanogqa.pool import best_partition
 from nanogqa.tokenizer import get_tokenizer
 from nanogqa.writer import write_dataset
 from model import GPT, GPTConfig, rope_frequencies
@@ -142,8 +143,8 @@ def test_aligned_keeps_more_than_mean_of_unrelated_heads(tmp_path):
 
 def test_best_partition_is_the_best_of_all_that_exchanges_reach():
     likes = {frozenset((0, 3)), frozenset((1, 4)), frozenset((2, 5))}
-    assert sorted(convert.best_partition(6, 3, lambda part: float(frozenset(part) in likes))) == [[0, 3], [1, 4], [2, 5]]
-    assert convert.best_partition(4, 1, lambda part: 0.0) == [[0, 1, 2, 3]]
+    assert sorted(best_partition(6, 3, lambda part: float(frozenset(part) in likes))) == [[0, 3], [1, 4], [2, 5]]
+    assert best_partition(4, 1, lambda part: 0.0) == [[0, 1, 2, 3]]
 
 
 def test_a_pooled_checkpoint_trains_and_samples(toy_data, toy_run, tmp_path, capsys):
@@ -457,7 +458,7 @@ def cut(n):
     (change_config(hidden_act="gelu"), "hidden_act=gelu"), (change_config(model_type="mistral", sliding_window=16), "sliding_window=16"),
     (change_config(rope_parameters=dict(rope_type="yarn", factor=4.0)), "rope_type=yarn"),
     (change_config(rope_parameters=dict(rope_type="llama3", rope_theta=1e4)), "the llama3 scaling lacks factor"),
-    (change_config(rope_parameters=[1]), "rope_parameters is no JSON object"),
+    (change_config(rope_parameters=[1]), "rope_parameters is not a JSON object"),
     (change_config(rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)), "partial_rotary_factor"),
     (change_config(layer_types=["full_attention", "sliding_attention"]), "layer_types=sliding_attention"),
     (change_config(quantization_config=dict(bits=4)), "quantization_config"),
@@ -471,8 +472,8 @@ def cut(n):
     (change_weights(lambda w: w["model.norm.weight"].fill_(torch.nan)), "are not finite"),
     (cut(0), "cannot be read"), (cut(5), "cannot be read"), (cut(1000), "cannot be read"), (cut(-1), "cannot be read"),
     (lambda folder: (folder / "model.safetensors").unlink(), "cannot be read"),
-    (lambda folder: (folder / "config.json").unlink(), "cannot read"), (lambda folder: (folder / "config.json").write_text("{"), "is no JSON object"),
-    (lambda folder: (folder / "config.json").write_text("[]"), "is no JSON object"),
+    (lambda folder: (folder / "config.json").unlink(), "cannot read"), (lambda folder: (folder / "config.json").write_text("{"), "is not a JSON object"),
+    (lambda folder: (folder / "config.json").write_text("[]"), "is not a JSON object"),
     (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json cannot be read"),
     (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../none.safetensors"}}'), "none.safetensors cannot be read"),
     (lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff"), "tokenizer.json cannot be read"),
