@@ -109,7 +109,8 @@ def align(heads, n_kv_head, qk_norm):
 
 # Keys. RoPE rotates plane i of a head, its rows (i, i + D/2), by an angle. With the two rows as one
 # complex number, a score is the sum over planes of Re(conj(q) k), and RoPE multiplies q and k by
-# complex numbers. So in any plane, k / u and conj(u) q have the scores of k and q, for any complex u.
+# complex numbers. So in any plane, k / u and conj(u) q have the scores of k and q for any complex
+# number u.
 
 def to_planes(x, qk_norm):
     """(heads, D, C) -> (D/2, heads, C), complex. With qk_norm (D/2, heads, 2C), real.
