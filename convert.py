@@ -63,10 +63,10 @@ class PoolConfig:
 
 # -- what a conversion can express ---------------------------------------------------------------
 
-# A setting of GPTConfig that is missing in these tables is refused by name unless it has its
-# default: see check_settings. A new setting that changes the model needs an entry here, and code.
+# A setting of GPTConfig that is in none of these tables must have its default, else check_settings
+# refuses it by name. A new setting that changes the model needs an entry, and code that handles it.
 
-# GPTConfig setting -> key of config.json
+# setting of GPTConfig -> key of config.json
 SIZES = {
     "vocab_size": "vocab_size",
     "n_embd": "hidden_size",
@@ -78,37 +78,36 @@ SIZES = {
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings",
 }
-# the same, for each kind of attention
-HF_KEYS = {
-    "gqa": SIZES | {
-        "head_dim": "head_dim",
-    },
-    "mla": SIZES | {
-        "kv_lora_rank": "kv_lora_rank",
-        "q_lora_rank": "q_lora_rank",
-        "rope_head_dim": "qk_rope_head_dim",
-        "nope_head_dim": "qk_nope_head_dim",
-        "v_head_dim": "v_head_dim",
-    },
+MLA_SIZES = {
+    "kv_lora_rank": "kv_lora_rank",
+    "q_lora_rank": "q_lora_rank",
+    "rope_head_dim": "qk_rope_head_dim",
+    "nope_head_dim": "qk_nope_head_dim",
+    "v_head_dim": "v_head_dim",
 }
-# GPTConfig setting -> key of the RoPE scaling of type llama3
+HF_KEYS = {
+    "gqa": SIZES | {"head_dim": "head_dim"},
+    "mla": SIZES | MLA_SIZES,
+}
+# setting of GPTConfig -> key of a RoPE scaling with rope_type llama3
 ROPE_SCALING = {
     "rope_factor": "factor",
     "rope_low_freq_factor": "low_freq_factor",
     "rope_high_freq_factor": "high_freq_factor",
     "rope_original_block_size": "original_max_position_embeddings",
 }
-# settings that choose the family, and those that do not affect the exported function: dropout is
-# for training, and MLA's head_dim only gives the widths of its parts their defaults
-FAMILY_SETTINGS = {"attention", "qk_norm", "qkv_bias"}
-WITHOUT_EFFECT = {"gqa": {"dropout"}, "mla": {"dropout", "head_dim"}}
+ROPE = {"rope_theta", *ROPE_SCALING}
+FAMILY = {"attention", "qk_norm", "qkv_bias"}  # these choose one of FAMILIES
+TRAINING = {"dropout"}                         # no effect on the trained function
 
-# settings that pool has a rule for, and settings that do not concern the key/value heads
-POOLABLE = {
-    "n_head", "n_kv_head", "head_dim", "n_embd", "qk_norm", "qkv_bias", "rope_theta",
-    *ROPE_SCALING, "norm_eps", "vocab_size", "block_size", "n_layer", "n_ff", "tie_embeddings",
-    "dropout",
+# what to_hf can express, for each kind of attention
+EXPORTABLE = {
+    "gqa": {*HF_KEYS["gqa"], *ROPE, *FAMILY, *TRAINING},
+    # head_dim has no effect beyond the defaults of MLA_SIZES
+    "mla": {*HF_KEYS["mla"], *ROPE, *FAMILY, *TRAINING, "head_dim"},
 }
+# what pool has a rule for, and what does not concern key/value heads
+POOLABLE = {*SIZES, *ROPE, *TRAINING, "head_dim", "qk_norm", "qkv_bias"}
 
 
 @dataclass(frozen=True)
@@ -141,18 +140,18 @@ def check_settings(config, known, action):
         if field.name not in known and value != default:
             raise UserError(
                 f"{field.name}={value} cannot be {action}, since convert.py has no rule for it: "
-                f"choose a model with {field.name}={default}"
+                f"add one, or choose a model with {field.name}={default}"
             )
 
 
 def model_type_of(config):
     """The first model_type that computes what a GPTConfig describes. UserError without one."""
-    known = FAMILY_SETTINGS | {"rope_theta", *ROPE_SCALING}
-    if config.attention in HF_KEYS:
-        known |= HF_KEYS[config.attention].keys() | WITHOUT_EFFECT[config.attention]
-    else:
-        known -= {"attention"}
-    check_settings(config, known, "exported")
+    if config.attention not in EXPORTABLE:
+        raise UserError(
+            f"attention={config.attention} cannot be exported, since convert.py has no rule for "
+            f"it: add one, or choose a model with attention={' or '.join(EXPORTABLE)}"
+        )
+    check_settings(config, EXPORTABLE[config.attention], "exported")
     wanted = (config.attention, config.qk_norm, config.qkv_bias)
     for model_type, family in FAMILIES.items():
         if (family.attention, family.qk_norm, family.qkv_bias) == wanted:
@@ -258,6 +257,7 @@ def import_transformers():
 # -- to Hugging Face -----------------------------------------------------------------------------
 
 def to_hf(config):
+    """Writes a checkpoint as a folder that transformers loads, and compares the logits."""
     state, model = load_checkpoint(config.out_dir)
     model_type = model_type_of(model.config)
     import_transformers()
@@ -282,6 +282,7 @@ def to_hf(config):
 
 
 def write_hf_weights(model, folder, dtype):
+    """Writes the weights of model as safetensors, with the names and the order of rows there."""
     weights = {}
     for name, weight in model.state_dict().items():
         if model.config.attention == "mla":
@@ -341,14 +342,20 @@ def write_hf_config(model_type, config, folder, dtype, tokenizer):
     if isinstance(tokenizer, HuggingFaceTokenizer):
         special["bos_token_id"] = tokenizer.bos_token
 
-    hf_config = transformers.AutoConfig.for_model(
-        model_type,
-        architectures=[FAMILIES[model_type].architecture],
-        dtype=dtype,
-        **values,
-        **rope_keys(config),
-        **special,
-    )
+    try:
+        hf_config = transformers.AutoConfig.for_model(
+            model_type,
+            architectures=[FAMILIES[model_type].architecture],
+            dtype=dtype,
+            **values,
+            **rope_keys(config),
+            **special,
+        )
+    except Exception as error:  # its checks of sizes raise many kinds of errors
+        raise UserError(
+            f"transformers refuses the sizes of this model ({one_line(error)}): train a model with "
+            "other sizes to export it"
+        ) from None
     hf_config.save_pretrained(folder)
     # transformers 5 writes rope_parameters instead; without these keys, transformers 4 and other
     # readers would silently use default frequencies
@@ -440,8 +447,8 @@ def hf_tokenizer(encoding):
     to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     steps = [to_bytes]
     if merges:
-        # tiktoken reads "{1,3}+" as possessive; tokenizers as a repeated group. Without the + both
-        # match the same text
+        # "{1,3}+" is possessive for tiktoken, but a repeated group for tokenizers. Without the +,
+        # tokenizers matches what tiktoken does
         pattern = tokenizers.Regex(encoding._pat_str.replace("}+", "}"))
         steps = [tokenizers.pre_tokenizers.Split(pattern, behavior="isolated"), to_bytes]
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
@@ -464,7 +471,8 @@ def check_tokenizer(encoding, folder):
 
     Compared on program text, on whitespace and special tokens, and on many scripts.
     """
-    theirs = import_transformers().AutoTokenizer.from_pretrained(folder)
+    transformers = import_transformers()
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
     scripts = ""
     for code in [*range(0x3000), *range(0x1F600, 0x1F640)]:
         scripts += chr(code)
@@ -476,14 +484,16 @@ def check_tokenizer(encoding, folder):
         same_ids = theirs(text, add_special_tokens=False)["input_ids"] == ids
         if not same_ids or theirs.decode(ids) != encoding.decode(ids):
             raise UserError(
-                f"transformers does not read tokenizer {encoding.name!r} as tiktoken does: report "
-                "it, and use another tokenizer"
+                f"transformers {transformers.__version__} does not read tokenizer "
+                f"{encoding.name!r} as tiktoken does: use another version of transformers, or "
+                "another tokenizer"
             )
 
 
 # -- from Hugging Face ---------------------------------------------------------------------------
 
 def from_hf(config):
+    """Writes a Hugging Face folder as a checkpoint, and compares the logits."""
     if config.hf_dir is None or not Path(config.hf_dir).is_dir():
         raise UserError(
             f"there is no folder {config.hf_dir}: name one that holds config.json and safetensors "
@@ -708,6 +718,7 @@ def special_token(tokenizer, ids):
 # -- key/value heads -----------------------------------------------------------------------------
 
 def pool(config):
+    """Writes a checkpoint with another number of key/value heads."""
     state, model = load_checkpoint(config.out_dir)
     before = model.config
     after = pooled_config(before, config)

@@ -318,10 +318,15 @@ def test_settings_at_their_default_need_no_rule(transformers, tmp_path, monkeypa
 
 
 def test_the_rules_name_settings_that_exist():
-    named = convert.POOLABLE | convert.FAMILY_SETTINGS | convert.ROPE_SCALING.keys()
-    for attention in ("gqa", "mla"):
-        named |= convert.HF_KEYS[attention].keys() | convert.WITHOUT_EFFECT[attention]
+    named = convert.POOLABLE | convert.EXPORTABLE["gqa"] | convert.EXPORTABLE["mla"]
     assert named <= set(keys_of(GPTConfig))
+
+
+def test_to_hf_refuses_an_attention_without_a_rule(tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(convert.EXPORTABLE, "mla")
+    source = save(toy_model(attention="mla"), tmp_path / "ours")
+    error = fails(convert.main, command("to_hf", out_dir=source, hf_dir=tmp_path / "hf"), capsys)
+    assert "attention=mla cannot be exported" in error and not list(tmp_path.glob("hf*"))
 
 
 def test_pooling_knows_tensors_alone():
@@ -544,6 +549,17 @@ def test_export_has_the_rope_keys_of_transformers_4(transformers, tmp_path, atte
             high_freq_factor=4.0,
             original_max_position_embeddings=16,
         )
+
+
+def test_sizes_that_transformers_refuses(transformers, tmp_path, capsys, monkeypatch):
+    def for_model(*args, **kwargs):
+        raise ValueError("hidden_size is not a multiple\nof num_attention_heads")
+
+    monkeypatch.setattr(transformers.AutoConfig, "for_model", for_model)
+    source = save(toy_model(n_kv_head=2), tmp_path / "ours")
+    error = fails(convert.main, command("to_hf", out_dir=source, hf_dir=tmp_path / "hf"), capsys)
+    assert "refuses the sizes of this model (hidden_size is not a multiple of" in error
+    assert not list(tmp_path.glob("hf*"))
 
 
 def test_bfloat16_export(transformers, tmp_path):
