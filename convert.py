@@ -1,17 +1,18 @@
-"""Turns checkpoints into Hugging Face folders and back, and changes their number of key/value heads.
+"""Converts checkpoints to and from Hugging Face, and changes their number of key/value heads.
 
     python convert.py to_hf --out_dir=out/gqa --hf_dir=hf/gqa
     python convert.py from_hf --hf_dir=DIR --out_dir=out/llama
     python convert.py pool --out_dir=out/mha --n_kv_head=2 --new_dir=out/mha-to-gqa
 
-A folder is written whole or not at all, and none is overwritten. The first two need transformers.
+Each command writes a new folder, completely or not at all. to_hf and from_hf need transformers.
 """
 import contextlib
+import dataclasses
+import importlib
 import json
 import os
 import shutil
 import sys
-from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,500 +20,868 @@ from typing import Literal
 import tiktoken
 import torch
 
-from nanogqa import checkpoint
-from nanogqa.configurator import UserError, build, help_text, parse, program
-from nanogqa.dataloader import Dataset, train_batch
-from nanogqa.tokenizer import EOT, HF_TOKENIZER, HuggingFaceTokenizer, UNICODE_OF_BYTE, copy_tokenizer, get_tokenizer
 from model import GPT, GPTConfig
+from nanogqa import checkpoint
+from nanogqa import pool as pooling
+from nanogqa.configurator import UserError, build, help_text, one_line, parse, program
+from nanogqa.dataloader import Dataset, train_batch
+from nanogqa.files import write_json
+from nanogqa.tokenizer import (
+    EOT,
+    HF_TOKENIZER,
+    UNICODE_OF_BYTE,
+    HuggingFaceTokenizer,
+    copy_tokenizer,
+    get_tokenizer,
+)
+
+Method = Literal["mean", "first", "random", "aligned"]
 
 
 @dataclass
 class ToHFConfig:
-    out_dir: str = "out"          # folder with the ckpt.pt of a run
-    hf_dir: str | None = None     # folder to make
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights in it
+    out_dir: str = "out"          # folder of the run whose checkpoint is exported
+    hf_dir: str | None = None     # folder to create
+    dtype: Literal["float32", "bfloat16"] = "float32"  # data type of the exported weights
 
 
 @dataclass
 class FromHFConfig:
     hf_dir: str | None = None     # folder with config.json and safetensors
-    out_dir: str | None = None    # folder to make, for train.py --init_from and sample.py
+    out_dir: str | None = None    # folder to create, for train.py --init_from and sample.py
 
 
 @dataclass
 class PoolConfig:
-    out_dir: str = "out"          # folder with the ckpt.pt of a run
-    new_dir: str | None = None    # folder to make, for train.py --init_from and sample.py
-    n_kv_head: int | None = None  # key/value heads that the new model has: fewer are pooled, more are copies
-    method: Literal["mean", "first", "random", "aligned"] = "aligned"  # mean of the heads, the first, a new one, or aligned
-    dataset: str | None = None    # for aligned: a data set whose text says which inputs matter; None: all alike
-    seed: int = 1337              # of the draws of random
+    out_dir: str = "out"          # folder of the run whose heads are pooled
+    new_dir: str | None = None    # folder to create, for train.py --init_from and sample.py
+    n_kv_head: int | None = None  # key/value heads of the new model; more than before: copies
+    method: Method = "aligned"    # mean, first, random or aligned: rotate to agree, then average
+    dataset: str | None = None    # aligned: weigh directions by inputs from it; None: all alike
+    seed: int = 1337              # seed of method=random
 
+
+# -- what a conversion can express ---------------------------------------------------------------
+
+# A setting of GPTConfig that is in none of these tables must have its default, else check_settings
+# refuses it by name. A new setting that changes the model needs an entry, and code that handles it.
+
+# setting of GPTConfig -> key of config.json
+SIZES = {
+    "vocab_size": "vocab_size",
+    "n_embd": "hidden_size",
+    "n_ff": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "block_size": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+MLA_SIZES = {
+    "kv_lora_rank": "kv_lora_rank",
+    "q_lora_rank": "q_lora_rank",
+    "rope_head_dim": "qk_rope_head_dim",
+    "nope_head_dim": "qk_nope_head_dim",
+    "v_head_dim": "v_head_dim",
+}
+HF_KEYS = {
+    "gqa": SIZES | {"head_dim": "head_dim"},
+    "mla": SIZES | MLA_SIZES,
+}
+# setting of GPTConfig -> key of a RoPE scaling with rope_type llama3
+ROPE_SCALING = {
+    "rope_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_block_size": "original_max_position_embeddings",
+}
+ROPE = {"rope_theta", *ROPE_SCALING}
+FAMILY = {"attention", "qk_norm", "qkv_bias"}  # these choose one of FAMILIES
+TRAINING = {"dropout"}                         # no effect on the trained function
+
+# what to_hf can express, for each kind of attention
+EXPORTABLE = {
+    "gqa": {*HF_KEYS["gqa"], *ROPE, *FAMILY, *TRAINING},
+    # head_dim has no effect beyond the defaults of MLA_SIZES
+    "mla": {*HF_KEYS["mla"], *ROPE, *FAMILY, *TRAINING, "head_dim"},
+}
+# what pool has a rule for, and what does not concern key/value heads
+POOLABLE = {*SIZES, *ROPE, *TRAINING, "head_dim", "qk_norm", "qkv_bias"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of transformers: its class, and the settings of GPTConfig that it stands for."""
+    architecture: str
+    attention: str = "gqa"
+    qk_norm: bool = False
+    qkv_bias: bool = False
+
+
+FAMILIES = {  # by model_type
+    "llama": Family("LlamaForCausalLM"),
+    "mistral": Family("MistralForCausalLM"),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", attention="mla", qk_norm=True),
+}
+# deepseek_v3 is written but not read: its published models have experts
+READABLE = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def check_settings(config, known, action):
+    """UserError that names a setting of config that is off its default and not in known."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if field.name not in known and value != default:
+            raise UserError(
+                f"{field.name}={value} cannot be {action}, since convert.py has no rule for it: "
+                f"add one, or choose a model with {field.name}={default}"
+            )
+
+
+def model_type_of(config):
+    """The first model_type that computes what a GPTConfig describes. UserError without one."""
+    if config.attention not in EXPORTABLE:
+        raise UserError(
+            f"attention={config.attention} cannot be exported, since convert.py has no rule for "
+            f"it: add one, or choose a model with attention={' or '.join(EXPORTABLE)}"
+        )
+    check_settings(config, EXPORTABLE[config.attention], "exported")
+    wanted = (config.attention, config.qk_norm, config.qkv_bias)
+    for model_type, family in FAMILIES.items():
+        if (family.attention, family.qk_norm, family.qkv_bias) == wanted:
+            return model_type
+    if config.attention == "mla":
+        raise UserError(
+            "attention=mla without qk_norm is no architecture of Hugging Face: only a model with "
+            "qk_norm can be exported, since DeepSeek-V3 normalizes its latents"
+        )
+    raise UserError(
+        "qk_norm with qkv_bias is not an architecture of Hugging Face: only a model with one of "
+        "them can be exported"
+    )
+
+
+# -- folders and optional packages ---------------------------------------------------------------
 
 @contextlib.contextmanager
 def whole(folder, key):
-    """A folder to write into, which takes its name at the end and leaves nothing after an error."""
+    """A temporary folder, renamed to folder on success and deleted on error.
+
+    key is the setting that names the folder. UserError where it exists and is not empty.
+    """
     if folder is None:
         raise UserError(f"there is no folder to write to: name a new one with --{key}=FOLDER")
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists, and nothing is overwritten: name another --{key}, or remove it first")
+        raise UserError(
+            f"{folder} exists, and nothing is overwritten: name another --{key}, or remove it first"
+        )
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
         yield part
         os.replace(part, folder)
     except OSError as error:
-        raise UserError(f"cannot write {folder} ({error.strerror or error}): make room, or name another --{key}") from None
+        raise UserError(
+            f"cannot write {folder} ({error.strerror or error}): make room, or name another --{key}"
+        ) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-# -- Hugging Face ------------------------------------------------------------------------------------------------------------
+def load_checkpoint(out_dir):
+    """(state, model) of the checkpoint in out_dir, the model in evaluation mode."""
+    state = checkpoint.load(out_dir, GPTConfig)
+    model = checkpoint.load_model(GPT, GPTConfig(**state["config"]), state)
+    return state, model.eval()
 
-# model_type -> (architecture, qk_norm, qkv_bias)
-FAMILIES = {"llama": ("LlamaForCausalLM", False, False), "mistral": ("MistralForCausalLM", False, False),
-            "qwen2": ("Qwen2ForCausalLM", False, True), "qwen3": ("Qwen3ForCausalLM", True, False)}
-# ours -> theirs
-SIZES = dict(vocab_size="vocab_size", n_embd="hidden_size", n_ff="intermediate_size", n_layer="num_hidden_layers",
-             n_head="num_attention_heads", block_size="max_position_embeddings", n_kv_head="num_key_value_heads",
-             head_dim="head_dim", norm_eps="rms_norm_eps", tie_embeddings="tie_word_embeddings")
-MLA = dict(kv_lora_rank="kv_lora_rank", q_lora_rank="q_lora_rank", rope_head_dim="qk_rope_head_dim",
-           nope_head_dim="qk_nope_head_dim", v_head_dim="v_head_dim")
-LLAMA3 = dict(rope_factor="factor", rope_low_freq_factor="low_freq_factor", rope_high_freq_factor="high_freq_factor",
-              rope_original_block_size="original_max_position_embeddings")
+
+def write(folder, state):
+    """Writes weights without a run as a checkpoint at step 0; returns their model.
+
+    state holds model, config and tokenizer, as in checkpoint.KEYS.
+    """
+    untrained = {
+        "optimizer": {},
+        "settings": {},
+        "runtime": {},
+        "step": 0,
+        "val_loss": None,
+        "best_val_loss": None,
+        "dataset_sha256": "",
+    }
+    state = untrained | state
+    model = checkpoint.load_model(GPT, GPTConfig(**state["config"]), state)
+    checkpoint.save(folder, state)
+    return model.eval()
+
+
+def read_json(path):
+    """The JSON object in a file. UserError where there is none."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror}): name a Hugging Face folder with --hf_dir"
+        ) from None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object: download it again")
+    return value
+
+
+def import_extra(name):
+    """A module of the optional packages. UserError where it is not installed."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns about forks
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"{name} is not installed: pip install transformers safetensors") from None
+
+
+def import_transformers():
+    """transformers without its progress bars and warnings."""
+    transformers = import_extra("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    return transformers
+
+
+# -- to Hugging Face -----------------------------------------------------------------------------
+
+def to_hf(config):
+    """Writes a checkpoint as a folder that transformers loads, and compares the logits."""
+    state, model = load_checkpoint(config.out_dir)
+    model_type = model_type_of(model.config)
+    import_transformers()
+    tokenizer = None
+    if state["tokenizer"] != "none":
+        tokenizer = get_tokenizer(state["tokenizer"], config.out_dir)
+    with whole(config.hf_dir, "hf_dir") as folder:
+        write_hf_weights(model, folder, config.dtype)
+        write_hf_config(model_type, model.config, folder, config.dtype, tokenizer)
+        copy_tokenizer(state["tokenizer"], config.out_dir, folder)
+        if isinstance(tokenizer, tiktoken.Encoding):
+            write_hf_tokenizer(tokenizer, folder, model.config.block_size)
+        compared = compare_logits(model, folder, config.dtype)
+    architecture = FAMILIES[model_type].architecture
+    print(f"{config.hf_dir}: {architecture}, {model.num_params():,} parameters in {config.dtype}")
+    print(compared)
+    if tokenizer is None:
+        print(
+            f"warning: {config.out_dir} has no tokenizer, so {config.hf_dir} has none",
+            file=sys.stderr,
+        )
+
+
+def write_hf_weights(model, folder, dtype):
+    """Writes the weights of model as safetensors, with the names and the order of rows there."""
+    weights = {}
+    for name, weight in model.state_dict().items():
+        if model.config.attention == "mla":
+            weight = interleave_rope(name, weight, model.config)
+        weights[hf_name(name)] = weight.to(getattr(torch, dtype))
+    import_extra("huggingface_hub").save_torch_state_dict(weights, folder)
 
 
 def hf_name(name):
-    """The name of a weight of model.py in Hugging Face's Llama, or DeepSeek-V3 for mla."""
-    for ours, theirs in (("embed.", "embed_tokens."), ("attn_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm"),
-                         (".attn.", ".self_attn."), ("kv_a_proj", "kv_a_proj_with_mqa"), ("_a_norm", "_a_layernorm")):
+    """The name in Llama, or DeepSeek-V3 for MLA, of a weight of model.py."""
+    if name.startswith("lm_head"):
+        return name
+    for ours, theirs in (
+        ("embed.", "embed_tokens."),
+        ("attn_norm", "input_layernorm"),
+        ("mlp_norm", "post_attention_layernorm"),
+        (".attn.", ".self_attn."),
+        ("kv_a_proj", "kv_a_proj_with_mqa"),
+        ("_a_norm", "_a_layernorm"),
+    ):
         name = name.replace(ours, theirs)
-    return name if name.startswith("lm_head") else f"model.{name}"
+    return f"model.{name}"
 
 
-def hf_weights(weights, c):
-    """weights by Hugging Face's names. Llama turns halves in RoPE, too; DeepSeek-V3 neighbours, so those rows change places."""
-    if c.attention == "mla":
-        P, weights = c.rope_head_dim, dict(weights)
-        turn = torch.arange(P).view(2, -1).T.flatten()                  # 0, P/2, 1, P/2 + 1, ...
-        for name, x in weights.items():
-            if name.endswith(("q_proj.weight", "q_b_proj.weight", "kv_a_proj.weight")):
-                x = x.unflatten(0, (-1, c.kv_lora_rank + P if "kv_a" in name else c.nope_head_dim + P))
-                weights[name] = torch.cat((x[:, :-P], x[:, -P:][:, turn]), 1).flatten(0, 1)
-    return {hf_name(name): x for name, x in weights.items()}
+def interleave_rope(name, weight, config):
+    """weight of a LatentAttention with its rotary rows in DeepSeek-V3's order.
+
+    model.py rotates the pairs (i, i + P/2) of the P rotary rows of a head, as Llama does;
+    DeepSeek-V3 rotates the pairs (2i, 2i + 1). Other weights are returned as they are.
+    """
+    P = config.rope_head_dim
+    if name.endswith(("q_proj.weight", "q_b_proj.weight")):
+        width = config.nope_head_dim + P
+    elif name.endswith("kv_a_proj.weight"):
+        width = config.kv_lora_rank + P
+    else:
+        return weight
+    order = torch.arange(P).view(2, -1).T.flatten()          # 0, P/2, 1, P/2 + 1, ...
+    heads = weight.unflatten(0, (-1, width))                 # (heads, width, inputs)
+    rotary = heads[:, -P:][:, order]
+    return torch.cat((heads[:, :-P], rotary), 1).flatten(0, 1)
 
 
-def library(name):
-    """The module of that name, which the extra [hf] installs."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def write_hf_config(model_type, config, folder, dtype, tokenizer):
+    """Writes a GPTConfig as config.json and generation_config.json."""
+    transformers = import_transformers()
+    values = {}
+    for ours, theirs in HF_KEYS[config.attention].items():
+        values[theirs] = getattr(config, ours)
+    if config.attention == "mla":
+        values["first_k_dense_replace"] = config.n_layer     # no layer has experts
+        values["num_nextn_predict_layers"] = 0
+
+    special = {"bos_token_id": None, "eos_token_id": None}
+    if tokenizer is not None:
+        special = {"bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token}
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        special["bos_token_id"] = tokenizer.bos_token
+
     try:
-        module = __import__(name)
-    except ImportError:
-        raise UserError(f"{name} is not installed: pip install transformers safetensors") from None
-    if name == "transformers":
-        module.utils.logging.disable_progress_bar()
-        module.utils.logging.set_verbosity_error()
-    return module
+        hf_config = transformers.AutoConfig.for_model(
+            model_type,
+            architectures=[FAMILIES[model_type].architecture],
+            dtype=dtype,
+            **values,
+            **rope_keys(config),
+            **special,
+        )
+    except Exception as error:  # its checks of sizes raise many kinds of errors
+        raise UserError(
+            f"transformers refuses the sizes of this model ({one_line(error)}): train a model with "
+            "other sizes to export it"
+        ) from None
+    hf_config.save_pretrained(folder)
+    # transformers 5 writes rope_parameters instead; without these keys, transformers 4 and other
+    # readers would silently use default frequencies
+    path = folder / "config.json"
+    write_json(path, read_json(path) | rope_keys(config))
+    transformers.GenerationConfig(**special).save_pretrained(folder)
 
 
-def to_hf(config):
-    state = checkpoint.load(config.out_dir, GPTConfig)
-    model, c = checkpoint.load_model(GPT, GPTConfig(**state["config"]), state).eval(), GPTConfig(**state["config"])
-    if c.qk_norm and c.qkv_bias:
-        raise UserError("qk_norm with qkv_bias is no architecture of Hugging Face: only a model with one of them can be exported")
-    if c.attention == "mla" and not c.qk_norm:
-        raise UserError("attention=mla without qk_norm is no architecture of Hugging Face: DeepSeek-V3 norms its latents")
-    family = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
-    architecture, more = FAMILIES[family][0], {}
-    if c.attention == "mla":  # every layer is one of the first, dense ones, before any experts
-        family, architecture = "deepseek_v3", "DeepseekV3ForCausalLM"
-        more = {theirs: getattr(c, ours) for ours, theirs in MLA.items()} | dict(
-            head_dim=c.rope_head_dim, first_k_dense_replace=c.n_layer, num_nextn_predict_layers=0)
-    save_torch_state_dict = (library("transformers"), library("huggingface_hub"))[1].save_torch_state_dict
-    encoding = None if state["tokenizer"] == "none" else get_tokenizer(state["tokenizer"], config.out_dir)
-    ends = {} if encoding is None else dict(eos_token_id=encoding.eot_token, bos_token_id=encoding.bos_token if
-                                            isinstance(encoding, HuggingFaceTokenizer) else encoding.eot_token)
-    scaling = dict(rope_type="llama3", **{theirs: getattr(c, ours) for ours, theirs in LLAMA3.items()}) if c.rope_factor > 1 else None
-    described = dict(architectures=[architecture], model_type=family, hidden_act="silu",
-                     **{theirs: getattr(c, ours) for ours, theirs in SIZES.items()} | more, rope_theta=c.rope_theta, rope_scaling=scaling,
-                     attention_bias=False, mlp_bias=False, use_sliding_window=False, torch_dtype=config.dtype, **ends)
-    with whole(config.hf_dir, "hf_dir") as part:
-        # a tied head is the embedding table: one of the two is written
-        weights = hf_weights(model.state_dict(), c)
-        save_torch_state_dict({name: x.to(getattr(torch, config.dtype)) for name, x in weights.items()}, part)
-        (part / "config.json").write_text(json.dumps(described, indent=1))
-        (part / "generation_config.json").write_text(json.dumps(ends, indent=1))
-        copy_tokenizer(state["tokenizer"], config.out_dir, part)
-        if isinstance(encoding, tiktoken.Encoding):
-            hf_tokenizer(encoding).save(str(part / HF_TOKENIZER))
-            (part / "tokenizer_config.json").write_text(json.dumps(dict(
-                tokenizer_class="PreTrainedTokenizerFast", tiktoken=encoding.name, eos_token=EOT, bos_token=EOT, pad_token=EOT,
-                clean_up_tokenization_spaces=False, model_max_length=c.block_size), indent=1))
-            check_tokenizer(encoding, part)
-        compared = compare_logits(model, part, config.dtype)
-    print(f"{config.hf_dir}: {architecture}, {model.num_params():,} parameters in {config.dtype}\n{compared}")
-    if encoding is None:
-        print(f"warning: {config.out_dir} has no tokenizer, so {config.hf_dir} has none", file=sys.stderr)
+def rope_keys(config):
+    """The keys of config.json for RoPE, as transformers 4 names them and 5 accepts them."""
+    if config.rope_factor == 1:
+        return {"rope_theta": config.rope_theta, "rope_scaling": None}
+    scaling = {"rope_type": "llama3"}
+    for ours, theirs in ROPE_SCALING.items():
+        scaling[theirs] = getattr(config, ours)
+    return {"rope_theta": config.rope_theta, "rope_scaling": scaling}
 
 
 def compare_logits(model, folder, dtype="float32"):
-    """One line with the largest difference between model's logits and those of transformers' model in folder.
+    """Compares model with the one that transformers loads from folder; one line with the result.
 
-    Random ids at the positions 0 to block_size - 1, 2,048 of them at most. UserError where the two are not one model.
+    The input is random ids at the positions 0 to block_size - 1, at most 2,048 of them.
+    UserError where the logits differ by more than rounding to dtype explains.
     """
+    transformers = import_transformers()
     try:
-        theirs = library("transformers").AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
-    except Exception as error:  # whatever it does not like about a config or a file
-        raise UserError(f"transformers cannot load {folder} ({' '.join(str(error).split())[:200]}): update it, or mend the folder") from None
-    ids = torch.randint(model.config.vocab_size, (1, min(2048, model.config.block_size)), generator=torch.Generator().manual_seed(0))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True
+        ).eval()
+    except Exception as error:  # transformers raises many kinds of errors for a bad folder
+        raise UserError(
+            f"transformers cannot load {folder} ({one_line(error)}): update it, or fix the folder"
+        ) from None
+    length = min(2048, model.config.block_size)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
     with torch.inference_mode():
         expected = theirs(ids).logits
         difference = (model(ids)[0] - expected).abs().max().item()
     largest = expected.abs().max().item()
-    if not difference <= (1e-3 if dtype == "float32" else 0.1) * max(1.0, largest):
-        raise UserError(f"the logits of the converted model differ by {difference:.2g} from those of transformers: its config.json "
-                        "must ask for something that is not represented here; nothing was written")
-    return (f"largest logit difference to transformers {difference:.1e} (logits up to {largest:.1f}, float32, "
-            f"positions 0 to {ids.size(1) - 1})")
+    tolerance = {"float32": 1e-3, "bfloat16": 0.1}[dtype] * max(1.0, largest)
+    if not difference <= tolerance:  # also refuses NaN
+        raise UserError(
+            f"the logits of the converted model differ by {difference:.2g} from those of "
+            "transformers, so nothing was written: use another checkpoint, since the config asks "
+            "for something that the conversion does not represent"
+        )
+    return (
+        f"largest logit difference to transformers {difference:.1e} (logits up to {largest:.1f}, "
+        f"float32, positions 0 to {length - 1})"
+    )
+
+
+def write_hf_tokenizer(encoding, folder, block_size):
+    """A tiktoken.Encoding as tokenizer.json and tokenizer_config.json.
+
+    UserError where transformers reads other ids from them.
+    """
+    hf_tokenizer(encoding).save(str(folder / HF_TOKENIZER))
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tiktoken": encoding.name,  # lets from_hf recognize it
+        "eos_token": EOT,
+        "bos_token": EOT,
+        "pad_token": EOT,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": block_size,
+    })
+    check_tokenizer(encoding, folder)
 
 
 def hf_tokenizer(encoding):
-    """The tokenizers.Tokenizer that does what a tiktoken.Encoding does.
+    """The tokenizers.Tokenizer that gives the ids of a tiktoken.Encoding.
 
-    tiktoken joins the neighbours whose union has the lowest id; as a list of pairs, that is every split of every token into
-    two, in the order of their unions' ids.
+    tiktoken merges the neighbours whose union has the lowest id. tokenizers merges by a list of
+    pairs, first pair first. So the list has each split of each token in two, in the order of ids.
     """
-    tokenizers = library("tokenizers")
-    ranks, text = encoding._mergeable_ranks, lambda token: "".join(UNICODE_OF_BYTE[byte] for byte in token)
-    merges = [(text(token[:i]), text(token[i:])) for token in sorted(ranks, key=ranks.get) for i in range(1, len(token))
-              if token[:i] in ranks and token[i:] in ranks]
-    vocab = {text(token): i for token, i in ranks.items()} | encoding._special_tokens
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
-    split = []
+    tokenizers = import_extra("tokenizers")
+    ranks = encoding._mergeable_ranks                        # {bytes: id}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        for i in range(1, len(token)):
+            if token[:i] in ranks and token[i:] in ranks:
+                merges.append((visible(token[:i]), visible(token[i:])))
+    vocab = {visible(token): i for token, i in ranks.items()} | encoding._special_tokens
+    model = tokenizers.models.BPE(vocab=vocab, merges=merges, ignore_merges=True)
+    tokenizer = tokenizers.Tokenizer(model)
+
+    to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    steps = [to_bytes]
     if merges:
-        # what their regular expressions call {1,3}+ is a repeated group; without the + it matches what tiktoken's does
+        # "{1,3}+" is possessive for tiktoken, but a repeated group for tokenizers. Without the +,
+        # tokenizers matches what tiktoken does
         pattern = tokenizers.Regex(encoding._pat_str.replace("}+", "}"))
-        split = [tokenizers.pre_tokenizers.Split(pattern, behavior="isolated")]
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        *split, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        steps = [tokenizers.pre_tokenizers.Split(pattern, behavior="isolated"), to_bytes]
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True)
-                                  for name in sorted(encoding._special_tokens, key=encoding._special_tokens.get)])
+
+    special = []
+    for name in sorted(encoding._special_tokens, key=encoding._special_tokens.get):
+        special.append(tokenizers.AddedToken(name, normalized=False, special=True))
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 
+def visible(token):
+    """A token's bytes as the characters that a byte-level tokenizer.json uses for them."""
+    return "".join(UNICODE_OF_BYTE[byte] for byte in token)
+
+
 def check_tokenizer(encoding, folder):
-    """UserError unless transformers reads the same ids, and the text again, from program text and from all kinds of letters."""
-    theirs = library("transformers").AutoTokenizer.from_pretrained(folder)
-    letters = "".join(chr(i) + (" " if i % 7 == 0 else "") for i in [*range(0x3000), *range(0x1F600, 0x1F640)])
-    for text in (Path(__file__).read_text(), f"it's 1234567 \n\n  DON'T\t{EOT} \r\n x", letters):
+    """UserError unless transformers gives the ids and the text of encoding.
+
+    Compared on program text, on whitespace and special tokens, and on many scripts.
+    """
+    transformers = import_transformers()
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    scripts = ""
+    for code in [*range(0x3000), *range(0x1F600, 0x1F640)]:
+        scripts += chr(code)
+        if code % 7 == 0:
+            scripts += " "
+    program_text = Path(__file__).read_text()
+    for text in (program_text, f"it's 1234567 \n\n  DON'T\t{EOT} \r\n x", scripts):
         ids = encoding.encode(text, allowed_special="all")
-        if theirs(text, add_special_tokens=False)["input_ids"] != ids or theirs.decode(ids) != encoding.decode(ids):
-            raise UserError(f"transformers does not read tokenizer {encoding.name!r} as tiktoken does: report it, and use another")
+        same_ids = theirs(text, add_special_tokens=False)["input_ids"] == ids
+        if not same_ids or theirs.decode(ids) != encoding.decode(ids):
+            raise UserError(
+                f"transformers {transformers.__version__} does not read tokenizer "
+                f"{encoding.name!r} as tiktoken does: use another version of transformers, or "
+                "another tokenizer"
+            )
 
 
-def read_json(path):
-    try:
-        value = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): name a folder of Hugging Face's with --hf_dir") from None
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is no JSON object: fetch it again")
-    return value
+# -- from Hugging Face ---------------------------------------------------------------------------
+
+def from_hf(config):
+    """Writes a Hugging Face folder as a checkpoint, and compares the logits."""
+    if config.hf_dir is None or not Path(config.hf_dir).is_dir():
+        raise UserError(
+            f"there is no folder {config.hf_dir}: name one that holds config.json and safetensors "
+            "with --hf_dir"
+        )
+    hf_dir = Path(config.hf_dir)
+    hf = read_json(hf_dir / "config.json")
+    gpt_config = model_config(hf, hf_dir / "config.json")
+    state = {
+        "model": read_weights(hf_dir, gpt_config),
+        "config": asdict(gpt_config),
+        "tokenizer": "none",
+    }
+    with whole(config.out_dir, "out_dir") as folder:
+        if (hf_dir / HF_TOKENIZER).exists():
+            state["tokenizer"] = read_tokenizer(hf_dir, hf, folder)
+        model = write(folder, state)
+        compared = compare_logits(model, hf_dir)
+    print(
+        f"{config.out_dir}: {model.num_params():,} parameters, n_head {gpt_config.n_head}, "
+        f"n_kv_head {gpt_config.n_kv_head}, tokenizer {state['tokenizer']}"
+    )
+    print(compared)
+    if state["tokenizer"] == "none":
+        print(
+            f"warning: {hf_dir} has no {HF_TOKENIZER}, so {config.out_dir} has no tokenizer",
+            file=sys.stderr,
+        )
 
 
 def model_config(hf, path):
-    """The GPTConfig of a config.json. UserError that names what this model does not have."""
-    family = hf.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise UserError(f"{path}: model_type {family!r} is not known here, only {', '.join(FAMILIES)} are")
-    _, qk_norm, qkv_bias = FAMILIES[family]
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    """The GPTConfig of the content of a config.json.
+
+    Read as plain JSON: the classes of transformers silently give a missing size a default.
+    UserError that names a key which is missing, or which model.py cannot represent.
+    """
+    model_type = hf.get("model_type")
+    if model_type not in READABLE:
+        raise UserError(
+            f"{path}: model_type {model_type!r} is not known here, only {', '.join(READABLE)} are"
+        )
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5, or 4
     if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_parameters is no JSON object: fetch it again")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    window = hf.get("sliding_window") if family == "mistral" or hf.get("use_sliding_window") else None
-    layer_types = [kind for kind in hf.get("layer_types") or [] if kind != "full_attention"]
-    refused = dict(rope_type=kind not in ("default", "llama3") and kind, sliding_window=window,
-                   layer_types=layer_types and layer_types[0], attention_bias=hf.get("attention_bias"), mlp_bias=hf.get("mlp_bias"),
-                   hidden_act=hf.get("hidden_act", "silu") != "silu" and hf["hidden_act"],
-                   partial_rotary_factor=rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1)) != 1,
-                   quantization_config=hf.get("quantization_config") and hf["quantization_config"])
-    for key, value in refused.items():
-        if value:
-            raise UserError(f"{path}: {key}={value!s:.60} cannot be represented by this model: use another checkpoint")
-    # where the classes of transformers have one default in common, a config may leave the key out
-    given = {"head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False} | {key: value for key, value in hf.items() if value is not None}
-    if family == "llama":
+        raise UserError(f"{path}: rope_parameters is not a JSON object: download it again")
+    for key, value in unrepresentable(hf, rope).items():
+        raise UserError(
+            f"{path}: {key}={value!s:.60} cannot be represented by this model: use another "
+            "checkpoint"
+        )
+
+    # keys that a config may leave out, since all families have the same default
+    given = {"head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+    for key, value in hf.items():
+        if value is not None:
+            given[key] = value
+    if model_type == "llama":
         given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
-    if missing := [key for key in SIZES.values() if key not in given or (key == "head_dim" and family == "qwen3" and not given[key])]:
-        raise UserError(f"{path} lacks {missing[0]}: fetch it again")
-    values = {ours: given[theirs] for ours, theirs in SIZES.items()}
-    values |= dict(rope_theta=rope.get("rope_theta", hf.get("rope_theta", 10000.0)), qk_norm=qk_norm, qkv_bias=qkv_bias)
-    if kind == "llama3":
-        if missing := [key for key in LLAMA3.values() if key not in rope]:
-            raise UserError(f"{path}: the llama3 scaling lacks {missing[0]}: fetch it again")
-        values |= {ours: rope[theirs] for ours, theirs in LLAMA3.items()}
-    return build(GPTConfig, checkpoint.typed(GPTConfig, values, path))
+    if model_type == "qwen3" and not given["head_dim"]:
+        del given["head_dim"]  # Qwen3 has another default than n_embd / n_head
+    settings = translated(HF_KEYS["gqa"], given, f"{path} lacks")
+    settings["rope_theta"] = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+    if rope_type_of(rope) == "llama3":
+        settings |= translated(ROPE_SCALING, rope, f"{path}: the llama3 scaling lacks")
+    settings["qk_norm"] = FAMILIES[model_type].qk_norm
+    settings["qkv_bias"] = FAMILIES[model_type].qkv_bias
+    return build(GPTConfig, checkpoint.typed(GPTConfig, settings, path))
+
+
+def translated(keys, given, complaint):
+    """{setting: given[key]} for each setting and key in keys. UserError where a key is missing."""
+    settings = {}
+    for setting, key in keys.items():
+        if key not in given:
+            raise UserError(f"{complaint} {key}: download it again")
+        settings[setting] = given[key]
+    return settings
+
+
+def rope_type_of(rope):
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def unrepresentable(hf, rope):
+    """The keys of a config.json, with their values, that ask for something model.py lacks."""
+    unknown = {}
+    if rope_type_of(rope) not in ("default", "llama3"):
+        unknown["rope_type"] = rope_type_of(rope)
+    partial_rotary_factor = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1))
+    if partial_rotary_factor != 1:
+        unknown["partial_rotary_factor"] = partial_rotary_factor
+    uses_window = hf["model_type"] == "mistral" or hf.get("use_sliding_window")
+    if uses_window and hf.get("sliding_window"):
+        unknown["sliding_window"] = hf["sliding_window"]
+    for layer_type in hf.get("layer_types") or []:
+        if layer_type != "full_attention":
+            unknown["layer_types"] = layer_type
+    if hf.get("hidden_act", "silu") != "silu":
+        unknown["hidden_act"] = hf["hidden_act"]
+    for key in ("attention_bias", "mlp_bias", "quantization_config"):
+        if hf.get(key):
+            unknown[key] = hf[key]
+    return unknown
 
 
 def read_weights(folder, config):
-    """The state dict, in float32, of the safetensors in folder. UserError that names a tensor missing, left over or misshapen."""
-    safetensors = library("safetensors")
-    index = folder / "model.safetensors.index.json"
-    names = read_json(index).get("weight_map") if index.exists() else None
-    files = sorted(set(map(str, names.values()))) if isinstance(names, dict) else ["model.safetensors"]
-    try:
-        with torch.device("meta"):
-            shapes = {name: x.shape for name, x in GPT(config).state_dict().items()}
-    except (RuntimeError, TypeError, OverflowError):
-        raise UserError(f"{folder}/config.json asks for sizes that no machine can hold: fetch it again") from None
-    wanted, weights = {hf_name(name): name for name in shapes}, {}
-    for file in files:
-        path = folder / os.path.basename(file)
-        try:
-            with safetensors.safe_open(path, framework="pt") as f:
-                for theirs in f.keys():
-                    if theirs.endswith("rotary_emb.inv_freq") or (theirs == "lm_head.weight" and config.tie_embeddings):
-                        continue  # a table that is computed here, and a copy of the embedding table
-                    if theirs not in wanted:
-                        raise UserError(f"{path} holds {theirs}, which this model does not have: use another checkpoint")
-                    name, tensor = wanted[theirs], f.get_tensor(theirs)
-                    if tensor.shape != shapes[name]:
-                        raise UserError(f"{path}: {theirs} has shape {list(tensor.shape)} where config.json promises "
-                                        f"{list(shapes[name])}: fetch both again")
-                    weights[name] = tensor.float()
-        except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-            raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:100]}): fetch it again; other formats than "
-                            "safetensors are not read") from None
-    if missing := [theirs for theirs, name in wanted.items() if name not in weights]:
-        raise UserError(f"{folder} has no tensor {missing[0]}: fetch it again")
+    """The float32 state dict of the safetensors in folder.
+
+    UserError that names a tensor which is missing, unknown or of another shape.
+    """
+    expected = expected_weights(folder, config)
+    weights = {}
+    for path in weight_files(folder):
+        for name, tensor in read_safetensors(path):
+            if name.endswith("rotary_emb.inv_freq"):
+                continue  # model.py computes it
+            if name == "lm_head.weight" and config.tie_embeddings:
+                continue  # a copy of the embedding table
+            if name not in expected:
+                raise UserError(
+                    f"{path} holds {name}, which this model does not have: use another checkpoint"
+                )
+            our_name, shape = expected[name]
+            if tensor.shape != shape:
+                raise UserError(
+                    f"{path}: {name} has shape {list(tensor.shape)} where config.json promises "
+                    f"{list(shape)}: download both again"
+                )
+            weights[our_name] = tensor.float()
+    for name, (our_name, _) in expected.items():
+        if our_name not in weights:
+            raise UserError(f"{folder} has no tensor {name}: download it again")
     return weights
 
 
-def from_hf(config):
-    if config.hf_dir is None or not Path(config.hf_dir).is_dir():
-        raise UserError(f"there is no folder {config.hf_dir}: name one that holds config.json and safetensors with --hf_dir")
-    folder = Path(config.hf_dir)
-    hf = read_json(folder / "config.json")
-    gpt_config = model_config(hf, folder / "config.json")
-    state = dict(model=read_weights(folder, gpt_config), config=asdict(gpt_config), tokenizer="none")
-    with whole(config.out_dir, "out_dir") as part:
-        if (folder / HF_TOKENIZER).exists():
-            state["tokenizer"] = read_tokenizer(folder, hf, part)
-        model = write(part, state)
-        compared = compare_logits(model, folder)
-    print(f"{config.out_dir}: {model.num_params():,} parameters, n_head {gpt_config.n_head}, n_kv_head {gpt_config.n_kv_head}, "
-          f"tokenizer {state['tokenizer']}\n{compared}")
-    if state["tokenizer"] == "none":
-        print(f"warning: {folder} has no {HF_TOKENIZER}, so {config.out_dir} has no tokenizer", file=sys.stderr)
-
-
-def read_tokenizer(folder, hf, part):
-    """The name of the tokenizer in folder, copied into part unless tiktoken has it."""
-    path = folder / "tokenizer_config.json"
-    about = read_json(path) if path.exists() else {}
-    tokenizers = library("tokenizers")
+def expected_weights(folder, config):
+    """{name in Hugging Face: (name in model.py, shape)} of the weights of a GPTConfig."""
     try:
-        theirs = tokenizers.Tokenizer.from_file(str(folder / HF_TOKENIZER))
+        with torch.device("meta"):  # shapes without values
+            model = GPT(config)
+    except (RuntimeError, TypeError, OverflowError):
+        raise UserError(
+            f"{folder}/config.json asks for sizes that no machine can hold: download it again"
+        ) from None
+    return {hf_name(name): (name, weight.shape) for name, weight in model.state_dict().items()}
+
+
+def weight_files(folder):
+    """The paths of a folder's safetensors: one file, or those that an index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    file_of_tensor = read_json(index).get("weight_map")
+    if not isinstance(file_of_tensor, dict):
+        return [folder / "model.safetensors"]
+    names = {os.path.basename(str(file)) for file in file_of_tensor.values()}
+    return [folder / name for name in sorted(names)]
+
+
+def read_safetensors(path):
+    """Yields (name, tensor) of a file. UserError where it cannot be read."""
+    safetensors = import_extra("safetensors")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a dict)
+                yield name, file.get_tensor(name)
+    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({one_line(error, 100)}): download it again; only safetensors "
+            "are supported"
+        ) from None
+
+
+def read_tokenizer(hf_dir, hf, folder):
+    """The name of the tokenizer in hf_dir. It is copied to folder unless tiktoken provides it.
+
+    hf is the content of config.json.
+    """
+    path = hf_dir / HF_TOKENIZER
+    try:
+        theirs = import_extra("tokenizers").Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(f"{folder / HF_TOKENIZER} cannot be read ({str(error)[:100]}): fetch it again") from None
-    with contextlib.suppress(UserError, KeyError, TypeError):  # not an export of ours, or tiktoken's files are not here
-        encoding = get_tokenizer(about["tiktoken"])
-        if hf_tokenizer(encoding).to_str() == theirs.to_str():
-            return encoding.name
-    shutil.copy(folder / HF_TOKENIZER, part)
-    for name in ("eos_token", "bos_token"):  # the ids in config.json are what the model was trained with
-        ids = hf.get(f"{name}_id")
-        token = theirs.id_to_token(ids[0] if isinstance(ids, list) else ids) if ids not in (None, []) else None
-        about |= {} if token is None else {name: token}
-    (part / "tokenizer_config.json").write_text(json.dumps(about, indent=1))
-    return HuggingFaceTokenizer(part).name
+        raise UserError(
+            f"{path} cannot be read ({one_line(error, 100)}): download it again"
+        ) from None
+    about = {}
+    if (hf_dir / "tokenizer_config.json").exists():
+        about = read_json(hf_dir / "tokenizer_config.json")
+    if is_tiktoken(about.get("tiktoken"), theirs):
+        return about["tiktoken"]
+    # the ids in config.json are those that the model was trained with
+    for key in ("eos_token", "bos_token"):
+        token = special_token(theirs, hf.get(f"{key}_id"))
+        if token is not None:
+            about[key] = token
+    shutil.copy(path, folder)
+    write_json(folder / "tokenizer_config.json", about)
+    return HuggingFaceTokenizer(folder).name
 
 
-def write(part, state):
-    """Writes weights without a run, as a checkpoint at step 0; returns their model."""
-    state = dict(optimizer={}, settings={}, runtime={}, step=0, val_loss=None, best_val_loss=None, dataset_sha256="") | state
-    model = checkpoint.load_model(GPT, GPTConfig(**state["config"]), state).eval()
-    checkpoint.save(part, state)
-    return model
+def is_tiktoken(name, theirs):
+    """Whether a tokenizers.Tokenizer is the one that to_hf writes for a tiktoken encoding."""
+    if not isinstance(name, str):
+        return False  # not written by to_hf
+    try:
+        encoding = get_tokenizer(name)
+    except UserError:
+        return False  # the files of tiktoken are not on this machine
+    if not isinstance(encoding, tiktoken.Encoding):
+        return False
+    return hf_tokenizer(encoding).to_str() == theirs.to_str()
 
 
-# -- key/value heads ---------------------------------------------------------------------------------------------------------
+def special_token(tokenizer, ids):
+    """The token with the id in a config.json, which may be a list of ids; None without one."""
+    if isinstance(ids, list):
+        ids = next(iter(ids), None)
+    if ids is None:
+        return None
+    return tokenizer.id_to_token(ids)
+
+
+# -- key/value heads -----------------------------------------------------------------------------
 
 def pool(config):
-    state = checkpoint.load(config.out_dir, GPTConfig)
-    model = checkpoint.load_model(GPT, GPTConfig(**state["config"]), state).eval()
-    before = GPTConfig(**state["config"])
+    """Writes a checkpoint with another number of key/value heads."""
+    state, model = load_checkpoint(config.out_dir)
+    before = model.config
+    after = pooled_config(before, config)
+    moments = [None] * before.n_layer
+    if config.dataset is not None:
+        moments = input_moments(model, pooling_inputs(state, config.dataset, before.block_size))
+    fresh = None
+    if config.method == "random":
+        fresh = checkpoint.new_model(GPT, after, config.seed).state_dict()
+
+    weights = dict(state["model"])
+    for layer, moment in enumerate(moments):
+        prefix = f"layers.{layer}.attn."
+        heads = split_heads(weights, prefix, before)
+        if after.n_kv_head >= before.n_kv_head:
+            heads = pooling.copies(heads, after.n_kv_head)
+        elif config.method == "mean":
+            heads = pooling.mean(heads, after.n_kv_head)
+        elif config.method == "first":
+            heads = pooling.first(heads, after.n_kv_head)
+        elif config.method == "aligned":
+            heads = pooling.aligned(heads, after.n_kv_head, before.qk_norm, moment)
+        else:
+            drawn = split_heads(fresh, prefix, after)
+            heads = pooling.Heads(heads.q, drawn.k, drawn.v, heads.o)
+        weights |= join_heads(heads, prefix, before)
+
+    with whole(config.new_dir, "new_dir") as folder:
+        copy_tokenizer(state["tokenizer"], config.out_dir, folder)
+        new_state = {"model": weights, "config": asdict(after), "tokenizer": state["tokenizer"]}
+        model = write(folder, new_state)
+    report(before, config, model)
+
+
+def pooled_config(before, config):
+    """The GPTConfig of the new model. UserError where pooling has no meaning for the old one."""
     if before.attention == "mla":
-        raise UserError(f"{config.out_dir} has attention=mla, whose heads share one latent already: only a model with key/value "
-                        "heads can be pooled")
+        raise UserError(
+            f"{config.out_dir} has attention=mla, whose heads share one latent already: only a "
+            "model with key/value heads can be pooled"
+        )
+    check_settings(before, POOLABLE, "pooled")
     if config.n_kv_head is None:
         raise UserError("the new number of key/value heads is missing: pass --n_kv_head")
-    after = build(GPTConfig, asdict(before) | dict(n_kv_head=config.n_kv_head))
-    K0, K = before.n_kv_head, after.n_kv_head
-    if max(K0, K) % min(K0, K):
-        raise UserError(f"{config.out_dir} has {K0} key/value heads, which {K} neither divides nor is a multiple of: choose "
-                        "another --n_kv_head")
+    after = build(GPTConfig, asdict(before) | {"n_kv_head": config.n_kv_head})
+    old, new = before.n_kv_head, after.n_kv_head
+    if old % new and new % old:
+        raise UserError(
+            f"{config.out_dir} has {old} key/value heads, which {new} neither divides nor is a "
+            "multiple of: choose another --n_kv_head"
+        )
     if config.dataset is not None and config.method != "aligned":
-        raise UserError(f"--method={config.method} looks at no data: leave --dataset out, or choose --method=aligned")
-    fresh = checkpoint.new_model(GPT, after, config.seed).state_dict() if config.method == "random" else None
-    moments = [] if config.dataset is None else input_moments(model, state, Dataset(config.dataset))
-    weights = dict(state["model"])
-    for layer in range(before.n_layer):
-        prefix = f"layers.{layer}.attn."
-        q, k, v, o = heads(weights, prefix, before)
-        if K >= K0:
-            k, v = k.repeat_interleave(K // K0, 0), v.repeat_interleave(K // K0, 0)
-        elif config.method == "aligned":
-            root, back = roots(moments[layer]) if moments else [torch.eye(k.size(-1), dtype=torch.float64)] * 2
-            q, k, v, o = aligned(q @ root, k @ root, v @ root, o, K, before.qk_norm)
-            q, k, v = q @ back, k @ back, v @ back
-        elif config.method == "random":
-            _, k, v, _ = heads(fresh, prefix, after)
-        else:
-            k, v = (x.unflatten(0, (K, K0 // K)) for x in (k, v))
-            k, v = (k[:, 0], v[:, 0]) if config.method == "first" else (k.mean(1), v.mean(1))
-        for name, x in (("q_proj", q), ("k_proj", k), ("v_proj", v)):
-            weights[f"{prefix}{name}.weight"] = x[..., :before.n_embd].flatten(0, 1).float().contiguous()
-            if before.qkv_bias:
-                weights[f"{prefix}{name}.bias"] = x[..., -1].flatten().float()
-        weights[f"{prefix}o_proj.weight"] = o.permute(1, 0, 2).flatten(1).float().contiguous()
-    with whole(config.new_dir, "new_dir") as part:
-        copy_tokenizer(state["tokenizer"], config.out_dir, part)
-        model = write(part, dict(model=weights, config=asdict(after), tokenizer=state["tokenizer"]))
-    how = "copied" if K >= K0 else f"pooled by {config.method}"
-    print(f"{config.new_dir}: {K0} key/value heads {how} to {K}, {model.num_params():,} parameters, KV cache "
-          f"{model.kv_bytes_per_token():,} bytes per token in float32")
-    if before.qk_norm and config.method == "aligned" and K < K0:
-        print("qk_norm: keys were aligned by sign alone, since other rotations do not pass through the norm's weights")
+        raise UserError(
+            f"--method={config.method} uses no data: leave --dataset out, or choose "
+            "--method=aligned"
+        )
+    return after
 
 
-def heads(weights, prefix, config):
-    """A layer's (H, D, C) queries, (K, D, C) keys and values, and (H, C, D) outputs; a bias is one more column, behind C."""
-    def rows(name):
-        x = weights[f"{prefix}{name}.weight"].double()
-        if config.qkv_bias:
-            x = torch.cat((x, weights[f"{prefix}{name}.bias"].double()[:, None]), dim=1)
-        return x.unflatten(0, (-1, config.head_dim))
-    o = weights[f"{prefix}o_proj.weight"].double().unflatten(1, (-1, config.head_dim))
-    return rows("q_proj"), rows("k_proj"), rows("v_proj"), o.permute(1, 0, 2)
+def pooling_inputs(state, name, block_size):
+    """64 training sequences of a data set, (64, block_size) token ids."""
+    dataset = Dataset(name)
+    theirs, ours = dataset.meta["tokenizer"], state["tokenizer"]
+    if theirs != ours:
+        raise UserError(
+            f"{dataset.folder} has tokenizer {theirs!r}, the checkpoint {ours!r}: pass a data set "
+            "with the checkpoint's tokenizer, or no --dataset"
+        )
+    inputs, _ = train_batch(dataset.train, 0, 0, 64, block_size)
+    return torch.from_numpy(inputs)
 
 
 @torch.inference_mode()
-def input_moments(model, state, dataset):
-    """Of each layer, the mean of x x^T over the inputs x of its attention, (C, C); with biases x ends in a 1. 64 windows."""
-    if dataset.meta["tokenizer"] != state["tokenizer"]:
-        raise UserError(f"{dataset.folder} is of tokenizer {dataset.meta['tokenizer']!r}, the checkpoint of {state['tokenizer']!r}: "
-                        "pass a data set of that tokenizer, or no --dataset")
+def input_moments(model, ids):
+    """For each layer, the mean of x x^T over the inputs x of its attention, (C, C).
+
+    With biases x ends in a 1, as pool.Heads asks for.
+    """
     moments = []
 
-    def add(module, args, x):
-        x = x.flatten(0, -2).double()
-        x = torch.cat((x, torch.ones(len(x), 1)), dim=1) if model.config.qkv_bias else x
+    def add_moment(module, args, x):
+        x = x.flatten(0, -2).double()                        # (tokens, C)
+        if model.config.qkv_bias:
+            x = torch.cat((x, torch.ones(len(x), 1)), dim=1)
         moments.append(x.T @ x / len(x))
-    handles = [block.attn_norm.register_forward_hook(add) for block in model.layers]
-    model(torch.from_numpy(train_batch(dataset.train, 0, 0, 64, model.config.block_size)[0]), logits="none")
-    for handle in handles:
-        handle.remove()
+
+    hooks = []
+    for block in model.layers:
+        hooks.append(block.attn_norm.register_forward_hook(add_moment))
+    model(ids, logits="none")
+    for hook in hooks:
+        hook.remove()
     return moments
 
 
-def roots(moment):
-    """A symmetric square root of moment, and its inverse."""
-    e, basis = torch.linalg.eigh(moment)
-    e = e.clamp(min=1e-6 * e[-1].item()).sqrt()
-    return basis * e @ basis.T, basis / e @ basis.T
+def split_heads(weights, prefix, config):
+    """The pool.Heads of the attention layer whose weights start with prefix, in float64."""
+    projections = []
+    for name in ("q_proj", "k_proj", "v_proj"):
+        x = weights[f"{prefix}{name}.weight"].double()
+        if config.qkv_bias:
+            bias = weights[f"{prefix}{name}.bias"].double()
+            x = torch.cat((x, bias[:, None]), dim=1)
+        projections.append(x.unflatten(0, (-1, config.head_dim)))
+    o = weights[f"{prefix}o_proj.weight"].double()           # (C, H D)
+    o = o.unflatten(1, (-1, config.head_dim)).permute(1, 0, 2)
+    return pooling.Heads(*projections, o)
 
 
-def aligned(q, k, v, o, K, qk_norm):
-    """Pools key/value heads after turning them towards each other, by the best partition found; their queries come along.
-
-    A head's function leaves bases open. A RoPE plane (i, i + D/2) of keys is a complex number k(x) per token, and scores are
-    the real part of conj(q) k: k may become k' = u k with any complex u if q becomes q / conj(u). So the heads of a part share,
-    in each plane, the direction that holds most of their keys, each weighted by its queries (the first singular vector), and
-    u_j is the phase of head j, and its norm. Values may be mapped by any matrix that the output projection takes back: the
-    heads share the D directions that hold most of all o_j v_j. With qk_norm the weights of the norm stand between keys and
-    RoPE, and a plane can only change its sign. Rotations per plane and for values: arXiv 2412.20677.
-    """
-    H, (K0, D, _) = len(q), k.shape
-    r = H // K0  # queries of a head
-    def planes(x):  # (heads, D, C) -> (D/2, heads, C), complex, or real with both parts in a row
-        return torch.cat((x[:, :D // 2], x[:, D // 2:]), -1).transpose(0, 1) if qk_norm else torch.complex(
-            x[:, :D // 2], x[:, D // 2:]).transpose(0, 1)
-    keys = planes(k)
-    strength = planes(q).abs().square().sum(-1).unflatten(1, (K0, r)).sum(-1).sqrt()                    # (D/2, K0)
-    strong_keys = keys * strength[..., None]
-    e, basis = torch.linalg.eigh(torch.einsum("jrcd,jrce->jde", *[o.unflatten(0, (K0, r))] * 2))
-    strong_values = (basis * e.clamp(min=0).sqrt()[:, None]).transpose(1, 2) @ v                        # as long as o_j v_j
-    key_gram = strong_keys @ strong_keys.mH                                                            # (D/2, K0, K0)
-    value_gram = torch.einsum("iac,jbc->iajb", strong_values, strong_values)                            # (K0, D, K0, D)
-
-    def kept(part):
-        """The share of keys and of values that the heads of part keep."""
-        n = len(part)
-        spectrum = torch.linalg.eigvalsh(value_gram[part][:, :, part].reshape(n * D, n * D))
-        return (torch.linalg.eigvalsh(key_gram[:, part][:, :, part])[:, -1].sum() / key_gram.diagonal(dim1=1, dim2=2).real.sum() +
-                spectrum[-D:].sum() / value_gram.flatten(2).flatten(0, 1).trace()).item()
-
-    order, new_k, new_v = [], [], []
-    q, o = q.clone(), o.clone()
-    for part in best_partition(K0, K, kept):
-        U, S, directions = torch.linalg.svd(strong_keys[:, part], full_matrices=False)
-        norms = keys[:, part].abs().square().sum(-1).sqrt()                                            # (D/2, n)
-        scale = norms.square().mean(1).sqrt()
-        u = torch.sgn(U[:, :, 0]) * (1.0 if qk_norm else norms / scale[:, None])
-        shared = directions[:, 0] * scale[:, None]                                                     # (D/2, C)
-        new_k.append(torch.cat(shared.chunk(2, -1)) if qk_norm else torch.cat((shared.real, shared.imag)))
-        basis = torch.linalg.svd(strong_values[part].flatten(0, 1), full_matrices=False)[2][:D]         # (D, C), orthonormal
-        size = v[part].square().mean().sqrt() * v.size(-1) ** 0.5
-        new_v.append(basis * size)
-        for i, j in enumerate(part):
-            for h in range(j * r, (j + 1) * r):
-                turned = torch.complex(q[h, :D // 2], q[h, D // 2:]) * u[:, i, None].conj()
-                q[h] = torch.cat((turned.real, turned.imag))
-                o[h] = o[h] @ v[j] @ basis.T / size
-                order.append(h)
-    return q[order], torch.stack(new_k), torch.stack(new_v), o[order]
+def join_heads(heads, prefix, config):
+    """The float32 weights of an attention layer, by name: the inverse of split_heads."""
+    weights = {}
+    for name, x in (("q_proj", heads.q), ("k_proj", heads.k), ("v_proj", heads.v)):
+        weight = x[..., :config.n_embd].flatten(0, 1)
+        weights[f"{prefix}{name}.weight"] = weight.float().contiguous()
+        if config.qkv_bias:
+            weights[f"{prefix}{name}.bias"] = x[..., -1].flatten().float()
+    o = heads.o.permute(1, 0, 2).flatten(1)
+    weights[f"{prefix}o_proj.weight"] = o.float().contiguous()
+    return weights
 
 
-def best_partition(K0, K, kept):
-    """K lists of K0 / K heads: from neighbours on, heads change places as long as that raises the sum of kept(list)."""
-    score = defaultdict(float)
-    def value(part):
-        part = tuple(sorted(part))
-        if part not in score:
-            score[part] = kept(list(part))
-        return score[part]
-    n, order = K0 // K, list(range(K0))
-    part = lambda order, i: order[i // n * n:i // n * n + n]
-    moved = n < K0
-    while moved:
-        moved = False
-        for a in range(K0):
-            for b in range((a // n + 1) * n, K0):
-                other = list(order)
-                other[a], other[b] = order[b], order[a]
-                if value(part(other, a)) + value(part(other, b)) > value(part(order, a)) + value(part(order, b)) + 1e-6:
-                    order, moved = other, True
-    return [sorted(part(order, i)) for i in range(0, K0, n)]
+def report(before, config, model):
+    old, new = before.n_kv_head, model.config.n_kv_head
+    how = "copied"
+    if new < old:
+        how = f"pooled by {config.method}"
+    print(
+        f"{config.new_dir}: {old} key/value heads {how} to {new}, {model.num_params():,} "
+        f"parameters, KV cache {model.kv_bytes_per_token():,} bytes per token in float32"
+    )
+    if before.qk_norm and config.method == "aligned" and new < old:
+        print(
+            "qk_norm: keys were aligned by sign alone, since other rotations do not commute with "
+            "the norm's weights"
+        )
 
 
-COMMANDS = {"to_hf": (to_hf, ToHFConfig), "from_hf": (from_hf, FromHFConfig), "pool": (pool, PoolConfig)}
+# -- commands ------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "to_hf": (to_hf, ToHFConfig),
+    "from_hf": (from_hf, FromHFConfig),
+    "pool": (pool, PoolConfig),
+}
 
 
 @program
 def main(argv):
-    if "--help" in argv[:1] or "-h" in argv[:1]:
-        print("\n\n".join([__doc__.strip(), *(help_text(cls, name) for name, (_, cls) in COMMANDS.items())]))
+    doc = __doc__.strip()
+    if argv[:1] in (["--help"], ["-h"]):
+        print(doc)
+        for name, (_, settings_class) in COMMANDS.items():
+            print(f"\n{help_text(settings_class, name)}")
         return
-    if not argv or argv[0] not in COMMANDS:
-        raise UserError(f"{argv[0] if argv else 'nothing'} is no conversion: begin with {', '.join(COMMANDS)}")
-    command, cls = COMMANDS[argv[0]]
-    command(build(cls, parse(cls, argv[1:], f"{__doc__.strip()}\n\n{argv[0]}")))
+    commands = ", ".join(COMMANDS)
+    if not argv:
+        raise UserError(f"no conversion given: begin with {commands}")
+    if argv[0] not in COMMANDS:
+        raise UserError(f"unknown conversion {argv[0]!r}: begin with {commands}")
+    command, settings_class = COMMANDS[argv[0]]
+    settings = parse(settings_class, argv[1:], f"{doc}\n\n{argv[0]}")
+    command(build(settings_class, settings))
 
 
 if __name__ == "__main__":
