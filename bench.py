@@ -35,6 +35,8 @@ from train import TrainConfig, backward, make_model, make_optimizers, update
 WARMUP_TOKENS = 4  # decoding steps before the first timed run
 WARMUP_STEPS = 5  # training steps before the first timed one
 
+Mode = Literal["decode", "train", "scale"]
+
 # what each mode prints of a row, beside the kind of attention and batch_size
 SHOWN = {
     "decode": ("prompt_len", "prefill_s", "step_ms", "decode_tok_s", "kv_cache_bytes", "mbu"),
@@ -45,7 +47,7 @@ SHOWN = {
 @dataclass
 class BenchConfig(GPTConfig):
     # what to time
-    mode: Literal["decode", "train", "scale"] = "decode"  # time generation; time steps; calculate
+    mode: Mode = "decode"  # decode: time generation; train: time steps; scale: docs/scale.md
     out_dir: str | None = None  # decode: folder of a checkpoint; None: random weights
     vocab_size: int | None = None  # rows of the embedding table; None: 257
     batch_size: int = 1  # sequences
