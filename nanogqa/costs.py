@@ -173,6 +173,7 @@ GPUS_PER_NODE = 8
 NVLINK = 450e9  # bytes/s one way of each GPU inside a node
 NETWORK = 50e9  # bytes/s one way of each GPU out of its node (400 Gb/s)
 ASSUMED_MFU = 0.4  # share of the peak FLOP/s while computing
+USABLE = 0.9  # share of a GPU's memory: the rest is for CUDA itself, gaps and temporary buffers
 
 
 def state_bytes(model, gpus, sharded):
@@ -228,3 +229,24 @@ def scale(config, model, gpus, sharded):
         compute_s=tokens * flops_per_token(model) / PEAK_FLOPS["H100"] / ASSUMED_MFU,
         communication_s=sent / link,
     )
+
+
+@dataclass
+class Rates:
+    """Tokens per second of all GPUs."""
+    worst: float  # computing waits for sending
+    best: float  # sending hides behind computing
+    recomputing: bool  # the step fits only so
+
+
+def scale_rates(step, memory):
+    """The Rates of a step from scale() on GPUs with that many bytes; None where it does not fit."""
+    if min(step["memory"], step["recomputing"]) > USABLE * memory:
+        return None
+    recomputing = step["memory"] > USABLE * memory
+    compute, communication = step["compute_s"], step["communication_s"]
+    if recomputing:
+        compute *= 4 / 3  # a second forward pass, which is a third of a step
+    worst = step["tokens"] / (compute + communication)
+    best = step["tokens"] / max(compute, communication)
+    return Rates(worst, best, recomputing)

@@ -14,10 +14,20 @@ import convert
 import model as model_module
 import sample
 import train
-from nanogqa.configurator import UserError, build, parse
 from model import GPT, GPTConfig, KVCache, LatentAttention
-from sample import compile_for_decoding, decoding_bytes, generate, prepare_for_decoding
-from train import TrainConfig, pick_runtime
+from nanogqa import fast
+from nanogqa.configurator import UserError, build, parse
+from nanogqa.costs import (
+    Decoding,
+    decoding_bytes,
+    flops_per_token,
+    kv_bytes_per_token,
+    num_params,
+)
+from nanogqa.fast import prepare_for_decoding
+from nanogqa.runtime import compile_for_decoding, pick_runtime
+from sample import generate
+from train import TrainConfig
 
 SHAPES = {"default": {}, "query-latent": dict(q_lora_rank=12),
           "odd-sizes": dict(kv_lora_rank=9, rope_head_dim=10, nope_head_dim=6, v_head_dim=5, tie_embeddings=False, head_dim=6),
@@ -146,25 +156,34 @@ def test_the_cache_is_one_latent_and_one_key():
         model = mla_model(**changes)
         for static in (False, True):
             cache = KVCache(model.config, 3, 20, static=static)
-            assert [tuple(x.shape) for x in cache.k] == [(3, 1, 20, width)] * 2 and cache.v == []
-            assert cache.nbytes == sum(x.untyped_storage().nbytes() for x in cache.k) == 3 * 20 * width * 4 * 2
-            assert cache.nbytes == 60 * model.kv_bytes_per_token() == 2 * 60 * model.kv_bytes_per_token(torch.bfloat16)
-            assert cache.nbytes == decoding_bytes(model.config, 3, 5, 20, pick_runtime("cpu", "float32", False))["cache"]
+            assert [len(tensors) for tensors in cache.layers] == [1, 1]
+            held = [x for tensors in cache.layers for x in tensors]
+            assert [tuple(x.shape) for x in held] == [(3, 1, 20, width)] * 2
+            assert cache.nbytes == sum(x.untyped_storage().nbytes() for x in held)
+            assert cache.nbytes == 3 * 20 * width * 4 * 2
+            assert cache.nbytes == 60 * kv_bytes_per_token(model.config)
+            assert cache.nbytes == 2 * 60 * kv_bytes_per_token(model.config, torch.bfloat16)
+            assert cache.nbytes == decoding_bytes(model, Decoding(3, 5, 20))["cache"]
     cache = KVCache(mla_model().config, 1, 8)
-    kept, nothing = cache.append(0, torch.ones(1, 1, 5, 24))
-    assert nothing is None and kept.data_ptr() == cache.k[0].data_ptr() and kept.shape == (1, 1, 5, 24)
+    kept, = cache.append(0, torch.ones(1, 1, 5, 24))
+    assert kept.data_ptr() == cache.layers[0][0].data_ptr()
+    assert kept.shape == (1, 1, 5, 24)
 
 
 @pytest.mark.parametrize("rank", [None, 12])
 def test_costs_equal_a_hand_count(rank):
-    """2 layers, width 32, MLP 64, vocabulary 65, 4 heads: latent 16, RoPE 8, the rest of a key 4, values 8."""
+    """2 layers, width 32, MLP 64, vocabulary 65, 4 heads: latent 16, rotary part of a key 8, the
+    rest of a key 4, values 8."""
     model = mla_model(q_lora_rank=rank)
     queries = 32 * 4 * 12 if rank is None else 32 * 12 + 12 * 4 * 12
-    matrices = 2 * (queries + 32 * (16 + 8) + 16 * 4 * (4 + 8) + 4 * 8 * 32 + 3 * 32 * 64)
-    assert model.num_params() == matrices + 2 * (32 + 32 + 16 + (rank or 0)) + 32 + 65 * 32
-    assert model.flops_per_token(10) == 6 * (matrices + 65 * 32) + 2 * 3 * 10 * 2 * 4 * (12 + 8)
-    assert model.kv_bytes_per_token() == 2 * (16 + 8) * 4
-    bound = decoding_bytes(model.config, 1, 5, 10, pick_runtime("cpu", "bfloat16", False))
+    keys_and_values = 32 * (16 + 8) + 16 * 4 * (4 + 8)
+    matrices = 2 * (queries + keys_and_values + 4 * 8 * 32 + 3 * 32 * 64)
+    norms = 2 * (32 + 32 + 16 + (rank or 0)) + 32
+    assert num_params(model) == matrices + norms + 65 * 32
+    products = 6 * (matrices + 65 * 32)
+    assert flops_per_token(model, 10) == products + 2 * 3 * 10 * 2 * 4 * (12 + 8)
+    assert kv_bytes_per_token(model.config) == 2 * (16 + 8) * 4
+    bound = decoding_bytes(model, Decoding(1, 5, 10, dtype=torch.bfloat16))
     assert bound["weights"] == 2 * (matrices + 65 * 32)
 
 
@@ -226,9 +245,10 @@ def test_prepared_weights_give_the_same_logits(shape, tied):
         cache = KVCache(prepared.config, 2, 20)
         out = torch.cat([prepared(part, cache=cache)[0] for part in ids.split([13, 1, 1, 5], dim=1)], dim=1)
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
-    if sample.ONEDNN:
+    if fast.ONEDNN:
         left = {name for name, p in prepared.named_parameters() if p.dim() == 2 and not p.is_mkldnn}
-        assert left == {"embed.weight"} | {f"layers.{i}.attn.kv_b_proj.weight" for i in range(2)}
+        kept = {f"layers.{i}.attn.kv_b_proj.weight" for i in range(2)}
+        assert left == {"embed.weight"} | kept
 
 
 def test_rows_with_gaps_cost_no_more_than_rows_without():
@@ -247,8 +267,14 @@ def test_rows_with_gaps_cost_no_more_than_rows_without():
 def test_compiled_decoding_is_one_graph_for_prompts_and_one_for_tokens(monkeypatch, prompts):
     torch.compiler.reset()
     graphs, compile = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, mode=None, **options: compile(
-        model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward, **options))
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def compile_with_backend(model, mode=None, **options):
+        return compile(model, backend=backend, **options)
+    monkeypatch.setattr(torch, "compile", compile_with_backend)
     model = mla_model(block_size=128, tie_embeddings=False, q_lora_rank=12)
     prompts = [toy_ids(1, n, seed=n)[0].tolist() for n in (20, 5, 33)[:prompts]]
     compiled = compile_for_decoding(model, pick_runtime("cpu", "float32", True))
@@ -258,21 +284,32 @@ def test_compiled_decoding_is_one_graph_for_prompts_and_one_for_tokens(monkeypat
 
 
 def test_decode_and_train_are_timed_and_accounted(capsys):
-    shape = ["--device=cpu", "--n_layer=2", "--n_head=4", "--n_embd=32", "--vocab_size=65", "--dtype=float32"]
-    bench.main([*shape, "--attention=gqa,mla", "--batch_size=3", "--prompt_len=10", "--new_tokens=6", "--repeats=1"])
-    gqa, mla = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    shape = ["--device=cpu", "--n_layer=2", "--n_head=4", "--n_embd=32", "--vocab_size=65",
+             "--dtype=float32"]
+
+    def result(*args):
+        bench.main([*shape, *args])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+    gqa, mla = result("--attention=gqa,mla", "--batch_size=3", "--prompt_len=10", "--new_tokens=6",
+                      "--repeats=1")["rows"]
     assert (gqa["attention"], mla["attention"]) == ("gqa", "mla")
-    assert gqa["kv_cache_bytes"] == 3 * 16 * 2 * 2 * 32 * 4 and mla["kv_cache_bytes"] == 3 * 16 * 2 * 24 * 4
-    weights = 65 * 32 + 2 * (32 * 48 + 32 * 24 + 16 * 48 + 32 * 32 + 3 * 32 * 96 + 2 * 32 + 16) + 32
+    assert gqa["kv_cache_bytes"] == 3 * 16 * 2 * 2 * 32 * 4
+    assert mla["kv_cache_bytes"] == 3 * 16 * 2 * 24 * 4
+    attention = 32 * 48 + 32 * 24 + 16 * 48 + 32 * 32 + 16
+    weights = 65 * 32 + 2 * (attention + 3 * 32 * 96 + 2 * 32) + 32
     assert mla["bytes_per_step"] == 4 * weights + 3 * 13 * 2 * 24 * 4
-    assert 0 < mla["mbu"] < 1 and mla["memory_bound_bytes"] > 4 * weights
-    bench.main([*shape, "--attention=gqa,mla", "--n_kv_head=4,1", "--kv_lora_rank=8,16", "--new_tokens=2", "--repeats=1"])
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert [(row["n_kv_head"], row["kv_lora_rank"]) for row in rows] == [(4, None), (1, None), (None, 8), (None, 16)]
-    bench.main([*shape, "--attention=mla", "--prefill=False", "--prompt_len=50", "--new_tokens=2", "--repeats=1"])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["prefill_s"] is None
-    bench.main([*shape, "--attention=mla", "--mode=train", "--batch_size=4", "--block_size=16", "--steps=2"])
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tok_s"] > 0
+    assert 0 < mla["mbu"] < 1
+    assert mla["memory_bound_bytes"] > 4 * weights
+    rows = result("--attention=gqa,mla", "--n_kv_head=4,1", "--kv_lora_rank=8,16",
+                  "--new_tokens=2", "--repeats=1")["rows"]
+    sizes = [(row["n_kv_head"], row["kv_lora_rank"]) for row in rows]
+    assert sizes == [(4, None), (1, None), (None, 8), (None, 16)]
+    row = result("--attention=mla", "--prefill=False", "--prompt_len=50", "--new_tokens=2",
+                 "--repeats=1")
+    assert row["prefill_s"] is None
+    row = result("--attention=mla", "--mode=train", "--batch_size=4", "--block_size=16",
+                 "--steps=2")
+    assert row["tok_s"] > 0
 
 
 # -- the programs --------------------------------------------------------------------------------------------------------
