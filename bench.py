@@ -170,8 +170,7 @@ def decode(config, runtime, peak):
         prepare_for_decoding(model, B)
 
     began = clock(runtime)
-    cache = KVCache(shape, B, config.block_size, runtime.device, runtime.dtype,
-                    static=runtime.compile)
+    cache = KVCache(shape, B, config.block_size, model.embed.weight, static=runtime.compile)
     forward = model
     if runtime.compile:
         forward = compile_for_decoding(model, runtime)

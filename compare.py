@@ -272,7 +272,8 @@ def facts_of(config, runtime):
     """Heads, sizes and costs of a model, for the records."""
     model = checkpoint.new_model(GPT, subset(GPTConfig, config))
     return dict(
-        heads=off_default(subset(GPTConfig, config), ["n_head"]), n_head=config.n_head, head_dim=config.head_dim, n_ff=config.n_ff,
+        heads=off_default(subset(GPTConfig, config), ["n_head"]), n_head=config.n_head,
+        head_dim=config.head_dim, n_ff=config.n_ff,
         **heads_of(config),
         params=costs.num_params(model),
         non_embedding_params=costs.num_params(model, embedding=False),

@@ -158,7 +158,7 @@ def model_type_of(config):
             return model_type
     if config.attention == "mla":
         raise UserError(
-            "attention=mla without qk_norm is not an architecture of Hugging Face: only a model with "
+            "attention=mla without qk_norm is not an architecture of Hugging Face: only one with "
             "qk_norm can be exported, since DeepSeek-V3 normalizes its latents"
         )
     raise UserError(
@@ -272,7 +272,8 @@ def to_hf(config):
             write_hf_tokenizer(tokenizer, folder, model.config.block_size)
         compared = compare_logits(model, folder, config.dtype)
     architecture = FAMILIES[model_type].architecture
-    print(f"{config.hf_dir}: {architecture}, {costs.num_params(model):,} parameters in {config.dtype}")
+    print(f"{config.hf_dir}: {architecture}, {costs.num_params(model):,} parameters in "
+          f"{config.dtype}")
     print(compared)
     if tokenizer is None:
         print(
@@ -848,7 +849,8 @@ def report(before, config, model):
         how = f"pooled by {config.method}"
     print(
         f"{config.new_dir}: {old} key/value heads {how} to {new}, {costs.num_params(model):,} "
-        f"parameters, KV cache {costs.kv_bytes_per_token(model.config):,} bytes per token in float32"
+        f"parameters, KV cache {costs.kv_bytes_per_token(model.config):,} bytes per token in "
+        "float32"
     )
     if before.qk_norm and config.method == "aligned" and new < old:
         print(

@@ -31,6 +31,7 @@ SETTINGS_OF = {
 
 @dataclass
 class GPTConfig:
+    settings_of = SETTINGS_OF
     # model
     block_size: int = 256  # longest context, in tokens
     vocab_size: int | None = None  # rows of the embedding table; None: as the tokenizer has ids
@@ -68,8 +69,8 @@ class GPTConfig:
         legal = [n for n in range(1, min(H, 1024) + 1) if H % n == 0]
         require(H % self.n_kv_head == 0, f"n_kv_head={self.n_kv_head} does not divide n_head={H}: "
                 f"choose one of {legal}")
-        require(self.head_dim or C % H == 0, f"n_embd={C} is not a multiple of n_head={H}: change "
-                "one of them, or set head_dim")
+        require(self.head_dim or C % H == 0,
+                f"n_embd={C} is not a multiple of n_head={H}: change one of them, or set head_dim")
         self.head_dim = self.head_dim or C // H
         self.n_ff = self.n_ff or math.ceil(C * 8 / 3 / 32) * 32
         unset = {field.name: field.default for field in fields(GPTConfig)} | {"n_kv_head": H}
@@ -88,8 +89,8 @@ class GPTConfig:
         require(self.rope_factor >= 1, f"rope_factor must be at least 1, not {self.rope_factor}")
         require(0 < self.rope_low_freq_factor < self.rope_high_freq_factor,
                 "rope_low_freq_factor must be above 0 and below rope_high_freq_factor")
-        require(self.rope_factor == 1 or self.rope_original_block_size, "rope_factor needs "
-                "rope_original_block_size, the context before the extension")
+        require(self.rope_factor == 1 or self.rope_original_block_size,
+                "rope_factor needs rope_original_block_size, the context before the extension")
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1: {self.dropout}")
 
     def set_latents(self):
@@ -106,8 +107,7 @@ class GPTConfig:
                 f"nope_head_dim + rope_head_dim = {key_width}, the width of keys: lower it")
 
     def cached(self):
-        """A LayerCache for each layer, in order: KVCache allocates them, and nanogqa/costs.py
-        derives bytes and bounds from them."""
+        """A LayerCache for each layer: KVCache and all of nanogqa/costs.py derive from them."""
         layer = LayerCache(self.n_kv_head, (self.head_dim, self.head_dim))
         if self.attention == "mla":
             layer = LayerCache(1, (self.kv_lora_rank + self.rope_head_dim,))
@@ -129,16 +129,13 @@ class LayerCache:
 
 def rope_frequencies(config, device=None):
     """(D/2,) radians per position of each pair, float32: theta^(-2i/D) (RoPE, arXiv 2104.09864).
-
-    With rope_factor, low frequencies are divided by it as in Llama 3.1 (apply_scaling in its
-    reference code); turns is the number of full turns of a pair in rope_original_block_size.
-    """
+    With rope_factor, low frequencies are divided by it as in Llama 3.1's reference code."""
     D = config.rope_head_dim if config.attention == "mla" else config.head_dim
     exponent = torch.arange(0, D, 2, device=device, dtype=torch.float32) / D
     frequency = 1.0 / config.rope_theta**exponent
     if config.rope_factor == 1:
         return frequency
-    turns = config.rope_original_block_size * frequency / (2 * math.pi)
+    turns = config.rope_original_block_size * frequency / (2 * math.pi)  # of a pair, in all
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return frequency * (keep + (1 - keep) / config.rope_factor)
@@ -146,21 +143,15 @@ def rope_frequencies(config, device=None):
 
 def rope_cos_sin(positions, frequency):
     """(B, T) absolute positions -> cosines and signed sines for apply_rope, (B, 1, T, D) float32.
-
-    Computed once per forward pass. A buffer would be rounded by model.bfloat16(), in which
-    position 257 is position 256.
-    """
+    They are no buffers: model.bfloat16() would round them, and position 257 would be 256."""
     angle = positions[:, None, :, None].float() * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rope(x, cos, sin):
-    """Rotates each pair (x[i], x[i + D/2]) of (B, heads, T, D): Hugging Face's half-split layout.
-
-    (a, b) becomes (a cos - b sin, b cos + a sin). Rolling by D/2 swaps the halves, and sin carries
-    the signs.
-    """
+    """Rotates each pair (a, b) = (x[i], x[i + D/2]) of (B, heads, T, D), Hugging Face's half-split
+    layout, to (a cos - b sin, b cos + a sin): rolling swaps the halves, sin carries the signs."""
     return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).to(x.dtype)
 
 
@@ -168,25 +159,26 @@ class KVCache:
     """The cached tensors of all layers, for up to max_length tokens in each of batch_size rows.
 
     The caller allocates it; the model keeps no state between calls. It owns the position: each
-    layer appends at the same place, and GPT.forward advances the cache after the last layer.
+    layer appends at the same place, and GPT.forward advances length after the last layer.
 
     Rows of different length end together: padding, (B,), counts the masked places at the start of
     each row. A static cache is for torch.compile: its length is a tensor, and attention reads all
     max_length places under a mask, so that one graph serves every step.
     """
 
-    def __init__(self, config, batch_size, max_length, device="cpu", dtype=None, padding=None,
-                 static=False):
+    def __init__(self, config, batch_size, max_length, like=None, padding=None, static=False):
+        """like is a tensor whose device and dtype the cache has; None: the defaults."""
+        like = torch.empty(0) if like is None else like
         require(1 <= max_length <= config.block_size, f"a cache of {max_length} tokens: it must be "
                 f"1 to block_size={config.block_size}")
-        self.device, self.max_length = torch.device(device), max_length
+        self.device, self.max_length = like.device, max_length
         self.padding, self.static = padding, static
         self.layers = []  # the tensors of each layer, (B, heads, max_length, width)
         for layer in config.cached():
             shapes = [(batch_size, layer.heads, max_length, width) for width in layer.widths]
-            self.layers.append([torch.zeros(s, device=device, dtype=dtype) for s in shapes])
+            self.layers.append([like.new_zeros(shape) for shape in shapes])
         # tokens held, padding included, the same in every row
-        self.length = torch.zeros((), dtype=torch.long, device=device) if static else 0
+        self.length = like.new_zeros((), dtype=torch.long) if static else 0
 
     @property
     def nbytes(self):
@@ -208,17 +200,13 @@ class KVCache:
 
     def append(self, layer, *new):
         """Writes a layer's new tensors, (B, heads, T, width) each; returns all that it holds."""
-        T = new[0].size(2)
-        if self.static:
-            held = zip(self.layers[layer], new, strict=True)
-            return [kept.index_copy_(2, self.places(T), x) for kept, x in held]
-        end = self.length + T
+        end = self.length + new[0].size(2)
         for kept, x in zip(self.layers[layer], new, strict=True):
-            kept[:, :, self.length:end] = x
-        return [kept[:, :, :end] for kept in self.layers[layer]]
-
-    def advance(self, T):
-        self.length += T
+            if self.static:
+                kept.index_copy_(2, self.places(x.size(2)), x)
+            else:
+                kept[:, :, self.length:end] = x
+        return [kept if self.static else kept[:, :, :end] for kept in self.layers[layer]]
 
     def rewind(self, length):
         """Forgets all but the first length tokens."""
@@ -246,9 +234,7 @@ class Context:
 
 def attention_mask(T, cache, device):
     """Which of the S keys each of the T new tokens may see, (1 or B, T, S) bool: the only mask.
-
-    None stands for plain causal attention: T tokens with none before them, or one that sees all S.
-    """
+    None is plain causal attention: T tokens with none before them, or one that sees all S."""
     if cache is None:
         return None
     if not cache.static and cache.padding is None and (T == 1 or cache.length == 0):
@@ -264,8 +250,7 @@ def attention_mask(T, cache, device):
 def attend(q, k, v, mask=None, scale=None):
     """Attention of (B, H, T, D) queries over (B, K, S, D) keys and values -> (B, H, T, D).
 
-    mask is (1 or B, T, S), True where a token may look. None means causal where T = S, and
-    everything where T = 1. scale multiplies q k; None: D^-1/2.
+    mask is that of attention_mask; scale multiplies q k (None: D^-1/2).
     Query head h reads key/value head h // (H / K). With H = 8 and K = 2:
 
         query head       0 1 2 3  4 5 6 7
@@ -301,8 +286,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         H, K, D, C = config.n_head, config.n_kv_head, config.head_dim, config.n_embd
-        self.layer = layer
-        self.head_dim = D
+        self.layer, self.head_dim = layer, D
         self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
         self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
@@ -315,8 +299,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim)                # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)                # (B, T, K, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)                # (B, T, K, D)
-        q = apply_rope(self.q_norm(q).transpose(1, 2), context.cos, context.sin)  # (B, H, T, D)
-        k = apply_rope(self.k_norm(k).transpose(1, 2), context.cos, context.sin)  # (B, K, T, D)
+        q = apply_rope(self.q_norm(q).transpose(1, 2), context.cos, context.sin)
+        k = apply_rope(self.k_norm(k).transpose(1, 2), context.cos, context.sin)
         v = v.transpose(1, 2)                                           # (B, K, T, D)
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)               # (B, K, S, D)
@@ -392,7 +376,6 @@ class LatentAttention(nn.Module):
 
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
-
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.n_embd, config.n_ff, bias=False)
@@ -437,7 +420,7 @@ def initial_weight(name, shape, seed):
         return torch.full(shape, float(not name.endswith("bias")))
     key = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-    std = {"embed.weight": 0.02}.get(name, shape[1] ** -0.5)
+    std = 0.02 if name == "embed.weight" else shape[1] ** -0.5
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
@@ -452,17 +435,12 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = norm(config.n_embd, config.norm_eps)
-        self.lm_head = None
-        if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        untied = not config.tie_embeddings
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False) if untied else None
         self.head_loss = HeadLoss()
         if not self.embed.weight.is_meta:  # meta tensors have a shape and no values
-            self.init_weights(seed)
-
-    @torch.no_grad()
-    def init_weights(self, seed):
-        for name, parameter in self.named_parameters():
-            parameter.copy_(initial_weight(name, parameter.shape, seed))
+            for name, parameter in self.named_parameters():
+                parameter.data.copy_(initial_weight(name, parameter.shape, seed))
 
     @property
     def head_weight(self):
@@ -493,7 +471,7 @@ class GPT(nn.Module):
             else:
                 x = block(x, context)
         if cache is not None:
-            cache.advance(T)
+            cache.length += T
         x = self.norm(x[:, -1:] if logits == "last" else x)
         loss = None
         if targets is not None:
@@ -501,8 +479,6 @@ class GPT(nn.Module):
                 n_targets = (targets >= 0).sum().clamp(min=1)
             loss = self.head_loss(x, self.head_weight, targets, n_targets)
         out = None
-        if logits != "none" and self.lm_head is None:
-            out = F.linear(x, self.embed.weight)
-        elif logits != "none":
-            out = self.lm_head(x)
+        if logits != "none":
+            out = F.linear(x, self.embed.weight) if self.lm_head is None else self.lm_head(x)
         return out, loss

@@ -4,9 +4,6 @@
 
 Standard output has only prompts and texts; everything else goes to standard error.
 """
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,10 +11,11 @@ import torch
 
 from model import GPT, GPTConfig, KVCache
 from nanogqa import checkpoint
-from nanogqa.configurator import build, in_range, off_default, parse, program
-from nanogqa.costs import kv_bytes_per_token, prefill_chunk
+from nanogqa.configurator import build, in_range, parse, program
+from nanogqa.costs import prefill_chunk
 from nanogqa.fast import prepare_for_decoding
-from nanogqa.prompts import Output, read_prompts
+from nanogqa.log import announce_sampling
+from nanogqa.prompts import Output, encode_prompts, read_prompts
 from nanogqa.runtime import compile_for_decoding, pick_runtime
 from nanogqa.tokenizer import get_tokenizer, known_ids
 
@@ -47,8 +45,6 @@ class SampleConfig:
         in_range(self, "top_p", low=0, high=1)
 
 
-# -- logits -> token -------------------------------------------------------------------------------
-
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """(B, V) logits -> (B, 1) ids, drawn among the top_k likeliest and, of these, the fewest whose
     probability reaches top_p."""
@@ -64,8 +60,6 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
         probs = probs.masked_fill(enough, 0.0)
     return ids.gather(1, torch.multinomial(probs, 1, generator=generator))
 
-
-# -- tokens ----------------------------------------------------------------------------------------
 
 def context_start(n_tokens, block_size):
     """Index of the first of n_tokens tokens in the context of the next one.
@@ -85,10 +79,6 @@ def prefill(model, idx, cache, chunk):
     return logits
 
 
-def never(row):
-    return False
-
-
 @dataclass
 class Options:
     """How generate decodes and draws."""
@@ -97,8 +87,12 @@ class Options:
     top_p: float | None = None
     generator: torch.Generator | None = None
     kv_cache: bool = True  # False: recompute the whole context for every token
-    compiled: Callable | None = None  # of compile_for_decoding
-    stopped: Callable = never  # rows for which stopped(row) is true are dropped from the batch
+    compiled: object = None  # the forward pass of compile_for_decoding
+    stopped: object = None  # a function: rows with stopped(row) are dropped from the batch
+
+
+def pick(values, index):
+    return [values[i] for i in index]
 
 
 class Batch:
@@ -106,10 +100,8 @@ class Batch:
 
     def __init__(self, model, texts, max_new_tokens, options):
         self.config, self.weight = model.config, model.embed.weight
-        self.forward = options.compiled or model
-        self.static = options.compiled is not None
-        self.kv_cache = options.kv_cache
-        self.texts = [list(text) for text in texts]
+        self.forward, self.options = options.compiled or model, options
+        self.texts = list(map(list, texts))
         longest = max(map(len, self.texts)) + max_new_tokens
         self.max_length = min(self.config.block_size, longest)
         self.cache = None
@@ -122,7 +114,7 @@ class Batch:
         """(B, V) float32 logits of each text's next token."""
         starts = [context_start(len(text), self.config.block_size) for text in self.texts]
         contexts = [text[start:] for text, start in zip(self.texts, starts, strict=True)]
-        if not self.kv_cache:
+        if not self.options.kv_cache:
             rows = [self.forward(self.tensor([c]), logits="last")[0] for c in contexts]
             return torch.cat(rows)[:, -1].float()
         if starts == self.starts and self.cache.length < self.cache.max_length:
@@ -139,19 +131,19 @@ class Batch:
         padding = [longest - len(context) for context in contexts]
         idx = [[0] * n + context for n, context in zip(padding, contexts, strict=True)]
         if self.cache is None:
-            self.cache = KVCache(self.config, len(idx), self.max_length, self.weight.device,
-                                 self.weight.dtype, static=self.static)
+            self.cache = KVCache(self.config, len(idx), self.max_length, self.weight,
+                                 static=self.options.compiled is not None)
         self.cache.rewind(0)
         self.cache.padding = self.tensor(padding) if any(padding) else None
-        chunk = prefill_chunk(self.config, len(idx))
-        return prefill(self.forward, self.tensor(idx), self.cache, chunk)
+        idx = self.tensor(idx)
+        return prefill(self.forward, idx, self.cache, prefill_chunk(self.config, len(idx)))
 
     def select(self, index):
         """Goes on with the texts listed in index: copies, or a part of them."""
         if index != list(range(len(self.texts))):
-            self.texts = [list(self.texts[i]) for i in index]
-            if self.kv_cache:
-                self.starts = [self.starts[i] for i in index]
+            self.texts = list(map(list, pick(self.texts, index)))
+            if self.options.kv_cache:
+                self.starts = pick(self.starts, index)
                 self.cache = self.cache.rows(index)
 
 
@@ -166,6 +158,10 @@ def generate(model, prompts, max_new_tokens, num_samples=1, known=None, **option
     options = Options(**options)
     batch = Batch(model, prompts, max_new_tokens, options)
     rows = None
+
+    def going(index):
+        return [i for i in index if not options.stopped or not options.stopped(rows[i])]
+
     for _ in range(max_new_tokens):
         logits = batch.logits()                                         # (B, V)
         if rows is None:  # each prompt is read once for all its samples
@@ -180,18 +176,16 @@ def generate(model, prompts, max_new_tokens, num_samples=1, known=None, **option
         ids = ids[:, 0].tolist()
         for text, token in zip(batch.texts, ids, strict=True):
             text.append(token)
-        left = [i for i, row in enumerate(rows) if not options.stopped(row)]
-        yield [rows[i] for i in left], [ids[i] for i in left]
-        left = [i for i in left if not options.stopped(rows[i])]
+        left = going(range(len(rows)))
+        yield pick(rows, left), pick(ids, left)
+        left = going(left)
         if not left:
             return
         # another number of rows is another graph: compiled, the batch shrinks by halves only
         if options.compiled is None or 2 * len(left) <= len(rows):
             batch.select(left)
-            rows = [rows[i] for i in left]
+            rows = pick(rows, left)
 
-
-# -- the program -----------------------------------------------------------------------------------
 
 @program
 def main(argv):
@@ -206,36 +200,19 @@ def main(argv):
     if config.fast:
         prepare_for_decoding(model, n_texts)
     compiled = compile_for_decoding(model, runtime) if runtime.compile else None
-    ids = [encoding.encode(p, allowed_special="all") or [encoding.eot_token] for p in prompts]
-    longest = max(map(len, ids))
-
-    cache = "no KV cache"
-    if config.kv_cache:
-        per_token = kv_bytes_per_token(gpt_config, runtime.dtype)
-        length = min(gpt_config.block_size, longest + config.max_new_tokens)
-        cache = f"KV cache {per_token:,} bytes per token, {per_token * length * n_texts:,} in all"
-    print(f"{runtime.why}; {config.out_dir} at step {state['step']}, "
-          f"{off_default(gpt_config, ['n_head'])}; {cache}", file=sys.stderr)
-    if longest > gpt_config.block_size:
-        print(f"only the end of a prompt longer than block_size={gpt_config.block_size} is read",
-              file=sys.stderr)
-
+    ids = encode_prompts(encoding, prompts)
+    announce_sampling(config, gpt_config, runtime, state["step"], ids)
     output = Output(prompts, config.num_samples, encoding, config.stop, config.output == "jsonl")
     known = known_ids(encoding, gpt_config.vocab_size).to(runtime.device)
     generator = torch.Generator(runtime.device).manual_seed(config.seed)
-    began, count = time.perf_counter(), 0
     for rows, new in generate(
             model, ids, config.max_new_tokens, config.num_samples, known,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
             generator=generator, kv_cache=config.kv_cache, compiled=compiled,
             stopped=output.stopped):
-        count += len(rows)
         for row, token in zip(rows, new, strict=True):
             output.add(row, token)
-    seconds = time.perf_counter() - began
     output.finish()
-    print(f"{count:,} tokens in {seconds:.2f} s, reading the prompt included: "
-          f"{count / seconds:,.1f} tokens per second", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,20 +5,17 @@
 """
 import contextlib
 import math
-import re
 import signal
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig, initial_weight
 from nanogqa import checkpoint, distributed, log
 from nanogqa.batches import Batches, check_multiple
-from nanogqa.configurator import UserError, in_range, parse, program, subset
+from nanogqa.configurator import UserError, check_pattern, in_range, parse, program, subset
 from nanogqa.costs import mfu
 from nanogqa.dataloader import Dataset, bits_per_byte, prepare_default
 from nanogqa.distributed import StopSignal
@@ -84,11 +81,7 @@ class TrainConfig(GPTConfig):
                        "keep_checkpoints", low=0)
         in_range(self, "beta1 beta2", low=0, below=1)
         in_range(self, "cooldown", low=0, high=1)
-        try:
-            re.compile(self.trainable)
-        except re.error as error:
-            raise ValueError(f"trainable={self.trainable!r} is not a regular expression ({error}): "
-                             "write one like q_proj|k_proj") from None
+        check_pattern(self, "trainable", "q_proj|k_proj")
         check_multiple(self.tokens_per_step, self.block_size, f"block_size={self.block_size}")
 
 
@@ -107,17 +100,11 @@ def make_model(config, state, runtime):
     if config.fast:
         accelerate(model)
     if config.parallel == "fsdp":
-        distributed.shard(model, runtime)
-        if state is None:
-            distributed.fill(model, lambda name, x: initial_weight(name, x.shape, config.seed))
-        elif state["model"]:  # a sharded checkpoint is read with the optimizers
-            distributed.fill(model, lambda name, x: state["model"][name])
+        def weight_of(name, shape):  # None: a sharded checkpoint, which is read later
+            return state["model"].get(name) if state else initial_weight(name, shape, config.seed)
+        distributed.shard(model, runtime, weight_of)
     model.recompute = config.recompute
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(re.search(config.trainable, name) is not None)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"no parameter matches trainable={config.trainable!r}: look at the names "
-                        "in model.py, such as q_proj")
+    checkpoint.freeze(model, config.trainable)
     return model.to(runtime.device)
 
 
@@ -125,39 +112,34 @@ def learning_rate(step, config):
     """Learning rate at this step: a linear warm-up, then the schedule down to min_lr."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    done = min(1.0, done)
-    height = (1 + math.cos(math.pi * done)) / 2
-    if config.schedule == "wsd":  # warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395
+    if config.schedule == "wsd":  # warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395)
         left = (config.max_steps - step) / max(1, config.cooldown * config.max_steps)
         height = min(1.0, max(0.0, left))
+    else:
+        done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+        height = (1 + math.cos(math.pi * min(1.0, done))) / 2
     return config.min_lr + (config.learning_rate - config.min_lr) * height
 
 
 def make_optimizers(model, config):
-    """A list: Muon for the blocks' matrices where it is chosen, and AdamW for the rest.
+    """A list: Muon for the blocks' matrices if it is chosen, and AdamW for the rest.
 
-    Weight decay is on matrices only. A group's rate is lr_scale times the learning rate.
+    Weight decay is on matrices only. A group may have a factor lr_scale for the learning rate.
     """
-    optimizers = []
-    lr, decay = config.learning_rate, config.weight_decay
-    trained = [p for p in model.parameters() if p.requires_grad]
+    decay, blocks = config.weight_decay, []
     if config.optimizer == "muon":
         blocks = [p for p in model.layers.parameters() if p.requires_grad and p.dim() >= 2]
-        if blocks:
-            # match_rms_adamw scales updates to the size of AdamW's, so one learning rate fits both
-            optimizers.append(torch.optim.Muon(
-                [dict(params=blocks, lr_scale=1.0)], lr=lr, weight_decay=decay,
-                adjust_lr_fn="match_rms_adamw"))
-        taken = set(blocks)
-        trained = [p for p in trained if p not in taken]
-    matrices = [p for p in trained if p.dim() >= 2]
-    vectors = [p for p in trained if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=decay, lr_scale=1.0),
-              dict(params=vectors, weight_decay=0.0, lr_scale=1.0)]
-    betas = (config.beta1, config.beta2)
-    optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True))
-    return optimizers
+    rest = set(model.parameters()) - set(blocks)
+    trained = [p for p in model.parameters() if p.requires_grad and p in rest]
+    groups = [dict(params=[p for p in trained if p.dim() >= 2], weight_decay=decay),
+              dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0)]
+    lr, betas = config.learning_rate, (config.beta1, config.beta2)
+    adamw = torch.optim.AdamW(groups, lr, betas, fused=True)
+    if not blocks:
+        return [adamw]
+    # match_rms_adamw scales updates to the size of AdamW's, so one learning rate fits both
+    muon = torch.optim.Muon(blocks, lr, decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw]
 
 
 # -- one step, one evaluation ----------------------------------------------------------------------
@@ -174,11 +156,8 @@ def backward(forward, batches, runtime):
     for batch in batches:
         if batch.seed is not None:
             torch.manual_seed(batch.seed)
-        synchronize = contextlib.nullcontext()
-        if isinstance(forward, DistributedDataParallel) and batch is not batches[-1]:
-            synchronize = forward.no_sync()  # around the forward pass too
-        with synchronize:
-            x, y = runtime.tensor(batch.x), runtime.tensor(batch.y)
+        x, y = runtime.tensor(batch.x), runtime.tensor(batch.y)
+        with distributed.synchronizing(forward, batch is batches[-1]):
             with runtime.autocast():
                 micro_loss = forward(x, y, n_targets, logits="none")[1]
             micro_loss.backward()
@@ -187,13 +166,12 @@ def backward(forward, batches, runtime):
 
 
 def update(model, optimizers, grad_clip):
-    """Clips the gradient and steps; returns its norm. A gradient that is not finite is skipped:
-    it is that of all ranks, so all skip or none."""
+    """Clips the gradient and steps, unless it is not finite: on all ranks alike, as it is their
+    mean. Returns its norm."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     norm = distributed.whole(norm)
-    finite = bool(norm.isfinite())  # waits for the device
     for optimizer in optimizers:
-        if finite:
+        if norm.isfinite():  # waits for the device
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return norm
@@ -222,11 +200,9 @@ def evaluate(forward, batches, runtime):
 def check_finite(finite, what, step, config, runtime):
     """UserError unless finite: no bad weights reach a checkpoint."""
     if not finite:
-        lr = learning_rate(max(0, step - 1), config)
-        dtype = runtime.describe()["dtype"]
+        lr, dtype = learning_rate(max(0, step - 1), config), runtime.describe()["dtype"]
         raise UserError(f"the {what} at step {step} is not finite (lr {lr:.2e}, {dtype}): lower "
-                        "learning_rate and continue from the last good checkpoint with "
-                        "--init_from=resume")
+                        "learning_rate and continue with --init_from=resume")
 
 
 # -- the run ---------------------------------------------------------------------------------------
@@ -234,14 +210,12 @@ def check_finite(finite, what, step, config, runtime):
 @program
 def main(argv):
     given = parse(TrainConfig, argv, __doc__)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(distributed.joined())
-        stack.enter_context(distributed.explained())
+    with distributed.joined(), distributed.explained(), contextlib.ExitStack() as stack:
         train(given, stack)
 
 
 def train(given, stack):
-    """The whole run, in time order. stack closes what is open at its end."""
+    """The whole run, in time order. What stack holds is closed at its end."""
     # the folder is locked before its checkpoint is read: another run may be writing it
     call = checkpoint.per_call(given, TrainConfig)
     locked = Path(call.out_dir).is_dir() and not call.eval_only
@@ -254,8 +228,7 @@ def train(given, stack):
     prepare_default(config.dataset, distributed.world()[2])
     dataset = Dataset(config.dataset)
     config.vocab_size = config.vocab_size or dataset.meta["vocab_size"]
-    if state is not None:
-        checkpoint.check_data(config, state, dataset.meta)
+    checkpoint.check_data(config, state, dataset.meta)
     distributed.check_parallel(config)
     dataset.check(config)
     runtime = pick_runtime(config.device, config.dtype, config.compile)
@@ -266,24 +239,18 @@ def train(given, stack):
             checkpoint.own(config.out_dir, stack)
         copy_tokenizer(dataset.meta["tokenizer"], dataset.folder, config.out_dir)
 
-    # model and optimizers. The plain model owns the weights and is saved, torch.compile wraps it,
-    # and DDP wraps that; FSDP is inside it.
+    # model and optimizers: the plain model owns the weights and is saved, torch.compile wraps it,
+    # and DDP wraps that; FSDP is inside it
     keep_freed_memory()
     model = make_model(config, state, runtime)
     optimizers = make_optimizers(model, config)
-    if state is not None and not state["model"]:
-        checkpoint.load_sharded(config.out_dir, model, optimizers, state)
-    elif resumed:
-        checkpoint.load_moments(model, optimizers, state)
-    fsdp = config.parallel == "fsdp"
-    forward = compiled = model
-    if not fsdp:
+    checkpoint.load_optimizers(config, state, model, optimizers)
+    compiled = model
+    if config.parallel != "fsdp":
         first = batches.step(0)[:1]
         compiled = compile_model(model, runtime, lambda f: backward(f, first, runtime))
         model.zero_grad(set_to_none=True)
-        forward = compiled
-    if runtime.ranks > 1 and not fsdp:
-        forward = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
+    forward = distributed.replicate(compiled, config)
     settings = checkpoint.run_settings(config, GPTConfig)
     log.announce(config, model, batches, runtime)
     if resumed:
@@ -293,21 +260,15 @@ def train(given, stack):
         return
 
     # what the loop keeps
-    start, best = 0, None
-    if resumed:
-        start, best = state["step"], state["best_val_loss"]
-    else:
-        checkpoint.clear_sharded(config.out_dir, runtime.rank)
+    start = state["step"] if resumed else 0
+    best = state["best_val_loss"] if resumed else None
     # a run stopped at its last step was not evaluated there: that is done again
     redo = resumed and start == config.max_steps and state["val_loss"] is None
-    Saver = checkpoint.ShardedSaver if fsdp else checkpoint.Saver
-    saver = Saver(config.out_dir, config.keep_checkpoints, runtime.rank)
+    saver = checkpoint.make_saver(config, runtime.rank)
     stop = stack.enter_context(StopSignal())
     logger = stack.enter_context(log.Log(config, start - (redo or not resumed)))
     trace = stack.enter_context(log.profiler(config))
-    times = log.Times(runtime)
-    began = interval_began = time.perf_counter()
-    interval_step = start
+    times, rate = log.Times(runtime), log.Rate(config.tokens_per_step, start)
     loss = grad_norm = None
     skipped = 0  # steps since the last log line whose gradient was not finite
     in_a_row = 0  # such steps up to now
@@ -321,12 +282,9 @@ def train(given, stack):
 
         metrics = dict.fromkeys(METRICS)
         if logging:
-            if loss is not None:  # .item() waits for the device, so that the clock below is right
+            if loss is not None:  # .item() waits for the device, so that the rate is right
                 loss = distributed.total(loss).item() / runtime.ranks
-            rate = None
-            if step > interval_step:
-                seconds = time.perf_counter() - interval_began
-                rate = (step - interval_step) * config.tokens_per_step / seconds
+            tokens_per_sec = rate.at(step)
             if evaluating:
                 metrics = evaluate(compiled, batches, runtime)
                 val_loss = metrics["val_loss"]
@@ -335,8 +293,8 @@ def train(given, stack):
             logger.row(
                 step=step, tokens=step * config.tokens_per_step, train_loss=loss, **metrics,
                 lr=learning_rate(step - 1, config) if step else None,
-                grad_norm=grad_norm.item() if step > start else None, tokens_per_sec=rate,
-                mfu=mfu(rate, model, runtime), skipped=skipped)
+                grad_norm=grad_norm.item() if step > start else None, skipped=skipped,
+                tokens_per_sec=tokens_per_sec, mfu=mfu(tokens_per_sec, model, runtime))
             skipped = 0
         if evaluating or (stopping and new) or (logging and saver.failed):
             weights = map(distributed.local, model.parameters())
@@ -348,22 +306,20 @@ def train(given, stack):
                 best_val_loss=best, tokenizer=dataset.meta["tokenizer"],
                 dataset_sha256=dataset.meta["sha256"]), last)
         if logging:
-            interval_began, interval_step = time.perf_counter(), step
+            rate.restart(step)
             times.lap("evaluation, log and checkpoints")
         if last or stopping:
             break
 
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["lr_scale"] * learning_rate(step, config)
+                group["lr"] = group.get("lr_scale", 1.0) * learning_rate(step, config)
         micro_batches = batches.step(step)
         times.lap("data")
         loss = backward(forward, micro_batches, runtime)
         times.lap("forward and backward")
         grad_norm = update(model, optimizers, config.grad_clip)
-        in_a_row += 1
-        if grad_norm.isfinite():
-            in_a_row = 0
+        in_a_row = 0 if grad_norm.isfinite() else in_a_row + 1
         skipped += in_a_row > 0
         what = f"gradient ({SKIPS} steps in a row)"
         check_finite(in_a_row < SKIPS, what, step + 1, config, runtime)
@@ -374,15 +330,14 @@ def train(given, stack):
     if saver.failed:
         raise UserError(f"{saver.failed}: continue with --init_from=auto")
     if stopping and not last:
-        logger.print(f"stopped by {signal.Signals(stopping).name} after step {step} and saved: "
-                     "the same command with --init_from=resume continues")
+        logger.print(f"stopped by {signal.Signals(stopping).name} after step {step} and saved: the "
+                     "same command with --init_from=resume continues")
         stop.restore()
         raise SystemExit(128 + stopping)
     if not new:  # resumed where it had ended
         val_loss = state["val_loss"]
         metrics = dict(val_loss=val_loss, val_bpb=bits_per_byte(val_loss, dataset.val))
-    minutes, seconds = divmod(time.perf_counter() - began, 60)
-    logger.print(f"done in {minutes:.0f} min {seconds:.0f} s: {log.result(metrics)}")
+    logger.print(f"done in {rate.elapsed()}: {log.result(metrics)}")
     logger.print(f"time: {times}")
     prompt = "def " if dataset.meta.get("python") else ""
     logger.print(f'now try: python sample.py --out_dir={config.out_dir} --prompt="{prompt}"')

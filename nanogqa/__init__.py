@@ -1,1 +1,1 @@
-"""Everything that is neither a program nor the decoder. Nothing here imports train.py, model.py or another program."""
+"""Everything that is neither a program nor the decoder. It imports neither."""

@@ -71,6 +71,8 @@ def check_multiple(tokens_per_step, unit, name):
     """ValueError unless tokens_per_step is a multiple of unit, whose name is printed."""
     if tokens_per_step % unit:
         below = tokens_per_step // unit * unit
-        nearest = f"{below} or {below + unit}" if below else f"{unit}"
+        nearest = f"{below} or {below + unit}"
+        if below == 0:
+            nearest = f"{unit}"
         raise ValueError(f"tokens_per_step={tokens_per_step} is not a multiple of {name}: "
                          f"the nearest is {nearest}")

@@ -5,6 +5,7 @@ The classes GPT and GPTConfig, which this package does not import, are passed in
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -204,6 +205,14 @@ def clear_sharded(out_dir, rank, keep=None):
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def make_saver(config, rank):
+    """The Saver of a run. A run from scratch removes the sharded checkpoints of the one before."""
+    if config.init_from != "resume":
+        clear_sharded(config.out_dir, rank)
+    kind = ShardedSaver if config.parallel == "fsdp" else Saver
+    return kind(config.out_dir, config.keep_checkpoints, rank)
+
+
 # -- the folder ------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
@@ -292,9 +301,12 @@ def check(state, path, GPTConfig):
     """Validates and returns state, with the defaults of what an older file lacks."""
     wrong = list(KEYS)
     if isinstance(state, dict):
-        defaults = {key: default for key, (_, default) in KEYS.items() if default is not REQUIRED}
-        state = defaults | state
-        wrong = [key for key, (kind, _) in KEYS.items() if not isinstance(state.get(key), kind)]
+        wrong = []
+        for key, (kind, default) in KEYS.items():
+            if default is not REQUIRED:
+                state.setdefault(key, default)
+            if not isinstance(state.get(key), kind):
+                wrong.append(key)
     if wrong:
         raise UserError(f"{path} is not a checkpoint of this program (no {', '.join(wrong)}): name "
                         "another --out_dir")
@@ -339,6 +351,15 @@ def load_model(GPT, config, state):
     return model
 
 
+def freeze(model, pattern):
+    """Lets only the parameters train whose name matches the regular expression pattern."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(re.search(pattern, name) is not None)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"no parameter matches trainable={pattern!r}: look at the names in "
+                        "model.py, such as q_proj")
+
+
 def optimized(model, optimizers):
     """(name, parameter, optimizer) of every optimized parameter, in the order of the groups."""
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -355,6 +376,14 @@ def moments(model, optimizers):
         if parameter in optimizer.state:
             state[name] = dict(optimizer.state[parameter])
     return {"state": state}
+
+
+def load_optimizers(config, state, model, optimizers):
+    """Fills the optimizers of a resumed run, and a model whose checkpoint is sharded."""
+    if state is not None and not state["model"]:
+        load_sharded(config.out_dir, model, optimizers, state)
+    elif config.init_from == "resume":
+        load_moments(model, optimizers, state)
 
 
 def load_moments(model, optimizers, state):
@@ -493,7 +522,9 @@ def check_resume(config, state):
 
 
 def check_data(config, state, meta):
-    """UserError where the data set's meta does not fit the checkpoint that a run starts from."""
+    """UserError where the data set's meta does not fit the state that a run starts from, if any."""
+    if state is None:
+        return
     source = config.out_dir if config.init_from == "resume" else config.init_from
     tokenizer = state["tokenizer"]
     if tokenizer not in (meta["tokenizer"], "none"):

@@ -138,10 +138,20 @@ def subset(cls, settings):
 
 
 def off_default(settings, always=()):
-    """The settings that are off their defaults, and those of always, as text for printing."""
+    """The settings that are off their defaults, and those of always, as text for printing.
+
+    Where settings.settings_of says which belong to one kind of attention, those of other kinds are
+    left out.
+    """
+    foreign = []
+    for kind, names in settings.settings_of.items():
+        if kind != settings.attention:
+            foreign += names
     shown = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
+        if field.name in foreign:
+            continue
         if value != field.default or field.name in always:
             shown.append(f"{field.name} {value}")
     return ", ".join(shown)
@@ -160,6 +170,16 @@ def in_range(settings, names, low, high=math.inf, below=math.inf):
             raise ValueError(f"{name} must be at most {high}, not {value}")
         if value >= below:
             raise ValueError(f"{name} must be below {below}, not {value}")
+
+
+def check_pattern(settings, name, example):
+    """ValueError unless the named setting is a regular expression."""
+    value = getattr(settings, name)
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{name}={value!r} is not a regular expression ({error}): write one like "
+                         f"{example}") from None
 
 
 # -- config files ----------------------------------------------------------------------------------

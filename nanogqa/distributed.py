@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from nanogqa.configurator import UserError
 
@@ -160,6 +161,22 @@ class StopSignal:
         return number.item()
 
 
+# -- a copy of the model on each rank (DDP) --------------------------------------------------------
+
+def replicate(model, config):
+    """model under DDP, where there are several ranks that each have a copy."""
+    if world()[1] == 1 or config.parallel == "fsdp":
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def synchronizing(model, wanted):
+    """Around a forward and a backward pass: whether DDP averages gradients over ranks after it."""
+    if isinstance(model, DistributedDataParallel) and not wanted:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
 # -- models split over ranks (FSDP2) ---------------------------------------------------------------
 
 def check_parallel(config):
@@ -177,10 +194,9 @@ def check_parallel(config):
                         "installed: pip install safetensors")
 
 
-def shard(model, runtime):
-    """Splits the weights of each block of a meta model over the ranks, and allocates them.
-
-    They have no values yet. At no time is the model whole on a device.
+def shard(model, runtime, weight_of):
+    """Splits the weights of each block of a meta model over the ranks; it is never whole on a
+    device. weight_of(name, shape) is the whole tensor of a parameter, or None for no values yet.
     """
     mesh = init_device_mesh(runtime.device.type, (runtime.ranks,))
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # cos and sin stay float32
@@ -191,14 +207,12 @@ def shard(model, runtime):
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    return model.to_empty(device=runtime.device)
-
-
-@torch.no_grad()
-def fill(model, weight_of):
-    """Copies weight_of(name, parameter), a whole tensor, into each parameter of a sharded model."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(placed(weight_of(name, parameter), parameter))
+    model.to_empty(device=runtime.device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            weight = weight_of(name, parameter.shape)
+            if weight is not None:
+                parameter.copy_(placed(weight, parameter))
 
 
 def placed(x, parameter):

@@ -120,6 +120,31 @@ def start_wandb(config):
             "WANDB_MODE=offline, or leave wandb_log out") from None
 
 
+class Rate:
+    """Tokens per second of training, without what happens between log lines."""
+
+    def __init__(self, tokens_per_step, step):
+        self.tokens_per_step = tokens_per_step
+        self.began = time.perf_counter()
+        self.restart(step)
+
+    def restart(self, step):
+        """Training goes on at this step."""
+        self.since = time.perf_counter()
+        self.step = step
+
+    def at(self, step):
+        """Tokens per second since the last restart; None if there was no step."""
+        if step == self.step:
+            return None
+        return (step - self.step) * self.tokens_per_step / (time.perf_counter() - self.since)
+
+    def elapsed(self):
+        """The time of the whole run as text."""
+        minutes, seconds = divmod(time.perf_counter() - self.began, 60)
+        return f"{minutes:.0f} min {seconds:.0f} s"
+
+
 class Times:
     """Where a run's time goes: lap(phase) charges the time since the last lap to phase.
 
@@ -197,8 +222,8 @@ def announce(config, model, batches, runtime):
         f"{meta['tokenizer']}, sha256 {meta['sha256'][:16]}")
     say(f"batch: {per_step:,} tokens per step = {count(batches.batch_size, 'sequence')} x "
         f"{config.block_size} tokens x {count(runtime.ranks, 'rank')} x "
-        f"{count(batches.micro_steps, 'micro-step')}; {count(config.max_steps, 'step')} = {epochs:.2f} "
-        "epochs")
+        f"{count(batches.micro_steps, 'micro-step')}; {count(config.max_steps, 'step')} = "
+        f"{epochs:.2f} epochs")
 
 
 def announce_resume(state, settings, runtime):
@@ -213,6 +238,21 @@ def announce_resume(state, settings, runtime):
     if changed:
         text += f", changed: {', '.join(changed)}"
     say(text)
+
+
+def announce_sampling(config, gpt_config, runtime, step, ids):
+    """Prints to standard error what sample.py is about to run; ids are those of each prompt."""
+    longest, block_size = max(map(len, ids)), gpt_config.block_size
+    cache = "no KV cache"
+    if config.kv_cache:
+        per_token = kv_bytes_per_token(gpt_config, runtime.dtype)
+        tokens = min(block_size, longest + config.max_new_tokens) * len(ids) * config.num_samples
+        cache = f"KV cache {per_token:,} bytes per token, {per_token * tokens:,} in all"
+    print(f"{runtime.why}; {config.out_dir} at step {step}, "
+          f"{off_default(gpt_config, ['n_head'])}; {cache}", file=sys.stderr)
+    if longest > block_size:
+        print(f"only the end of a prompt longer than block_size={block_size} is read",
+              file=sys.stderr)
 
 
 def result(metrics):

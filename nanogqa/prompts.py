@@ -1,6 +1,7 @@
 """Prompts in, texts out: what sample.py reads and prints around its tokens."""
 import json
 import sys
+import time
 from pathlib import Path
 
 from nanogqa.configurator import UserError
@@ -48,6 +49,14 @@ def json_prompt(line, where):
                     "the file .txt for plain lines")
 
 
+def encode_prompts(encoding, prompts):
+    """The ids of each prompt; end-of-text, which starts a new document, for an empty one."""
+    ids = []
+    for prompt in prompts:
+        ids.append(encoding.encode(prompt, allowed_special="all") or [encoding.eot_token])
+    return ids
+
+
 class Output:
     """The texts of a batch on standard output: one as it grows, several once they are complete."""
 
@@ -58,6 +67,8 @@ class Output:
         self.texts = [Text(encoding, stop) for _ in self.prompts]
         self.written = ["" for _ in self.prompts]
         self.jsonl = jsonl
+        self.began = time.perf_counter()
+        self.count = 0  # tokens
         self.stream = len(self.prompts) == 1 and not jsonl
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # for terminals that are not UTF-8
@@ -70,13 +81,15 @@ class Output:
 
     def add(self, row, token):
         """Appends a token id to a text."""
+        self.count += 1
         piece = self.texts[row].add(token)
         self.written[row] += piece
         if self.stream:
             print(piece, end="", flush=True)
 
     def finish(self):
-        """Prints what was held back, or all texts."""
+        """Prints what was held back, or all texts; the speed goes to standard error."""
+        seconds = time.perf_counter() - self.began
         for row, text in enumerate(self.texts):
             rest = ""
             if not text.done:
@@ -91,3 +104,5 @@ class Output:
                 print(self.prompts[row] + self.written[row])
             if not self.jsonl and row + 1 < len(self.texts):
                 print("-" * 80, file=sys.stderr, flush=True)
+        print(f"{self.count:,} tokens in {seconds:.2f} s, reading the prompt included: "
+              f"{self.count / seconds:,.1f} tokens per second", file=sys.stderr)

@@ -121,7 +121,7 @@ def compile_for_decoding(model, runtime):
     """GPT.forward in two graphs, for a static KVCache: one for a single new token, which CUDA
     graphs replay, and one for any other number of tokens.
 
-    Each is compiled at its first call. Where that fails: one warning, and from then on model itself.
+    Each is compiled at its first call. If that fails: one warning, and from then on model itself.
     """
     mode = "reduce-overhead" if runtime.device.type == "cuda" else None
     one = torch.compile(model, mode=mode)

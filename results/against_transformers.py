@@ -18,7 +18,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench
-from train import pick_runtime
+from nanogqa.runtime import pick_runtime
 
 ROUNDS = 2
 WARMUP = 5  # training steps before the timed ones

@@ -1,4 +1,4 @@
-"""Times a float32 training step on this CPU with the faster operations, and with PyTorch's own.
+"""Times a float32 training step on this CPU: the plain model, and nanogqa.fast.accelerate of it.
 
     python results/cpu_float32.py
 
@@ -13,36 +13,20 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import model
-from train import TrainConfig, make_optimizer
+from model import GPT
+from nanogqa.batches import MicroBatch
+from nanogqa.fast import accelerate
+from nanogqa.runtime import pick_runtime
+from train import TrainConfig, backward, make_optimizers, update
 
 STEPS = 60
 BATCH_SIZE = 12
-ONEDNN = model.ONEDNN
-ON_CPU_IN_FLOAT32 = model.on_cpu_in_float32
 
 
-def never(x):
-    return False
-
-
-def use_pytorch_operations():
-    model.ONEDNN = False
-    model.on_cpu_in_float32 = never
-
-
-def use_faster_operations():
-    model.ONEDNN = ONEDNN
-    model.on_cpu_in_float32 = ON_CPU_IN_FLOAT32
-
-
-def step_seconds(gpt, optimizer, ids):
+def step_seconds(gpt, optimizers, batches, runtime):
     start = time.perf_counter()
-    loss = gpt(ids, ids, logits="none")[1]
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    backward(gpt, batches, runtime)
+    update(gpt, optimizers, 1.0)
     return time.perf_counter() - start
 
 
@@ -54,18 +38,20 @@ def summary(name, seconds):
 
 def main():
     config = TrainConfig(vocab_size=257, block_size=64)
-    gpt = model.GPT(config)
-    optimizer = make_optimizer(gpt, config)
-    ids = torch.randint(256, (BATCH_SIZE, config.block_size))
-    pytorch = []
-    faster = []
+    plain = GPT(config)
+    fast = accelerate(GPT(config))
+    plain_optimizers = make_optimizers(plain, config)
+    fast_optimizers = make_optimizers(fast, config)
+    runtime = pick_runtime("cpu", "float32", False)
+    ids = torch.randint(256, (BATCH_SIZE, config.block_size)).numpy()
+    batches = [MicroBatch(ids, ids, seed=None)]
+    plain_seconds = []
+    fast_seconds = []
     for _ in range(STEPS):
-        use_pytorch_operations()
-        pytorch.append(step_seconds(gpt, optimizer, ids))
-        use_faster_operations()
-        faster.append(step_seconds(gpt, optimizer, ids))
-    print(summary("PyTorch's", pytorch))
-    print(summary("faster", faster))
+        plain_seconds.append(step_seconds(plain, plain_optimizers, batches, runtime))
+        fast_seconds.append(step_seconds(fast, fast_optimizers, batches, runtime))
+    print(summary("plain", plain_seconds))
+    print(summary("fast", fast_seconds))
 
 
 if __name__ == "__main__":

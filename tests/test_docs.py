@@ -45,3 +45,9 @@ def test_scripts_of_results_use_names_that_exist(name):
     """No test runs these scripts: they take minutes. A renamed function would go unnoticed."""
     for module, attribute in local_names(ast.parse((ROOT / "results" / name).read_text())):
         assert hasattr(importlib.import_module(module), attribute), f"{module}.{attribute}"
+
+
+def test_contributing_names_files_that_exist():
+    for target in re.findall(r"`((?:\w+/)*\w+\.py)`", (ROOT / "CONTRIBUTING.md").read_text()):
+        if not target.startswith(("data/NAME", "config/NAME")):
+            assert (ROOT / target).exists(), target

@@ -244,7 +244,7 @@ def test_cache_bytes_equal_the_formula():
     for kv in (4, 2, 1):
         model = toy_model(n_kv_head=kv)
         for dtype in (torch.float32, torch.bfloat16):
-            cache = KVCache(model.config, 3, 40, dtype=dtype)
+            cache = KVCache(model.config, 3, 40, torch.empty(0, dtype=dtype))
             assert cache.nbytes == 3 * 40 * kv_bytes_per_token(model.config, dtype) == 2 * 2 * 3 * kv * 40 * 8 * dtype.itemsize
         sizes[kv] = cache.nbytes
     assert sizes[1] * 4 == sizes[2] * 2 == sizes[4]
