@@ -25,15 +25,17 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from bench import choices_of, heads_of
-from model import GPT, LATENT, GPTConfig
-from nanogqa import checkpoint
-from nanogqa.configurator import UserError, build, one_line, parse, program, subset
+from bench import heads_of
+from model import GPT, SETTINGS_OF, GPTConfig
+from nanogqa import checkpoint, costs
+from nanogqa.configurator import (UserError, build, choices_of, in_range, off_default, one_line,
+                                  parse, program, subset)
 from nanogqa.dataloader import Dataset, bits_per_byte, prepare_default
 from nanogqa.files import check_writable, write_json
 from nanogqa.log import read_rows
 from nanogqa.report import write_report
-from train import TrainConfig, pick_runtime
+from nanogqa.runtime import pick_runtime
+from train import TrainConfig
 
 # -- settings --------------------------------------------------------------------------------------
 
@@ -54,10 +56,7 @@ class CompareConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("seeds", "max_steps", "decode_batch_size", "decode_prompt_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+        in_range(self, "seeds max_steps decode_batch_size decode_prompt_len", low=1)
         if self.init_from != "scratch" or self.eval_only:
             raise ValueError("a comparison trains from scratch: leave out init_from and eval_only")
 
@@ -123,7 +122,7 @@ def plan(given):
 
 def first_config(given):
     """The CompareConfig with the first value of every axis, and with what all runs share."""
-    return build(CompareConfig, choices_of(given)[0])
+    return build(CompareConfig, choices_of(given, SETTINGS_OF)[0])
 
 
 def run_settings(config, given):
@@ -156,7 +155,7 @@ def wants_head_counts(config, settings):
     axes = axes_of(settings)
     if not axes:
         return config.attention == "gqa"
-    kinds_only = "attention" in axes and set(axes) <= {"attention", *LATENT}
+    kinds_only = "attention" in axes and set(axes) <= {"attention", *SETTINGS_OF["mla"]}
     return kinds_only and "n_kv_head" not in settings
 
 
@@ -174,7 +173,7 @@ def plan_choices(config, settings):
     axes = axes_of(settings)
     other_axes = [key for key in axes if key not in KIND_SETTINGS]
     show_kind = not axes or other_axes != axes
-    points = choices_of(settings)
+    points = choices_of(settings, SETTINGS_OF)
     configs = [build(TrainConfig, values) for values in points]
     differing = differing_settings(configs, axes)
     choices = []
@@ -273,12 +272,12 @@ def facts_of(config, runtime):
     """Heads, sizes and costs of a model, for the records."""
     model = checkpoint.new_model(GPT, subset(GPTConfig, config))
     return dict(
-        heads=config.heads, n_head=config.n_head, head_dim=config.head_dim, n_ff=config.n_ff,
+        heads=off_default(subset(GPTConfig, config), ["n_head"]), n_head=config.n_head, head_dim=config.head_dim, n_ff=config.n_ff,
         **heads_of(config),
-        params=model.num_params(),
-        non_embedding_params=model.num_params(embedding=False),
-        flops_per_token=model.flops_per_token(),
-        kv_bytes_per_token=model.kv_bytes_per_token(runtime.dtype),
+        params=costs.num_params(model),
+        non_embedding_params=costs.num_params(model, embedding=False),
+        flops_per_token=costs.flops_per_token(model),
+        kv_bytes_per_token=costs.kv_bytes_per_token(config, runtime.dtype),
     )
 
 

@@ -21,7 +21,7 @@ import tiktoken
 import torch
 
 from model import GPT, GPTConfig
-from nanogqa import checkpoint
+from nanogqa import checkpoint, costs
 from nanogqa import pool as pooling
 from nanogqa.configurator import UserError, build, help_text, one_line, parse, program
 from nanogqa.dataloader import Dataset, train_batch
@@ -158,7 +158,7 @@ def model_type_of(config):
             return model_type
     if config.attention == "mla":
         raise UserError(
-            "attention=mla without qk_norm is no architecture of Hugging Face: only a model with "
+            "attention=mla without qk_norm is not an architecture of Hugging Face: only a model with "
             "qk_norm can be exported, since DeepSeek-V3 normalizes its latents"
         )
     raise UserError(
@@ -272,7 +272,7 @@ def to_hf(config):
             write_hf_tokenizer(tokenizer, folder, model.config.block_size)
         compared = compare_logits(model, folder, config.dtype)
     architecture = FAMILIES[model_type].architecture
-    print(f"{config.hf_dir}: {architecture}, {model.num_params():,} parameters in {config.dtype}")
+    print(f"{config.hf_dir}: {architecture}, {costs.num_params(model):,} parameters in {config.dtype}")
     print(compared)
     if tokenizer is None:
         print(
@@ -513,7 +513,7 @@ def from_hf(config):
         model = write(folder, state)
         compared = compare_logits(model, hf_dir)
     print(
-        f"{config.out_dir}: {model.num_params():,} parameters, n_head {gpt_config.n_head}, "
+        f"{config.out_dir}: {costs.num_params(model):,} parameters, n_head {gpt_config.n_head}, "
         f"n_kv_head {gpt_config.n_kv_head}, tokenizer {state['tokenizer']}"
     )
     print(compared)
@@ -847,8 +847,8 @@ def report(before, config, model):
     if new < old:
         how = f"pooled by {config.method}"
     print(
-        f"{config.new_dir}: {old} key/value heads {how} to {new}, {model.num_params():,} "
-        f"parameters, KV cache {model.kv_bytes_per_token():,} bytes per token in float32"
+        f"{config.new_dir}: {old} key/value heads {how} to {new}, {costs.num_params(model):,} "
+        f"parameters, KV cache {costs.kv_bytes_per_token(model.config):,} bytes per token in float32"
     )
     if before.qk_norm and config.method == "aligned" and new < old:
         print(

@@ -5,8 +5,7 @@ multi-query attention (MQA, Shazeer 2019, arXiv 1911.02150), and a divisor of n_
 grouped-query attention (GQA, Ainslie et al. 2023, arXiv 2305.13245). A second class,
 LatentAttention, adds multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434).
 
-This is the reference. nanogqa/fast.py replaces some of its modules by faster ones with the same
-parameters, and tests show that both agree.
+nanogqa/fast.py replaces some of its modules by faster ones; tests show that both agree.
 
 Dimension letters, used in every shape comment:
     B batch   T new tokens   S tokens attended to (cached and new)   V vocab_size
@@ -86,10 +85,9 @@ class GPTConfig:
                 "RoPE rotates pairs: make it even")
         for name in ("rope_theta", "norm_eps"):
             require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
-        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         require(self.rope_factor >= 1, f"rope_factor must be at least 1, not {self.rope_factor}")
-        require(0 < low < high, f"rope_low_freq_factor={low} must be above 0 and below "
-                f"rope_high_freq_factor={high}")
+        require(0 < self.rope_low_freq_factor < self.rope_high_freq_factor,
+                "rope_low_freq_factor must be above 0 and below rope_high_freq_factor")
         require(self.rope_factor == 1 or self.rope_original_block_size, "rope_factor needs "
                 "rope_original_block_size, the context before the extension")
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1: {self.dropout}")
@@ -115,11 +113,6 @@ class GPTConfig:
             layer = LayerCache(1, (self.kv_lora_rank + self.rope_head_dim,))
         return [layer] * self.n_layer
 
-    def describe(self):
-        """n_head and every setting that is off its default, as text for printing."""
-        values = [(f.name, getattr(self, f.name), f.default) for f in fields(GPTConfig)]
-        return ", ".join(f"{n} {value}" for n, value, d in values if value != d or n == "n_head")
-
 
 def require(fits, message):
     if not fits:
@@ -128,13 +121,11 @@ def require(fits, message):
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What one layer keeps of each token: len(widths) tensors of shape (B, heads, S, width)."""
+    """What a layer caches: a tensor (B, heads, S, width) for each of widths."""
     heads: int
-    widths: tuple[int, ...]  # keys and values of one width each; MLA: one latent
+    widths: tuple[int, ...]  # keys and values; MLA: one latent
     tokens: int | None = None  # how many of the last tokens are kept; None: all of them
 
-
-# -- rotary position embedding ---------------------------------------------------------------------
 
 def rope_frequencies(config, device=None):
     """(D/2,) radians per position of each pair, float32: theta^(-2i/D) (RoPE, arXiv 2104.09864).
@@ -173,14 +164,11 @@ def apply_rope(x, cos, sin):
     return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).to(x.dtype)
 
 
-# -- the KV cache ----------------------------------------------------------------------------------
-
 class KVCache:
     """The cached tensors of all layers, for up to max_length tokens in each of batch_size rows.
 
-    The caller allocates it and passes it to GPT.forward; the model keeps no state between calls.
-    It owns the position: each layer appends to its own tensors at the same place, and GPT.forward
-    advances the cache once, after the last layer.
+    The caller allocates it; the model keeps no state between calls. It owns the position: each
+    layer appends at the same place, and GPT.forward advances the cache after the last layer.
 
     Rows of different length end together: padding, (B,), counts the masked places at the start of
     each row. A static cache is for torch.compile: its length is a tensor, and attention reads all
@@ -206,9 +194,10 @@ class KVCache:
 
     def places(self, T):
         """(T,) places of the next T tokens in every row. ValueError where they do not fit."""
-        # a slice assignment past the end silently drops tokens; index_copy_ raises
-        require(self.static or self.length + T <= self.max_length, f"the cache holds {self.length} "
-                f"of at most {self.max_length} tokens: {T} more do not fit")
+        if not self.static and self.length + T > self.max_length:
+            # a slice assignment past the end silently drops tokens; index_copy_ raises
+            raise ValueError(f"the cache holds {self.length} of at most {self.max_length} tokens: "
+                             f"{T} more do not fit")
         return self.length + torch.arange(T, device=self.device)
 
     def positions(self, T):
@@ -219,15 +208,14 @@ class KVCache:
 
     def append(self, layer, *new):
         """Writes a layer's new tensors, (B, heads, T, width) each; returns all that it holds."""
-        held = []
+        T = new[0].size(2)
+        if self.static:
+            held = zip(self.layers[layer], new, strict=True)
+            return [kept.index_copy_(2, self.places(T), x) for kept, x in held]
+        end = self.length + T
         for kept, x in zip(self.layers[layer], new, strict=True):
-            if self.static:
-                held.append(kept.index_copy_(2, self.places(x.size(2)), x))
-            else:
-                end = self.length + x.size(2)
-                kept[:, :, self.length:end] = x
-                held.append(kept[:, :, :end])
-        return held
+            kept[:, :, self.length:end] = x
+        return [kept[:, :, :end] for kept in self.layers[layer]]
 
     def advance(self, T):
         self.length += T
@@ -247,12 +235,9 @@ class KVCache:
         return other
 
 
-# -- attention -------------------------------------------------------------------------------------
-
 @dataclass
 class Context:
-    """What the layers of one forward pass share beside the residual stream. A layer may add to it
-    what later layers need."""
+    """What the layers of a forward pass share; a layer may add what later ones need."""
     cos: torch.Tensor  # (1 or B, 1, T, D), as is sin: see apply_rope
     sin: torch.Tensor
     mask: torch.Tensor | None  # (1 or B, T, S) bool: see attention_mask
@@ -313,8 +298,6 @@ def norm(width, eps, wanted=True):
 
 
 class Attention(nn.Module):
-    """MHA, GQA or MQA, as n_kv_head says."""
-
     def __init__(self, config, layer):
         super().__init__()
         H, K, D, C = config.n_head, config.n_kv_head, config.head_dim, config.n_embd
@@ -347,13 +330,11 @@ class LatentAttention(nn.Module):
     R kv_lora_rank   P rope_head_dim   N nope_head_dim   U v_head_dim
     (d_c             d_h^R             d_h               d_h in the paper)
 
-    Each token caches its latent c and one rotated key r, which all heads share. Head h has the key
-    (A_h c, r) and the value B_h c, where A_h and B_h are its rows of kv_b_proj. There are two
-    routes to the same numbers:
-    expanded  computes keys and values of every head: in training, and for a prompt's first chunk.
-    absorbed  reads the cache without computing them. Since q A_h c = (A_h^T q) c, and B_h can
-              follow the sum over tokens, queries attend to the (c, r) themselves: one shared head,
-              as in MQA, of width R + P.
+    Each token caches its latent c and one rotated key r for all heads. Head h has the key
+    (A_h c, r) and the value B_h c, where A_h and B_h are its rows of kv_b_proj. In training and
+    for a prompt's first chunk they are computed (expanded). Otherwise the cache is read without
+    computing them (absorbed): since q A_h c = (A_h^T q) c, and B_h can follow the sum over tokens,
+    queries attend to the (c, r) themselves, one shared head of width R + P as in MQA.
     """
 
     def __init__(self, config, layer):
@@ -378,8 +359,8 @@ class LatentAttention(nn.Module):
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.q_lora_rank else self.q_proj(x)
         q = q.view(B, T, -1, N + P).transpose(1, 2)                     # (B, H, T, N + P)
         q, q_rope = q.split((N, P), dim=-1)
-        c, r = self.kv_a_proj(x)[:, None].split((R, P), dim=-1)         # (B, 1, T, R or P)
         q_rope = apply_rope(q_rope, context.cos, context.sin)
+        c, r = self.kv_a_proj(x)[:, None].split((R, P), dim=-1)         # (B, 1, T, R or P)
         c, r = self.kv_a_norm(c), apply_rope(r, context.cos, context.sin)
         cache, mask = context.cache, context.mask
         if cache is not None:
@@ -408,8 +389,6 @@ class LatentAttention(nn.Module):
         y = attend(q, latent, latent, mask, scale=(N + P) ** -0.5)[..., :R]
         return torch.einsum("bhtr,hur->bhtu", y, b)
 
-
-# -- the decoder -----------------------------------------------------------------------------------
 
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
@@ -442,10 +421,7 @@ class Block(nn.Module):
 
 
 class HeadLoss(nn.Module):
-    """Sum of the cross-entropies in nats of the logits x @ weight.T, divided by n_targets.
-
-    x is (B, T, C), weight (V, C), targets (B, T); targets of -1 are left out.
-    """
+    """(B, T, C) x, (V, C) weight -> sum of cross-entropies in nats of x @ weight.T / n_targets."""
 
     def forward(self, x, weight, targets, n_targets):
         logits = F.linear(x, weight).float().flatten(0, 1)              # (B * T, V)
@@ -496,16 +472,15 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, n_targets=None, cache=None, logits="all"):
         """(B, T) token ids -> (logits, loss).
 
-        logits says which to compute: "all" (B, T, V), "last" (B, 1, V), or "none" for None.
-        loss is the sum of the cross-entropies in nats over the (B, T) targets, without those of
-        -1, divided by n_targets (None: their number, so the mean); None without targets. Where
-        micro-steps or ranks share a step, n_targets is the step's number and their losses add up.
+        logits says which to compute: "all" (B, T, V), "last" (B, 1, V), or "none". loss is the
+        sum over targets that are not -1, divided by n_targets: their number for the mean (None),
+        or that of the whole step, so that the losses of micro-steps add up.
         With a cache, the ids continue what it holds. ValueError where they do not fit.
         """
         T = idx.size(1)
         if cache is None:
-            require(T <= self.config.block_size, f"{T} tokens are more than "
-                    f"block_size={self.config.block_size}")
+            if T > self.config.block_size:
+                raise ValueError(f"{T} tokens are more than block_size={self.config.block_size}")
             positions = torch.arange(T, device=idx.device)[None]        # (1, T)
         else:
             positions = cache.positions(T)                              # (1 or B, T)

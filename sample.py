@@ -4,23 +4,22 @@
 
 Standard output has only prompts and texts; everything else goes to standard error.
 """
-import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from model import GPT, GPTConfig, KVCache
 from nanogqa import checkpoint
-from nanogqa.configurator import UserError, build, in_range, parse, program
+from nanogqa.configurator import build, in_range, off_default, parse, program
 from nanogqa.costs import kv_bytes_per_token, prefill_chunk
 from nanogqa.fast import prepare_for_decoding
+from nanogqa.prompts import Output, read_prompts
 from nanogqa.runtime import compile_for_decoding, pick_runtime
-from nanogqa.tokenizer import Text, get_tokenizer, known_ids
+from nanogqa.tokenizer import get_tokenizer, known_ids
 
 
 @dataclass
@@ -60,7 +59,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     # the likeliest is shifted to 0, so that no temperature overflows
     probs = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)
     if top_p is not None and top_p < 1:
-        enough = probs.cumsum(dim=-1) - probs >= top_p                  # the ones before reach top_p
+        enough = probs.cumsum(dim=-1) - probs >= top_p                  # those before reach top_p
         enough[:, 0] = False                                            # the likeliest always stays
         probs = probs.masked_fill(enough, 0.0)
     return ids.gather(1, torch.multinomial(probs, 1, generator=generator))
@@ -192,48 +191,12 @@ def generate(model, prompts, max_new_tokens, num_samples=1, known=None, **option
             rows = [rows[i] for i in left]
 
 
-# -- prompts and output ----------------------------------------------------------------------------
-
-def read_text(path):
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"cannot read the prompt {path} ({error.strerror}): name a text file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"the prompt {path} is not UTF-8 text: convert it first") from None
-
-
-def read_prompts(config):
-    """The prompts that the settings name; in a .jsonl, each line is a JSON string or {"prompt": ...}."""
-    if config.prompts is None:
-        if config.prompt.startswith("FILE:"):
-            return [read_text(config.prompt.removeprefix("FILE:"))]
-        return [config.prompt]
-    prompts = read_text(config.prompts).splitlines()
-    if config.prompts.endswith((".jsonl", ".json")):
-        prompts = [json_prompt(line, f"{config.prompts}:{i}") for i, line in enumerate(prompts, 1)]
-    if not prompts:
-        raise UserError(f"{config.prompts} holds no prompts: write one on each line")
-    return prompts
-
-
-def json_prompt(line, where):
-    try:
-        value = json.loads(line)
-        value = value["prompt"] if isinstance(value, dict) else value
-        if isinstance(value, str):
-            return value
-    except (ValueError, KeyError, RecursionError):
-        pass
-    raise UserError(f'{where} is not a JSON string or {{"prompt": "..."}}: fix the line, or name '
-                    "the file .txt for plain lines")
-
+# -- the program -----------------------------------------------------------------------------------
 
 @program
 def main(argv):
     config = build(SampleConfig, parse(SampleConfig, argv, __doc__))
-    prompts = read_prompts(config)
+    prompts = read_prompts(config.prompt, config.prompts)
     n_texts = len(prompts) * config.num_samples
     runtime = pick_runtime(config.device, config.dtype, config.compile, config.max_new_tokens)
     state = checkpoint.load(config.out_dir, GPTConfig)
@@ -251,43 +214,26 @@ def main(argv):
         per_token = kv_bytes_per_token(gpt_config, runtime.dtype)
         length = min(gpt_config.block_size, longest + config.max_new_tokens)
         cache = f"KV cache {per_token:,} bytes per token, {per_token * length * n_texts:,} in all"
-    print(f"{runtime.why}; {config.out_dir} at step {state['step']}, {gpt_config.describe()}; "
-          f"{cache}", file=sys.stderr)
+    print(f"{runtime.why}; {config.out_dir} at step {state['step']}, "
+          f"{off_default(gpt_config, ['n_head'])}; {cache}", file=sys.stderr)
     if longest > gpt_config.block_size:
         print(f"only the end of a prompt longer than block_size={gpt_config.block_size} is read",
               file=sys.stderr)
 
-    stop = config.stop.replace("\\n", "\n") if config.stop else None
-    texts = [Text(encoding, stop) for _ in range(n_texts)]
-    written = [""] * n_texts
-    stream = n_texts == 1 and config.output == "text"
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 still gets its text
-    if stream:
-        print(prompts[0], end="", flush=True)
+    output = Output(prompts, config.num_samples, encoding, config.stop, config.output == "jsonl")
+    known = known_ids(encoding, gpt_config.vocab_size).to(runtime.device)
+    generator = torch.Generator(runtime.device).manual_seed(config.seed)
     began, count = time.perf_counter(), 0
     for rows, new in generate(
-            model, ids, config.max_new_tokens, config.num_samples,
-            known_ids(encoding, gpt_config.vocab_size).to(runtime.device),
+            model, ids, config.max_new_tokens, config.num_samples, known,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-            generator=torch.Generator(runtime.device).manual_seed(config.seed),
-            kv_cache=config.kv_cache, compiled=compiled, stopped=lambda row: texts[row].done):
+            generator=generator, kv_cache=config.kv_cache, compiled=compiled,
+            stopped=output.stopped):
         count += len(rows)
         for row, token in zip(rows, new, strict=True):
-            piece = texts[row].add(token)
-            written[row] += piece
-            if stream:
-                print(piece, end="", flush=True)
+            output.add(row, token)
     seconds = time.perf_counter() - began
-    for row, text in enumerate(texts):
-        rest = "" if text.done else text.finish()
-        prompt = prompts[row // config.num_samples]
-        if config.output == "jsonl":
-            print(json.dumps(dict(prompt=prompt, text=written[row] + rest), ensure_ascii=False))
-            continue
-        print(rest if stream else prompt + written[row] + rest)
-        if row + 1 < n_texts:
-            print("-" * 80, file=sys.stderr, flush=True)
+    output.finish()
     print(f"{count:,} tokens in {seconds:.2f} s, reading the prompt included: "
           f"{count / seconds:,.1f} tokens per second", file=sys.stderr)
 

@@ -1,6 +1,6 @@
 """Trains a GPT on tokenized text, on one device or, with torchrun, on several.
 
-    python train.py [config.py ...] [--key=value ...]                              later settings win
+    python train.py [config.py ...] [--key=value ...]        later settings win
     torchrun --standalone --nproc_per_node=4 train.py config/gpt2_124m.py config/gqa.py
 """
 import contextlib
@@ -236,16 +236,8 @@ def main(argv):
     given = parse(TrainConfig, argv, __doc__)
     with contextlib.ExitStack() as stack:
         stack.enter_context(distributed.joined())
-        try:
-            train(given, stack)
-        except torch.OutOfMemoryError:
-            raise UserError("the device is out of memory: lower batch_size (tokens_per_step may "
-                            "stay) or block_size") from None
-        except RuntimeError as error:
-            if distributed.lost_a_rank(error):
-                raise UserError("another rank exited; stopping without saving: start all again "
-                                "with --init_from=auto") from None
-            raise
+        stack.enter_context(distributed.explained())
+        train(given, stack)
 
 
 def train(given, stack):
@@ -267,7 +259,6 @@ def train(given, stack):
     distributed.check_parallel(config)
     dataset.check(config)
     runtime = pick_runtime(config.device, config.dtype, config.compile)
-    master = runtime.rank == 0
     batches = Batches(dataset, config, runtime)
     if not config.eval_only:
         check_writable(config.out_dir)
@@ -285,38 +276,35 @@ def train(given, stack):
     elif resumed:
         checkpoint.load_moments(model, optimizers, state)
     fsdp = config.parallel == "fsdp"
-    compiled = model
+    forward = compiled = model
     if not fsdp:
-        compiled = compile_model(model, runtime, lambda f: backward(f, batches.step(0)[:1], runtime))
+        first = batches.step(0)[:1]
+        compiled = compile_model(model, runtime, lambda f: backward(f, first, runtime))
         model.zero_grad(set_to_none=True)
-    forward = compiled
+        forward = compiled
     if runtime.ranks > 1 and not fsdp:
         forward = DistributedDataParallel(compiled, gradient_as_bucket_view=True)
     settings = checkpoint.run_settings(config, GPTConfig)
-    if master:
-        log.announce(config, model, batches, runtime)
-        if resumed:
-            log.announce_resume(state, settings | runtime.describe())
+    log.announce(config, model, batches, runtime)
+    if resumed:
+        log.announce_resume(state, settings, runtime)
     if config.eval_only:
-        metrics = evaluate(compiled, batches, runtime)
-        if master:
-            print(log.result(metrics))
+        log.say(log.result(evaluate(compiled, batches, runtime)))
         return
 
     # what the loop keeps
-    start = state["step"] if resumed else 0
-    best = state["best_val_loss"] if resumed else None
+    start, best = 0, None
+    if resumed:
+        start, best = state["step"], state["best_val_loss"]
+    else:
+        checkpoint.clear_sharded(config.out_dir, runtime.rank)
     # a run stopped at its last step was not evaluated there: that is done again
     redo = resumed and start == config.max_steps and state["val_loss"] is None
-    if not resumed:
-        checkpoint.clear_sharded(config.out_dir, runtime.rank)
     Saver = checkpoint.ShardedSaver if fsdp else checkpoint.Saver
     saver = Saver(config.out_dir, config.keep_checkpoints, runtime.rank)
     stop = stack.enter_context(StopSignal())
-    logger = log.Log(config, start - 1 if redo or not resumed else start) if master else None
-    stack.enter_context(logger or contextlib.nullcontext())
-    trace = log.profiler(config.out_dir) if master and config.profile else None
-    stack.enter_context(trace or contextlib.nullcontext())
+    logger = stack.enter_context(log.Log(config, start - (redo or not resumed)))
+    trace = stack.enter_context(log.profiler(config))
     times = log.Times(runtime)
     began = interval_began = time.perf_counter()
     interval_step = start
@@ -344,12 +332,11 @@ def train(given, stack):
                 val_loss = metrics["val_loss"]
                 check_finite(math.isfinite(val_loss), "validation loss", step, config, runtime)
                 best = min(val_loss, best or math.inf)
-            if master:
-                logger.row(
-                    step=step, tokens=step * config.tokens_per_step, train_loss=loss, **metrics,
-                    lr=learning_rate(step - 1, config) if step else None,
-                    grad_norm=grad_norm.item() if step > start else None, tokens_per_sec=rate,
-                    mfu=mfu(rate, model, runtime), skipped=skipped)
+            logger.row(
+                step=step, tokens=step * config.tokens_per_step, train_loss=loss, **metrics,
+                lr=learning_rate(step - 1, config) if step else None,
+                grad_norm=grad_norm.item() if step > start else None, tokens_per_sec=rate,
+                mfu=mfu(rate, model, runtime), skipped=skipped)
             skipped = 0
         if evaluating or (stopping and new) or (logging and saver.failed):
             weights = map(distributed.local, model.parameters())
@@ -378,29 +365,27 @@ def train(given, stack):
         if grad_norm.isfinite():
             in_a_row = 0
         skipped += in_a_row > 0
-        check_finite(in_a_row < SKIPS, f"gradient ({SKIPS} steps in a row)", step + 1, config, runtime)
+        what = f"gradient ({SKIPS} steps in a row)"
+        check_finite(in_a_row < SKIPS, what, step + 1, config, runtime)
         times.lap("optimizer")
-        if trace:
-            trace.step()
+        trace.step()
 
     saver.wait()
     if saver.failed:
         raise UserError(f"{saver.failed}: continue with --init_from=auto")
     if stopping and not last:
-        if master:
-            logger.print(f"stopped by {signal.Signals(stopping).name} after step {step} and saved: "
-                         "the same command with --init_from=resume continues")
+        logger.print(f"stopped by {signal.Signals(stopping).name} after step {step} and saved: "
+                     "the same command with --init_from=resume continues")
         stop.restore()
         raise SystemExit(128 + stopping)
-    if master:
-        if not new:  # resumed where it had ended
-            val_loss = state["val_loss"]
-            metrics = dict(val_loss=val_loss, val_bpb=bits_per_byte(val_loss, dataset.val))
-        minutes, seconds = divmod(time.perf_counter() - began, 60)
-        logger.print(f"done in {minutes:.0f} min {seconds:.0f} s: {log.result(metrics)}")
-        logger.print(f"time: {times}")
-        prompt = "def " if dataset.meta.get("python") else ""
-        logger.print(f'now try: python sample.py --out_dir={config.out_dir} --prompt="{prompt}"')
+    if not new:  # resumed where it had ended
+        val_loss = state["val_loss"]
+        metrics = dict(val_loss=val_loss, val_bpb=bits_per_byte(val_loss, dataset.val))
+    minutes, seconds = divmod(time.perf_counter() - began, 60)
+    logger.print(f"done in {minutes:.0f} min {seconds:.0f} s: {log.result(metrics)}")
+    logger.print(f"time: {times}")
+    prompt = "def " if dataset.meta.get("python") else ""
+    logger.print(f'now try: python sample.py --out_dir={config.out_dir} --prompt="{prompt}"')
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import typing
 
 
 class UserError(Exception):
-    """Bad input: one sentence with cause and remedy, which the program prints before exit code 2."""
+    """Bad input: one sentence with cause and remedy, which the program prints; exit code 2."""
 
 
 def one_line(error, length=200):
@@ -135,6 +135,16 @@ def build(cls, values):
 def subset(cls, settings):
     """The cls that settings, a dataclass that extends it, contains."""
     return cls(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(cls)})
+
+
+def off_default(settings, always=()):
+    """The settings that are off their defaults, and those of always, as text for printing."""
+    shown = []
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != field.default or field.name in always:
+            shown.append(f"{field.name} {value}")
+    return ", ".join(shown)
 
 
 def in_range(settings, names, low, high=math.inf, below=math.inf):
@@ -273,9 +283,9 @@ def as_kind(kind, value):
 def as_number(kind, value):
     try:
         result = kind(value)
+        fits = math.isfinite(result) and (kind is float or abs(result) < 2**63)
     except (TypeError, ValueError, OverflowError):
         return None
-    fits = math.isfinite(result) and (kind is float or abs(result) < 2**63)
     same = isinstance(value, str) or result == value  # 2.5 is not a whole number
     return result if fits and same else None
 

@@ -84,9 +84,19 @@ def total(value):
     return value
 
 
-def lost_a_rank(error):
-    """Whether a RuntimeError says that another rank is gone."""
-    return world()[1] > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+@contextlib.contextmanager
+def explained():
+    """Turns the errors that a machine causes into UserErrors: no memory, or a rank that is gone."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError("the device is out of memory: lower batch_size (tokens_per_step may stay) "
+                        "or block_size") from None
+    except RuntimeError as error:
+        if world()[1] > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise UserError("another rank exited; stopping without saving: start all of them again "
+                            "with --init_from=auto") from None
+        raise
 
 
 def run(main):

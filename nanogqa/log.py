@@ -1,4 +1,5 @@
 """What a run reports: metrics.jsonl, the terminal, wandb, and where its time goes."""
+import contextlib
 import json
 import math
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanogqa.configurator import UserError, one_line
+from nanogqa.configurator import UserError, off_default, one_line
 from nanogqa.costs import kv_bytes_per_token, num_params
+from nanogqa.distributed import world
 from nanogqa.files import replacing
 
 # how the terminal shows a number of a row, others with four digits
@@ -43,12 +45,25 @@ def finite(value):
     return value
 
 
+def master():
+    return world()[0] == 0
+
+
+def say(text):
+    """Prints on rank 0."""
+    if master():
+        print(text, flush=True)
+
+
 class Log:
-    """metrics.jsonl, lines on the terminal above a progress bar, and wandb. Only rank 0 has one."""
+    """metrics.jsonl, lines on the terminal above a progress bar, and wandb. Rank 0 writes; on
+    other ranks nothing happens."""
 
     def __init__(self, config, start):
         """Keeps the rows up to step start (-1: none): a killed run may have logged later ones."""
-        self.wandb = None
+        self.bar = self.wandb = None
+        if not master():
+            return
         if config.wandb_log:
             self.wandb = start_wandb(config)
         self.path = Path(config.out_dir) / "metrics.jsonl"
@@ -62,6 +77,8 @@ class Log:
 
     def row(self, **row):
         """Logs one row: a dict of numbers, None where there is none at this step."""
+        if self.bar is None:
+            return
         row = {key: finite(value) for key, value in row.items()}
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -78,14 +95,16 @@ class Log:
         self.print(text)
 
     def print(self, text):
-        self.bar.write(text)
-        sys.stdout.flush()
+        if self.bar is not None:
+            self.bar.write(text)
+            sys.stdout.flush()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -139,11 +158,25 @@ class Times:
         return ", ".join(shares)
 
 
-def profiler(out_dir):
-    """Traces 5 steps, from the sixth on, into out_dir/trace.json."""
-    return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=4, warmup=1, active=5, repeat=1), with_stack=True,
-        on_trace_ready=lambda trace: trace.export_chrome_trace(f"{out_dir}/trace.json"))
+class NoTrace(contextlib.nullcontext):
+    """Where nothing is traced."""
+
+    def step(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+
+def profiler(config):
+    """Where config.profile is set, traces 5 steps from the sixth on into out_dir/trace.json."""
+    if not config.profile or not master():
+        return NoTrace()
+
+    def write(trace):
+        trace.export_chrome_trace(f"{config.out_dir}/trace.json")
+    schedule = torch.profiler.schedule(wait=4, warmup=1, active=5, repeat=1)
+    return torch.profiler.profile(schedule=schedule, with_stack=True, on_trace_ready=write)
 
 
 def count(n, noun):
@@ -156,21 +189,21 @@ def announce(config, model, batches, runtime):
     meta = dataset.meta
     per_step = config.tokens_per_step
     epochs = per_step * config.max_steps / dataset.train.n_tokens
-    print(f"{runtime.why}; {count(runtime.ranks, 'rank')}")
-    print(f"model: {num_params(model):,} parameters ({num_params(model, embedding=False):,} "
-          f"without the embedding table), {model.config.describe()}, KV cache "
-          f"{kv_bytes_per_token(model.config):,} bytes per token in float32")
-    print(f"data: {config.dataset}, {dataset.train.n_tokens:,} training tokens, tokenizer "
-          f"{meta['tokenizer']}, sha256 {meta['sha256'][:16]}")
-    print(f"batch: {per_step:,} tokens per step = {count(batches.batch_size, 'sequence')} x "
-          f"{config.block_size} tokens x {count(runtime.ranks, 'rank')} x "
-          f"{count(batches.micro_steps, 'micro-step')}; {count(config.max_steps, 'step')} = {epochs:.2f} "
-          "epochs")
+    say(f"{runtime.why}; {count(runtime.ranks, 'rank')}")
+    say(f"model: {num_params(model):,} parameters ({num_params(model, embedding=False):,} "
+        f"without the embedding table), {off_default(model.config, ['n_head'])}, KV cache "
+        f"{kv_bytes_per_token(model.config):,} bytes per token in float32")
+    say(f"data: {config.dataset}, {dataset.train.n_tokens:,} training tokens, tokenizer "
+        f"{meta['tokenizer']}, sha256 {meta['sha256'][:16]}")
+    say(f"batch: {per_step:,} tokens per step = {count(batches.batch_size, 'sequence')} x "
+        f"{config.block_size} tokens x {count(runtime.ranks, 'rank')} x "
+        f"{count(batches.micro_steps, 'micro-step')}; {count(config.max_steps, 'step')} = {epochs:.2f} "
+        "epochs")
 
 
-def announce_resume(state, now):
-    """Prints the step of the checkpoint state, and what a resumed run does differently: now holds
-    its settings and runtime."""
+def announce_resume(state, settings, runtime):
+    """Prints the step of the checkpoint state, and what the resumed run does differently."""
+    now = settings | runtime.describe()
     before = state["settings"] | state["runtime"]
     changed = []
     for key, value in now.items():
@@ -179,7 +212,7 @@ def announce_resume(state, now):
     text = f"resuming at step {state['step']}"
     if changed:
         text += f", changed: {', '.join(changed)}"
-    print(text)
+    say(text)
 
 
 def result(metrics):

@@ -189,7 +189,7 @@ def test_heads_that_differ_by_a_basis_pool_without_loss(
         new = pooled(model, tmp_path, n_kv_head=len(parts), method=method)
         error = (logits(new) - expected).abs().max().item()
         assert (error < 1e-3) == close, (method, error)
-        assert new.config.n_kv_head == len(parts) and new.num_params() < model.num_params()
+        assert new.config.n_kv_head == len(parts) and costs.num_params(new) < costs.num_params(model)
 
 
 def test_aligned_keeps_more_than_mean_of_unrelated_heads(tmp_path):

@@ -8,7 +8,9 @@ from conftest import check_ragged, toy_config, toy_ids, toy_model
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPT, GPTConfig, HeadLoss, KVCache, RMSNorm, RMSNormFunction, apply_rope, attend, linear, rope_cos_sin, rope_frequencies
+from model import GPT, GPTConfig, KVCache, apply_rope, attend, rope_cos_sin, rope_frequencies
+from nanogqa.costs import flops_per_token, kv_bytes_per_token, num_params
+from nanogqa.fast import ChunkedCrossEntropy, FastRMSNorm, RMSNormFunction, linear
 
 
 def reference_logits(model, ids):
@@ -226,7 +228,7 @@ def test_rope_stays_exact_in_a_bfloat16_model():
     model = toy_model(n_kv_head=2).bfloat16()
     assert not list(model.buffers()), "nothing of RoPE for .bfloat16() to round"
     positions = []
-    handle = model.layers[0].attn.register_forward_pre_hook(lambda module, args: positions.append(args[1].dtype))
+    handle = model.layers[0].attn.register_forward_pre_hook(lambda module, args: positions.append(args[1].cos.dtype))
     model(toy_ids(1, 4))
     handle.remove()
     assert positions == [torch.float32]
@@ -243,7 +245,7 @@ def test_cache_bytes_equal_the_formula():
         model = toy_model(n_kv_head=kv)
         for dtype in (torch.float32, torch.bfloat16):
             cache = KVCache(model.config, 3, 40, dtype=dtype)
-            assert cache.nbytes == 3 * 40 * model.kv_bytes_per_token(dtype) == 2 * 2 * 3 * kv * 40 * 8 * dtype.itemsize
+            assert cache.nbytes == 3 * 40 * kv_bytes_per_token(model.config, dtype) == 2 * 2 * 3 * kv * 40 * 8 * dtype.itemsize
         sizes[kv] = cache.nbytes
     assert sizes[1] * 4 == sizes[2] * 2 == sizes[4]
 
@@ -295,10 +297,10 @@ def test_costs_equal_a_hand_count(tied):
     matrices = 2 * (32 * 32 + 32 * 16 + 32 * 16 + 32 * 32 + 3 * 32 * 64)
     norms = 2 * (32 + 32 + 8 + 8) + 32
     table = 65 * 32
-    assert model.num_params() == matrices + norms + table * (1 if tied else 2)
-    assert model.num_params(embedding=False) == matrices + norms
-    assert model.flops_per_token(10) == 6 * (matrices + table) + 12 * 2 * 4 * 8 * 10
-    assert model.kv_bytes_per_token() == 2 * 2 * 2 * 8 * 4
+    assert num_params(model) == matrices + norms + table * (1 if tied else 2)
+    assert num_params(model, embedding=False) == matrices + norms
+    assert flops_per_token(model, 10) == 6 * (matrices + table) + 12 * 2 * 4 * 8 * 10
+    assert kv_bytes_per_token(model.config) == 2 * 2 * 2 * 8 * 4
 
 
 def test_one_graph_for_training_and_one_for_decoding():
@@ -336,7 +338,7 @@ def test_derived_defaults():
 
 def test_norms_keep_the_type_of_their_input():
     """Queries and keys that autocast widened to float32 would lose the fused attention kernel on CUDA."""
-    norm, x = RMSNorm(16, 1e-5), torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    norm, x = FastRMSNorm(16, 1e-5), torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     expected = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
     torch.testing.assert_close(norm(x).double(), expected, atol=1e-5, rtol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -348,7 +350,7 @@ def test_fast_operations_equal_plain_formulas(shape):
     """Values and gradients in float32 against float64 and torch's own autograd, also for gradients that are not contiguous."""
     g = torch.Generator().manual_seed(0)
     x, weight, bias = torch.randn(shape, generator=g), torch.randn(7, 16, generator=g), torch.randn(7, generator=g)
-    norm = RMSNorm(16, 1e-5)
+    norm = FastRMSNorm(16, 1e-5)
     norm.weight.data = torch.randn(16, generator=g)
 
     def plain_norm(x, w):
@@ -394,9 +396,9 @@ def test_loss_head_in_chunks_is_cross_entropy(n, v, ignored):
         if dtype == torch.float64:
             losses.append(F.cross_entropy(a @ b.T, targets, ignore_index=-1))
         else:
-            losses.append(HeadLoss.apply(a, b, targets, True))
+            losses.append(ChunkedCrossEntropy.apply(a, b, targets, (targets >= 0).sum(), True))
             with torch.no_grad():
-                torch.testing.assert_close(HeadLoss.apply(a, b, targets, False), losses[1])
+                torch.testing.assert_close(ChunkedCrossEntropy.apply(a, b, targets, (targets >= 0).sum(), False), losses[1])
         (losses[-1] * 3).backward()
         grads.append((a.grad, b.grad))
     assert losses[0] > 50 or v < 50304

@@ -9,14 +9,16 @@ import torch
 from conftest import keys_of
 from test_inputs import program as prepare
 
-from bench import SIZES, BenchConfig, choices_of
+from bench import SIZES, BenchConfig
 from compare import CompareConfig
 from convert import COMMANDS
-from nanogqa.configurator import build, help_text, parse, subset
+from nanogqa.batches import batch_shape
+from nanogqa.configurator import build, choices_of, help_text, parse, subset
+from nanogqa.costs import num_params
 from nanogqa.writer import PrepareConfig
-from model import GPT, GPTConfig
+from model import GPT, SETTINGS_OF, GPTConfig
 from sample import SampleConfig
-from train import TrainConfig, batch_shape
+from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 HubConfig = prepare("hub").__wrapped__.__globals__["HubConfig"]
@@ -40,14 +42,14 @@ def test_every_config_builds_a_model_that_runs(name):
     if name in PUBLISHED:
         with torch.device("meta"):  # shapes alone: the largest would take 32 GB
             model = GPT(subset(GPTConfig, config))
-        assert model.num_params() == pytest.approx(PUBLISHED[name], rel=0.03)
+        assert num_params(model) == pytest.approx(PUBLISHED[name], rel=0.03)
         return
     model = GPT(subset(GPTConfig, config))
     with torch.inference_mode():
         logits = model(torch.zeros(1, 4, dtype=torch.long))[0]
     assert logits.shape == (1, 4, config.vocab_size) and logits.isfinite().all()
     if name == "gpt2_124m.py":  # SwiGLU's three matrices at 8/3 weigh what GPT-2's two at 4 do
-        assert 120e6 < model.num_params() < 130e6
+        assert 120e6 < num_params(model) < 130e6
 
 
 def test_variants_differ_in_n_kv_head_and_out_dir_alone():
@@ -89,7 +91,8 @@ def test_every_setting_is_in_the_help_and_is_read(cls):
 
 
 PROGRAM_ORDER = ["model", "train", "sample", "bench", "compare", "convert"]
-PACKAGE_ORDER = ["configurator", "files", "log", "tokenizer", "dataloader", "writer", "checkpoint"]
+PACKAGE_ORDER = ["configurator", "files", "distributed", "fast", "costs", "runtime", "log", "tokenizer", "prompts",
+                 "dataloader", "batches", "writer", "checkpoint", "report", "pool"]
 
 
 def imported(path):
@@ -141,7 +144,7 @@ def test_readme_commands_name_what_exists():
         if program == "convert.py":
             program, args = f"{program} {args[0]}", args[1:]
         assert program in PROGRAMS, command
-        build(PROGRAMS[program], choices_of(parse(PROGRAMS[program], args, "", axes=program in ("bench.py", "compare.py")))[0])
+        build(PROGRAMS[program], choices_of(parse(PROGRAMS[program], args, "", axes=program in ("bench.py", "compare.py")), SETTINGS_OF)[0])
         seen.add(program)
     assert seen == set(PROGRAMS)
 
@@ -154,6 +157,6 @@ def test_readme_links_name_what_exists():
 def test_requirements_pin_what_pyproject_allows():
     pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M))
     ranges = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
-    assert ranges.keys() - {"matplotlib", "transformers", "safetensors", "pyarrow"} == pins.keys() >= {"torch", "numpy", "tiktoken", "tqdm", "wandb"}  # extras apart
+    assert ranges.keys() - {"matplotlib", "transformers", "safetensors", "pyarrow", "huggingface_hub", "ruff"} == pins.keys() >= {"torch", "numpy", "tiktoken", "tqdm", "wandb"}  # extras apart
     for name, pin in pins.items():
         assert [int(n) for n in pin.split(".")] >= [int(n) for n in ranges[name].split(".")]

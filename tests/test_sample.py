@@ -7,8 +7,8 @@ from conftest import toy_ids, toy_model
 
 import sample
 import train
-from nanogqa.tokenizer import get_tokenizer
-from sample import Text, context_start, generate, known_ids, sample_token
+from nanogqa.tokenizer import Text, get_tokenizer, known_ids
+from sample import context_start, generate, sample_token
 
 
 def test_temperature_zero_is_argmax():

@@ -1,0 +1,93 @@
+"""Prompts in, texts out: what sample.py reads and prints around its tokens."""
+import json
+import sys
+from pathlib import Path
+
+from nanogqa.configurator import UserError
+from nanogqa.tokenizer import Text
+
+
+def read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot read the prompt {path} ({error.strerror}): name a text file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the prompt {path} is not UTF-8 text: convert it first") from None
+
+
+def read_prompts(prompt, prompts):
+    """The prompts that the settings prompt and prompts of sample.py name, as a list of texts.
+
+    prompt is a text or FILE:path. prompts, if given, is a file with a prompt on each line; in a
+    .jsonl, each line is a JSON string or {"prompt": ...}.
+    """
+    if prompts is None:
+        if prompt.startswith("FILE:"):
+            return [read_text(prompt.removeprefix("FILE:"))]
+        return [prompt]
+    lines = read_text(prompts).splitlines()
+    if prompts.endswith((".jsonl", ".json")):
+        lines = [json_prompt(line, f"{prompts}:{i}") for i, line in enumerate(lines, 1)]
+    if not lines:
+        raise UserError(f"{prompts} holds no prompts: write one on each line")
+    return lines
+
+
+def json_prompt(line, where):
+    try:
+        value = json.loads(line)
+        if isinstance(value, dict):
+            value = value["prompt"]
+        if isinstance(value, str):
+            return value
+    except (ValueError, KeyError, RecursionError):
+        pass
+    raise UserError(f'{where} is not a JSON string or {{"prompt": "..."}}: fix the line, or name '
+                    "the file .txt for plain lines")
+
+
+class Output:
+    """The texts of a batch on standard output: one as it grows, several once they are complete."""
+
+    def __init__(self, prompts, num_samples, encoding, stop, jsonl):
+        self.prompts = [prompt for prompt in prompts for _ in range(num_samples)]
+        if stop:
+            stop = stop.replace("\\n", "\n")
+        self.texts = [Text(encoding, stop) for _ in self.prompts]
+        self.written = ["" for _ in self.prompts]
+        self.jsonl = jsonl
+        self.stream = len(self.prompts) == 1 and not jsonl
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # for terminals that are not UTF-8
+        if self.stream:
+            print(self.prompts[0], end="", flush=True)
+
+    def stopped(self, row):
+        """Whether a text needs no more tokens."""
+        return self.texts[row].done
+
+    def add(self, row, token):
+        """Appends a token id to a text."""
+        piece = self.texts[row].add(token)
+        self.written[row] += piece
+        if self.stream:
+            print(piece, end="", flush=True)
+
+    def finish(self):
+        """Prints what was held back, or all texts."""
+        for row, text in enumerate(self.texts):
+            rest = ""
+            if not text.done:
+                rest = text.finish()
+            self.written[row] += rest
+            if self.stream:
+                print(rest)
+            elif self.jsonl:
+                line = dict(prompt=self.prompts[row], text=self.written[row])
+                print(json.dumps(line, ensure_ascii=False))
+            else:
+                print(self.prompts[row] + self.written[row])
+            if not self.jsonl and row + 1 < len(self.texts):
+                print("-" * 80, file=sys.stderr, flush=True)
