@@ -98,8 +98,9 @@ def bytes_per_step(model, batch_size, tokens, dtype):
 def decoding_bytes(model, decoding):
     """An upper bound of what decoding holds, in bytes, as a dict: weights, cache, logits, prefill.
 
+    Call it, like bytes_per_step, before prepare_for_decoding: packed weights are not parameters.
     logits are one row per sequence, prefill is what the largest chunk of the prompt takes beside
-    the cache: see prefill_numbers and mask_bytes. The tests compare this with what is allocated.
+    the cache: see numbers_per_token and mask_bytes. The tests compare this with what is allocated.
     """
     config, size = model.config, decoding.dtype.itemsize
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
