@@ -28,8 +28,17 @@ from tqdm import tqdm
 from bench import heads_of
 from model import GPT, SETTINGS_OF, GPTConfig
 from nanogqa import checkpoint, costs
-from nanogqa.configurator import (UserError, build, choices_of, in_range, off_default, one_line,
-                                  parse, program, subset)
+from nanogqa.configurator import (
+    UserError,
+    build,
+    choices_of,
+    in_range,
+    off_default,
+    one_line,
+    parse,
+    program,
+    subset,
+)
 from nanogqa.dataloader import Dataset, bits_per_byte, prepare_default
 from nanogqa.files import check_writable, write_json
 from nanogqa.log import read_rows

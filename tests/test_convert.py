@@ -19,7 +19,7 @@ import nanogqa.pool
 import sample
 import train
 from model import GPT, GPTConfig, rope_frequencies
-from nanogqa import checkpoint, tokenizer
+from nanogqa import checkpoint, costs, tokenizer
 from nanogqa.pool import best_partition
 from nanogqa.tokenizer import get_tokenizer
 from nanogqa.writer import write_dataset
