@@ -481,7 +481,7 @@ def main(argv):
 
 
 def check(configs, given):
-    """UserError where settings exclude each other."""
+    """Raises UserError if settings exclude each other."""
     for config in configs:
         if config.mode == "scale" and (len(given) > 1 or len(configs) > 1):
             raise UserError("--mode=scale takes its shapes from config/ and no other setting: "

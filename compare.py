@@ -33,7 +33,6 @@ from nanogqa.configurator import (
     build,
     choices_of,
     in_range,
-    off_default,
     one_line,
     parse,
     program,
@@ -280,8 +279,12 @@ def match_variants(choices, match, runtime):
 def facts_of(config, runtime):
     """Heads, sizes and costs of a model, for the records."""
     model = checkpoint.new_model(GPT, subset(GPTConfig, config))
+    heads = [f"n_head {config.n_head}"]
+    for name, value in heads_of(config).items():
+        if value is not None and name != "attention":
+            heads.append(f"{name} {value}")
     return dict(
-        heads=off_default(subset(GPTConfig, config), ["n_head"]), n_head=config.n_head,
+        heads=", ".join(heads), n_head=config.n_head,
         head_dim=config.head_dim, n_ff=config.n_ff,
         **heads_of(config),
         params=costs.num_params(model),

@@ -173,7 +173,7 @@ def model_type_of(config):
 def whole(folder, key):
     """A temporary folder, renamed to folder on success and deleted on error.
 
-    key is the setting that names the folder. UserError where it exists and is not empty.
+    key is the setting that names the folder. Raises UserError if it exists and is not empty.
     """
     if folder is None:
         raise UserError(f"there is no folder to write to: name a new one with --{key}=FOLDER")
@@ -223,7 +223,7 @@ def write(folder, state):
 
 
 def read_json(path):
-    """The JSON object in a file. UserError where there is none."""
+    """The JSON object in a file. Raises UserError if there is none."""
     try:
         value = json.loads(Path(path).read_text())
     except OSError as error:
@@ -238,7 +238,7 @@ def read_json(path):
 
 
 def import_extra(name):
-    """A module of the optional packages. UserError where it is not installed."""
+    """A module of the optional packages. Raises UserError if it is not installed."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns about forks
     try:
         return importlib.import_module(name)
@@ -379,7 +379,7 @@ def compare_logits(model, folder, dtype="float32"):
     """Compares model with the one that transformers loads from folder; one line with the result.
 
     The input is random ids at the positions 0 to block_size - 1, at most 2,048 of them.
-    UserError where the logits differ by more than rounding to dtype explains.
+    Raises UserError if the logits differ by more than rounding to dtype explains.
     """
     transformers = import_transformers()
     try:
@@ -413,7 +413,7 @@ def compare_logits(model, folder, dtype="float32"):
 def write_hf_tokenizer(encoding, folder, block_size):
     """A tiktoken.Encoding as tokenizer.json and tokenizer_config.json.
 
-    UserError where transformers reads other ids from them.
+    Raises UserError if transformers reads other ids from them.
     """
     hf_tokenizer(encoding).save(str(folder / HF_TOKENIZER))
     write_json(folder / "tokenizer_config.json", {
@@ -468,7 +468,7 @@ def visible(token):
 
 
 def check_tokenizer(encoding, folder):
-    """UserError unless transformers gives the ids and the text of encoding.
+    """Raises UserError unless transformers gives the ids and the text of encoding.
 
     Compared on program text, on whitespace and special tokens, and on many scripts.
     """
@@ -564,7 +564,7 @@ def model_config(hf, path):
 
 
 def translated(keys, given, complaint):
-    """{setting: given[key]} for each setting and key in keys. UserError where a key is missing."""
+    """{setting: given[key]} for each setting and key. Raises UserError if one is missing."""
     settings = {}
     for setting, key in keys.items():
         if key not in given:
@@ -654,7 +654,7 @@ def weight_files(folder):
 
 
 def read_safetensors(path):
-    """Yields (name, tensor) of a file. UserError where it cannot be read."""
+    """Yields (name, tensor) of a file. Raises UserError if it cannot be read."""
     safetensors = import_extra("safetensors")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -755,7 +755,7 @@ def pool(config):
 
 
 def pooled_config(before, config):
-    """The GPTConfig of the new model. UserError where pooling has no meaning for the old one."""
+    """The GPTConfig of the new model. Raises UserError if the old one cannot be pooled."""
     if before.attention == "mla":
         raise UserError(
             f"{config.out_dir} has attention=mla, whose heads share one latent already: only a "

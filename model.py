@@ -1,11 +1,11 @@
-"""A Llama-style decoder in one file, which imports torch alone.
+"""A Llama-style decoder in one file that depends only on torch.
 
 n_kv_head selects the attention: n_head is multi-head attention (MHA, Vaswani et al. 2017), 1 is
 multi-query attention (MQA, Shazeer 2019, arXiv 1911.02150), and a divisor of n_head in between is
 grouped-query attention (GQA, Ainslie et al. 2023, arXiv 2305.13245). A second class,
 LatentAttention, adds multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434).
 
-nanogqa/fast.py replaces some of its modules by faster ones; tests show that both agree.
+nanogqa/fast.py replaces some modules with faster ones; tests check that the results agree.
 
 Dimension letters, used in every shape comment:
     B batch   T new tokens   S tokens attended to (cached and new)   V vocab_size
@@ -31,16 +31,16 @@ SETTINGS_OF = {
 
 @dataclass
 class GPTConfig:
-    settings_of = SETTINGS_OF
+    settings_of = SETTINGS_OF  # not a field: nanogqa/configurator.py reads it
     # model
     block_size: int = 256  # longest context, in tokens
-    vocab_size: int | None = None  # rows of the embedding table; None: as the tokenizer has ids
+    vocab_size: int | None = None  # rows of the embedding table; None: the tokenizer's size
     n_layer: int = 4  # transformer blocks
     n_head: int = 4  # query heads
     n_kv_head: int | None = None  # key/value heads; None: n_head (MHA); 1: MQA; between them: GQA
     n_embd: int = 128  # width of the residual stream
     head_dim: int | None = None  # width of a head; None: n_embd / n_head
-    n_ff: int | None = None  # hidden width of the MLP; None: 8/3 n_embd, rounded up to 32
+    n_ff: int | None = None  # hidden width of the MLP; None: 8/3 n_embd, up to a multiple of 32
     rope_theta: float = 10000.0  # base of the rotary wavelengths
     rope_factor: float = 1.0  # context extension as in Llama 3.1; 1 turns it off
     rope_original_block_size: int | None = None  # block_size before the extension, R below
@@ -51,7 +51,7 @@ class GPTConfig:
     qkv_bias: bool = False  # biases on q_proj, k_proj and v_proj (Qwen2)
     attention: Literal["gqa", "mla"] = "gqa"  # gqa: key/value heads; mla: latent attention
     kv_lora_rank: int | None = None  # MLA: width of the cached latent; see set_latents
-    q_lora_rank: int | None = None  # MLA: width of the queries' latent; None: no such latent
+    q_lora_rank: int | None = None  # MLA: width of the queries' latent; None: not compressed
     rope_head_dim: int | None = None  # MLA: rotary part of a key
     nope_head_dim: int | None = None  # MLA: non-rotary part of a key
     v_head_dim: int | None = None  # MLA: width of a value; None: head_dim
@@ -59,7 +59,7 @@ class GPTConfig:
     dropout: float = 0.0  # on the embedding and each sublayer's output, never on attention weights
 
     def __post_init__(self):
-        """Sets the defaults that follow from other settings. ValueError where settings clash."""
+        """Sets defaults that follow from other settings. Raises ValueError if settings clash."""
         for field in fields(GPTConfig):
             value = getattr(self, field.name)
             if field.type in (int, int | None) and value is not None:
@@ -94,9 +94,9 @@ class GPTConfig:
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1: {self.dropout}")
 
     def set_latents(self):
-        """Defaults of MLA's widths: DeepSeek's proportions from 8 heads of 64 on. Below, the latent
-        would be as wide as the residual stream, and RoPE would have too few frequencies to
-        distinguish positions (results/README.md)."""
+        """Sets MLA's default widths: DeepSeek's proportions for 8 heads of width 64 or more. In
+        narrower models the latent would be as wide as the residual stream, and RoPE would have too
+        few frequencies to distinguish positions (results/README.md)."""
         D = self.head_dim
         self.kv_lora_rank = self.kv_lora_rank or min(4 * D, (self.n_embd + 1) // 2)
         self.rope_head_dim = self.rope_head_dim or max(2, D // 4 * 2, min(D // 2 * 2, 32))
@@ -107,21 +107,21 @@ class GPTConfig:
                 f"nope_head_dim + rope_head_dim = {key_width}, the width of keys: lower it")
 
     def cached(self):
-        """A LayerCache for each layer: KVCache and all of nanogqa/costs.py derive from them."""
+        """The LayerCache of each layer, from which KVCache and nanogqa/costs.py take sizes."""
         layer = LayerCache(self.n_kv_head, (self.head_dim, self.head_dim))
         if self.attention == "mla":
             layer = LayerCache(1, (self.kv_lora_rank + self.rope_head_dim,))
         return [layer] * self.n_layer
 
 
-def require(fits, message):
-    if not fits:
+def require(condition, message):
+    if not condition:
         raise ValueError(message)
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What a layer caches: a tensor (B, heads, S, width) for each of widths."""
+    """A layer's cache: one tensor (B, heads, S, width) for each entry of widths."""
     heads: int
     widths: tuple[int, ...]  # keys and values; MLA: one latent
     tokens: int | None = None  # how many of the last tokens are kept; None: all of them
@@ -135,7 +135,7 @@ def rope_frequencies(config, device=None):
     frequency = 1.0 / config.rope_theta**exponent
     if config.rope_factor == 1:
         return frequency
-    turns = config.rope_original_block_size * frequency / (2 * math.pi)  # of a pair, in all
+    turns = config.rope_original_block_size * frequency / (2 * math.pi)  # of each pair
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return frequency * (keep + (1 - keep) / config.rope_factor)
@@ -143,7 +143,7 @@ def rope_frequencies(config, device=None):
 
 def rope_cos_sin(positions, frequency):
     """(B, T) absolute positions -> cosines and signed sines for apply_rope, (B, 1, T, D) float32.
-    They are no buffers: model.bfloat16() would round them, and position 257 would be 256."""
+    Computed in every forward pass, since model.bfloat16() would round buffers."""
     angle = positions[:, None, :, None].float() * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -158,16 +158,16 @@ def apply_rope(x, cos, sin):
 class KVCache:
     """The cached tensors of all layers, for up to max_length tokens in each of batch_size rows.
 
-    The caller allocates it; the model keeps no state between calls. It owns the position: each
-    layer appends at the same place, and GPT.forward advances length after the last layer.
+    The caller allocates it; the model keeps no state between calls. The cache also holds the
+    position: layers append at the same place, and GPT.forward increases length after the last one.
 
-    Rows of different length end together: padding, (B,), counts the masked places at the start of
-    each row. A static cache is for torch.compile: its length is a tensor, and attention reads all
-    max_length places under a mask, so that one graph serves every step.
+    Rows of different lengths are padded on the left: padding, (B,), is the number of padded places
+    in each row. A static cache is for torch.compile: its length is a tensor and attention reads all
+    places under a mask, so that one graph serves every step.
     """
 
     def __init__(self, config, batch_size, max_length, like=None, padding=None, static=False):
-        """like is a tensor whose device and dtype the cache has; None: the defaults."""
+        """like: a tensor that gives the cache its device and dtype; None: the defaults."""
         like = torch.empty(0) if like is None else like
         require(1 <= max_length <= config.block_size, f"a cache of {max_length} tokens: it must be "
                 f"1 to block_size={config.block_size}")
@@ -185,7 +185,7 @@ class KVCache:
         return sum(x.nbytes for tensors in self.layers for x in tensors)
 
     def places(self, T):
-        """(T,) places of the next T tokens in every row. ValueError where they do not fit."""
+        """Cache indices of the next T tokens, (T,). Raises ValueError if they do not fit."""
         if not self.static and self.length + T > self.max_length:
             # a slice assignment past the end silently drops tokens; index_copy_ raises
             raise ValueError(f"the cache holds {self.length} of at most {self.max_length} tokens: "
@@ -193,7 +193,7 @@ class KVCache:
         return self.length + torch.arange(T, device=self.device)
 
     def positions(self, T):
-        """Absolute positions of the next T tokens, (1 or B, T), from 0 for the first real one."""
+        """Positions of the next T tokens, (1 or B, T), from 0 for a row's first unpadded one."""
         if self.padding is None:
             return self.places(T)[None]
         return (self.places(T) - self.padding[:, None]).clamp(min=0)
@@ -210,7 +210,7 @@ class KVCache:
 
     def rewind(self, length):
         """Forgets all but the first length tokens."""
-        self.length += length - self.length  # in place where it is a tensor
+        self.length += length - self.length  # in place: a static length keeps its address
 
     def rows(self, index):
         """A new cache of the rows listed in index, for several samples or the unfinished rows."""
@@ -225,7 +225,7 @@ class KVCache:
 
 @dataclass
 class Context:
-    """What the layers of a forward pass share; a layer may add what later ones need."""
+    """What the layers of a forward pass share. A layer may leave tensors in it for later ones."""
     cos: torch.Tensor  # (1 or B, 1, T, D), as is sin: see apply_rope
     sin: torch.Tensor
     mask: torch.Tensor | None  # (1 or B, T, S) bool: see attention_mask
@@ -233,8 +233,8 @@ class Context:
 
 
 def attention_mask(T, cache, device):
-    """Which of the S keys each of the T new tokens may see, (1 or B, T, S) bool: the only mask.
-    None is plain causal attention: T tokens with none before them, or one that sees all S."""
+    """Returns a bool mask (1 or B, T, S): True where a new token may attend to a key. Returns None
+    if attend needs none: for the start of unpadded rows, or one token that sees every key."""
     if cache is None:
         return None
     if not cache.static and cache.padding is None and (T == 1 or cache.length == 0):
@@ -256,9 +256,9 @@ def attend(q, k, v, mask=None, scale=None):
         query head       0 1 2 3  4 5 6 7
         key/value head   0 0 0 0  1 1 1 1
 
-    K and V are never expanded to H heads, whose copy enable_gqa makes where no kernel shares them.
-    So a prompt takes a fused causal kernel where there is one. Everything else is folded: the H / K
-    queries that share a head become rows of one query matrix, which any kernel can read.
+    Keys and values are not copied to H heads. A causal prompt uses a fused kernel with enable_gqa,
+    on devices whose kernel shares heads without a copy. In all other cases the H / K queries that
+    share a head become rows of one query matrix, which any kernel accepts.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
@@ -278,7 +278,7 @@ def attend(q, k, v, mask=None, scale=None):
 
 
 def norm(width, eps, wanted=True):
-    """RMSNorm (arXiv 1910.07467), or nothing where it is not wanted."""
+    """RMSNorm (arXiv 1910.07467), or the identity if it is not wanted."""
     return nn.RMSNorm(width, eps) if wanted else nn.Identity()
 
 
@@ -315,8 +315,8 @@ class LatentAttention(nn.Module):
     (d_c             d_h^R             d_h               d_h in the paper)
 
     Each token caches its latent c and one rotated key r for all heads. Head h has the key
-    (A_h c, r) and the value B_h c, where A_h and B_h are its rows of kv_b_proj. In training and
-    for a prompt's first chunk they are computed (expanded). Otherwise the cache is read without
+    (A_h c, r) and the value B_h c, where A_h and B_h are its rows of kv_b_proj. In training, and
+    where a prompt needs no mask, they are computed (expanded). Otherwise the cache is read without
     computing them (absorbed): since q A_h c = (A_h^T q) c, and B_h can follow the sum over tokens,
     queries attend to the (c, r) themselves, one shared head of width R + P as in MQA.
     """
@@ -342,20 +342,20 @@ class LatentAttention(nn.Module):
         R, P, N, U = self.widths
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.q_lora_rank else self.q_proj(x)
         q = q.view(B, T, -1, N + P).transpose(1, 2)                     # (B, H, T, N + P)
-        q, q_rope = q.split((N, P), dim=-1)
+        q_nope, q_rope = q.split((N, P), dim=-1)
         q_rope = apply_rope(q_rope, context.cos, context.sin)
         c, r = self.kv_a_proj(x)[:, None].split((R, P), dim=-1)         # (B, 1, T, R or P)
         c, r = self.kv_a_norm(c), apply_rope(r, context.cos, context.sin)
         cache, mask = context.cache, context.mask
         if cache is not None:
-            latent, = cache.append(self.layer, torch.cat((c, r), -1))   # (B, 1, S, R + P)
+            [latent] = cache.append(self.layer, torch.cat((c, r), -1))   # (B, 1, S, R + P)
         if cache is None or (mask is None and T > 1):
-            y = self.expanded(q, q_rope, c, r, mask)
+            y = self.expanded(q_nope, q_rope, c, r, mask)
         else:
-            y = self.absorbed(q, q_rope, latent, mask)                  # (B, H, T, U)
+            y = self.absorbed(q_nope, q_rope, latent, mask)                  # (B, H, T, U)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))         # (B, T, C)
 
-    def expanded(self, q, q_rope, c, r, mask):
+    def expanded(self, q_nope, q_rope, c, r, mask):
         R, P, N, U = self.widths
         kv = self.kv_b_proj(c[:, 0]).view(len(c), c.size(2), -1, N + U)
         k, v = kv.transpose(1, 2).split((N, U), dim=-1)                 # (B, H, T, N), (B, H, T, U)
@@ -363,12 +363,12 @@ class LatentAttention(nn.Module):
         # fused kernels require values as wide as keys: padding is 1.2 to 3.0 times as fast forward
         # on a CPU, 0.9 to 1.9 times with the gradient (results/latent_padding.py)
         v = F.pad(v, (0, N + P - U))
-        return attend(torch.cat((q, q_rope), dim=-1), k, v, mask)[..., :U]
+        return attend(torch.cat((q_nope, q_rope), dim=-1), k, v, mask)[..., :U]
 
-    def absorbed(self, q, q_rope, latent, mask):
+    def absorbed(self, q_nope, q_rope, latent, mask):
         R, P, N, U = self.widths
         a, b = self.kv_b_proj.weight.view(-1, N + U, R).split((N, U), dim=1)  # (H, N or U, R)
-        q = torch.cat((torch.einsum("bhtn,hnr->bhtr", q, a), q_rope), dim=-1)  # (B, H, T, R + P)
+        q = torch.cat((torch.einsum("bhtn,hnr->bhtr", q_nope, a), q_rope), dim=-1)
         # values are (c, r) too, as fused kernels require equal widths; r is cut off again
         y = attend(q, latent, latent, mask, scale=(N + P) ** -0.5)[..., :R]
         return torch.einsum("bhtr,hur->bhtu", y, b)
@@ -404,7 +404,8 @@ class Block(nn.Module):
 
 
 class HeadLoss(nn.Module):
-    """(B, T, C) x, (V, C) weight -> sum of cross-entropies in nats of x @ weight.T / n_targets."""
+    """Cross-entropy in nats, summed over targets and divided by n_targets. x is (B, T, C), weight
+    (V, C), targets (B, T), -1 where there is none."""
 
     def forward(self, x, weight, targets, n_targets):
         logits = F.linear(x, weight).float().flatten(0, 1)              # (B * T, V)
@@ -417,7 +418,7 @@ def initial_weight(name, shape, seed):
     seeded by (seed, name), so that models that differ in one shape start from the same values
     everywhere else, on any number of ranks and any device."""
     if len(shape) == 1:
-        return torch.full(shape, float(not name.endswith("bias")))
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
     key = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
     std = 0.02 if name == "embed.weight" else shape[1] ** -0.5
@@ -450,10 +451,10 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, n_targets=None, cache=None, logits="all"):
         """(B, T) token ids -> (logits, loss).
 
-        logits says which to compute: "all" (B, T, V), "last" (B, 1, V), or "none". loss is the
-        sum over targets that are not -1, divided by n_targets: their number for the mean (None),
-        or that of the whole step, so that the losses of micro-steps add up.
-        With a cache, the ids continue what it holds. ValueError where they do not fit.
+        logits selects which to return: "all" (B, T, V), "last" (B, 1, V) or "none". loss is the sum
+        over targets other than -1, divided by n_targets: their number (None), for the mean, or the
+        count of a whole training step, so that the losses of its micro-steps add up.
+        With a cache, the ids continue what it holds. Raises ValueError if they do not fit.
         """
         T = idx.size(1)
         if cache is None:

@@ -4,6 +4,7 @@
 
 Standard output has only prompts and texts; everything else goes to standard error.
 """
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,9 +28,9 @@ class SampleConfig:
     prompts: str | None = None  # file of prompts to continue as one batch: lines, or .jsonl
     num_samples: int = 1  # texts to generate from each prompt
     max_new_tokens: int = 300  # tokens to generate in each text
-    temperature: float = 0.8  # below 1 favors likely tokens, 0 takes the likeliest
-    top_k: int | None = 200  # draw among the k likeliest tokens; None or 0: all
-    top_p: float | None = None  # draw among the fewest tokens with probability p; None or 1: all
+    temperature: float = 0.8  # below 1 favors likely tokens, 0 takes the most likely
+    top_k: int | None = 200  # draw among the k most likely tokens; None or 0: all
+    top_p: float | None = None  # draw among the fewest tokens that reach probability p
     stop: str | None = None  # end a text before this string; \n is a newline
     seed: int = 1337  # of the draws: the same seed gives the same text
     output: Literal["text", "jsonl"] = "text"  # jsonl: {"prompt": ..., "text": ...} for each text
@@ -46,29 +47,29 @@ class SampleConfig:
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """(B, V) logits -> (B, 1) ids, drawn among the top_k likeliest and, of these, the fewest whose
-    probability reaches top_p."""
+    """Samples one id per row, (B, V) logits -> (B, 1), among the top_k most likely ids and, of
+    these, the fewest whose probability reaches top_p. Temperature 0 takes the most likely id."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     k = min(top_k or logits.size(-1), logits.size(-1))
-    logits, ids = logits.float().topk(k)                                # (B, k), likeliest first
-    # the likeliest is shifted to 0, so that no temperature overflows
+    logits, ids = logits.float().topk(k)                                # (B, k), best first
+    # the largest logit becomes 0, so that no temperature overflows
     probs = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)
     if top_p is not None and top_p < 1:
-        enough = probs.cumsum(dim=-1) - probs >= top_p                  # those before reach top_p
-        enough[:, 0] = False                                            # the likeliest always stays
-        probs = probs.masked_fill(enough, 0.0)
+        dropped = probs.cumsum(dim=-1) - probs >= top_p                 # those before reach top_p
+        dropped[:, 0] = False                                           # the best always stays
+        probs = probs.masked_fill(dropped, 0.0)
     return ids.gather(1, torch.multinomial(probs, 1, generator=generator))
 
 
 def context_start(n_tokens, block_size):
-    """Index of the first of n_tokens tokens in the context of the next one.
+    """Index of the first token in the context that predicts the token after n_tokens.
 
-    When block_size tokens are reached, the older half is dropped and the rest is read again from
-    position 0. This depends on the count alone, so decoding with and without a cache agree.
+    When a text no longer fits into block_size tokens, the older half of its context is dropped and
+    the rest read again from position 0. This depends on the count alone, cache or not.
     """
     half = max(1, block_size // 2)
-    return max(0, -(-(n_tokens - block_size) // half)) * half
+    return max(0, math.ceil((n_tokens - block_size) / half)) * half
 
 
 def prefill(model, idx, cache, chunk):
@@ -81,7 +82,7 @@ def prefill(model, idx, cache, chunk):
 
 @dataclass
 class Options:
-    """How generate decodes and draws."""
+    """Options of generate."""
     temperature: float = 1.0  # these four: see sample_token
     top_k: int | None = None
     top_p: float | None = None
@@ -95,12 +96,12 @@ def pick(values, index):
     return [values[i] for i in index]
 
 
-class Batch:
+class TextBatch:
     """Texts that grow together, one token each at a time."""
 
     def __init__(self, model, texts, max_new_tokens, options):
-        self.config, self.weight = model.config, model.embed.weight
-        self.forward, self.options = options.compiled or model, options
+        self.config, self.like = model.config, model.embed.weight
+        self.model, self.options = options.compiled or model, options
         self.texts = list(map(list, texts))
         longest = max(map(len, self.texts)) + max_new_tokens
         self.max_length = min(self.config.block_size, longest)
@@ -108,18 +109,18 @@ class Batch:
         self.starts = None  # of the contexts in the cache: see context_start
 
     def tensor(self, rows):
-        return torch.tensor(rows, device=self.weight.device)
+        return torch.tensor(rows, device=self.like.device)
 
-    def logits(self):
-        """(B, V) float32 logits of each text's next token."""
+    def next_logits(self):
+        """Runs the model: (B, V) float32 logits of each text's next token. Fills the cache."""
         starts = [context_start(len(text), self.config.block_size) for text in self.texts]
         contexts = [text[start:] for text, start in zip(self.texts, starts, strict=True)]
         if not self.options.kv_cache:
-            rows = [self.forward(self.tensor([c]), logits="last")[0] for c in contexts]
+            rows = [self.model(self.tensor([c]), logits="last")[0] for c in contexts]
             return torch.cat(rows)[:, -1].float()
         if starts == self.starts and self.cache.length < self.cache.max_length:
             last = self.tensor([text[-1:] for text in self.texts])  # the cache has all others
-            logits = self.forward(last, cache=self.cache, logits="last")[0]
+            logits = self.model(last, cache=self.cache, logits="last")[0]
         else:
             logits = self.read(contexts)
             self.starts = starts
@@ -131,15 +132,15 @@ class Batch:
         padding = [longest - len(context) for context in contexts]
         idx = [[0] * n + context for n, context in zip(padding, contexts, strict=True)]
         if self.cache is None:
-            self.cache = KVCache(self.config, len(idx), self.max_length, self.weight,
+            self.cache = KVCache(self.config, len(idx), self.max_length, self.like,
                                  static=self.options.compiled is not None)
         self.cache.rewind(0)
         self.cache.padding = self.tensor(padding) if any(padding) else None
         idx = self.tensor(idx)
-        return prefill(self.forward, idx, self.cache, prefill_chunk(self.config, len(idx)))
+        return prefill(self.model, idx, self.cache, prefill_chunk(self.config, len(idx)))
 
     def select(self, index):
-        """Goes on with the texts listed in index: copies, or a part of them."""
+        """Keeps the texts listed in index, which may repeat some."""
         if index != list(range(len(self.texts))):
             self.texts = list(map(list, pick(self.texts, index)))
             if self.options.kv_cache:
@@ -151,19 +152,19 @@ class Batch:
 def generate(model, prompts, max_new_tokens, num_samples=1, known=None, **options):
     """Continues num_samples copies of each of the prompts, lists of at least one id, as one batch.
 
-    Yields (rows, ids) max_new_tokens times: ids[i] is the next token of text rows[i], where text
-    p * num_samples + s is sample s of prompt p. known, (V,) bool, is False for ids that are never
-    drawn. options are the fields of Options.
+    Yields (rows, ids) for each new token, until every text has stopped: ids[i] is the next token of
+    text rows[i], where text p * num_samples + s is sample s of prompt p. known, (V,) bool, is False
+    for ids that are never drawn. options are the fields of Options.
     """
     options = Options(**options)
-    batch = Batch(model, prompts, max_new_tokens, options)
+    batch = TextBatch(model, prompts, max_new_tokens, options)
     rows = None
 
-    def going(index):
+    def unfinished(index):
         return [i for i in index if not options.stopped or not options.stopped(rows[i])]
 
     for _ in range(max_new_tokens):
-        logits = batch.logits()                                         # (B, V)
+        logits = batch.next_logits()                                         # (B, V)
         if rows is None:  # each prompt is read once for all its samples
             copies = [p for p in range(len(prompts)) for _ in range(num_samples)]
             rows = list(range(len(copies)))
@@ -176,9 +177,9 @@ def generate(model, prompts, max_new_tokens, num_samples=1, known=None, **option
         ids = ids[:, 0].tolist()
         for text, token in zip(batch.texts, ids, strict=True):
             text.append(token)
-        left = going(range(len(rows)))
+        left = unfinished(range(len(rows)))  # a compiled batch may still hold finished rows
         yield pick(rows, left), pick(ids, left)
-        left = going(left)
+        left = unfinished(left)  # the caller may have finished some meanwhile
         if not left:
             return
         # another number of rows is another graph: compiled, the batch shrinks by halves only

@@ -24,8 +24,8 @@ from nanogqa.files import check_writable
 from nanogqa.runtime import compile_model, pick_runtime
 from nanogqa.tokenizer import copy_tokenizer
 
-SKIPS = 10  # steps in a row without a finite gradient after which a run gives up
-METRICS = ("val_loss", "val_bpb")  # the keys that every row of metrics.jsonl has
+SKIPS = 10  # consecutive steps with a non-finite gradient after which a run stops
+METRICS = ("val_loss", "val_bpb")  # keys of evaluate(); None in rows without one
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ class TrainConfig(GPTConfig):
     init_from: str = "scratch"  # scratch, resume, auto (resume if there is a checkpoint), or a path
     dataset: str = "python"  # a folder below data/, or the path of a prepared one
     # length and evaluation
-    max_steps: int = 1600  # optimizer steps in all
+    max_steps: int = 1600  # optimizer steps in total
     eval_interval: int = 400  # steps between evaluations; each one saves a checkpoint
     eval_tokens: int | None = 2**16  # validation tokens, always the same; None: the whole split
     keep_checkpoints: int = 0  # number of ckpt_STEP.pt to keep beside ckpt.pt and ckpt_best.pt
@@ -53,10 +53,10 @@ class TrainConfig(GPTConfig):
     tokens_per_step: int = 2**11  # tokens per optimizer step, over all devices and micro-steps
     batch_size: int | None = None  # sequences per forward pass and device; None: all at once
     # optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, else AdamW
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: only for the blocks' matrices
     learning_rate: float = 3e-3  # peak, after the warm-up
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear over the cooldown
-    cooldown: float = 0.2  # wsd: share of max_steps at the end in which the rate falls
+    cooldown: float = 0.2  # wsd: final share of max_steps, in which the rate falls
     min_lr: float = 0.0  # learning rate at the end of the schedule
     warmup_steps: int = 100  # steps of linear warm-up; may be more than max_steps
     weight_decay: float = 0.1  # on matrices only
@@ -66,7 +66,7 @@ class TrainConfig(GPTConfig):
     # where it runs
     seed: int = 1337  # of the weights, the order of the data and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the products; weights are float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; weights stay float32
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
     fast: bool = True  # nanogqa/fast.py; False: the plain modules of model.py
     # Weights & Biases
@@ -91,7 +91,7 @@ def make_model(config, state, runtime):
     """The model on its device, with the weights of the checkpoint state, or new ones without it."""
     gpt_config = subset(GPTConfig, config)
     if config.parallel == "fsdp":
-        with torch.device("meta"):  # shapes without values: it is never whole on a device
+        with torch.device("meta"):  # the whole model never exists on one device
             model = GPT(gpt_config)
     elif state is None:
         model = checkpoint.new_model(GPT, gpt_config, config.seed)
@@ -100,7 +100,7 @@ def make_model(config, state, runtime):
     if config.fast:
         accelerate(model)
     if config.parallel == "fsdp":
-        def weight_of(name, shape):  # None: a sharded checkpoint, which is read later
+        def weight_of(name, shape):  # None: sharded, load_optimizers reads it
             return state["model"].get(name) if state else initial_weight(name, shape, config.seed)
         distributed.shard(model, runtime, weight_of)
     model.recompute = config.recompute
@@ -145,11 +145,9 @@ def make_optimizers(model, config):
 # -- one step, one evaluation ----------------------------------------------------------------------
 
 def backward(forward, batches, runtime):
-    """Adds the gradient of the step's mean loss to .grad; returns this rank's share of the loss.
-
-    The loss is a sum over targets, divided once by the number of targets of the whole step: their
-    number may differ between micro-steps and ranks.
-    """
+    """Adds the gradient of the step's mean loss to .grad. The mean over ranks of what it returns is
+    that loss: a sum over targets, divided once by the number of targets of the whole step, since
+    micro-steps and ranks may have different numbers."""
     n_targets = distributed.total(sum(int((batch.y >= 0).sum()) for batch in batches))
     n_targets = (n_targets.clamp(min=1) / runtime.ranks).to(runtime.device)  # DDP and FSDP average
     loss = torch.zeros((), device=runtime.device)
@@ -166,8 +164,8 @@ def backward(forward, batches, runtime):
 
 
 def update(model, optimizers, grad_clip):
-    """Clips the gradient and steps, unless it is not finite: on all ranks alike, as it is their
-    mean. Returns its norm."""
+    """Clips the gradient and updates the weights, unless it is not finite: all ranks hold the same
+    averaged gradient and decide alike. Returns its norm."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     norm = distributed.whole(norm)
     for optimizer in optimizers:
@@ -198,7 +196,7 @@ def evaluate(forward, batches, runtime):
 
 
 def check_finite(finite, what, step, config, runtime):
-    """UserError unless finite: no bad weights reach a checkpoint."""
+    """Raises UserError unless finite, so that invalid weights are never saved."""
     if not finite:
         lr, dtype = learning_rate(max(0, step - 1), config), runtime.describe()["dtype"]
         raise UserError(f"the {what} at step {step} is not finite (lr {lr:.2e}, {dtype}): lower "
@@ -215,7 +213,7 @@ def main(argv):
 
 
 def train(given, stack):
-    """The whole run, in time order. What stack holds is closed at its end."""
+    """The whole run, in time order. What is entered on stack is closed when it ends."""
     # the folder is locked before its checkpoint is read: another run may be writing it
     call = checkpoint.per_call(given, TrainConfig)
     locked = Path(call.out_dir).is_dir() and not call.eval_only
@@ -262,18 +260,19 @@ def train(given, stack):
     # what the loop keeps
     start = state["step"] if resumed else 0
     best = state["best_val_loss"] if resumed else None
-    # a run stopped at its last step was not evaluated there: that is done again
+    # max_steps was lowered to the step at which the run had stopped: that is not evaluated yet
     redo = resumed and start == config.max_steps and state["val_loss"] is None
     saver = checkpoint.make_saver(config, runtime.rank)
     stop = stack.enter_context(StopSignal())
-    logger = stack.enter_context(log.Log(config, start - (redo or not resumed)))
+    kept = start if resumed and not redo else start - 1  # the last step whose row stays
+    logger = stack.enter_context(log.Log(config, kept))
     trace = stack.enter_context(log.profiler(config))
     times, rate = log.Times(runtime), log.Rate(config.tokens_per_step, start)
     loss = grad_norm = None
     skipped = 0  # steps since the last log line whose gradient was not finite
-    in_a_row = 0  # such steps up to now
+    in_a_row = 0  # consecutive such steps
 
-    for step in range(start, config.max_steps + 1):  # step updates are done
+    for step in range(start, config.max_steps + 1):  # optimizer steps done so far
         last = step == config.max_steps
         stopping = stop.agreed(runtime)
         new = step > start or not resumed or redo  # not logged and saved yet
@@ -332,7 +331,6 @@ def train(given, stack):
     if stopping and not last:
         logger.print(f"stopped by {signal.Signals(stopping).name} after step {step} and saved: the "
                      "same command with --init_from=resume continues")
-        stop.restore()
         raise SystemExit(128 + stopping)
     if not new:  # resumed where it had ended
         val_loss = state["val_loss"]

@@ -18,8 +18,9 @@ class MicroBatch:
 class Batches:
     """Training and validation batches of this rank.
 
-    Sequences and dropout depend on the seed, the step and the place in the global batch alone, so
-    other numbers of ranks, and a resumed run, draw the same. The ranks take turns.
+    Sequences and dropout depend only on the seed, the step and the place in the global batch, so
+    they do not change with the number of ranks or when a run resumes. Ranks take micro-batches in
+    turn.
     """
 
     def __init__(self, dataset, config, runtime):
@@ -45,7 +46,7 @@ class Batches:
         """(inputs, targets) of the fixed validation windows; past the end, targets are -1."""
         val, block_size = self.dataset.val, self.config.block_size
         starts = val_windows(val, block_size, self.config.eval_tokens)
-        # equally many on each rank, as the ranks of a split model must run together
+        # equally many on each rank: the ranks of an FSDP model must run forward together
         for first in range(0, len(starts), self.ranks * self.batch_size):
             first += self.rank * self.batch_size
             chosen = starts[first:first + self.batch_size]
@@ -61,14 +62,14 @@ def batch_shape(config, ranks):
                        f"x block_size {config.block_size} = {at_once}")
     except ValueError as error:
         raise UserError(f"{error}, or choose another batch_size") from None
-    micro_steps = config.tokens_per_step // at_once
+    sequences = config.tokens_per_step // (ranks * config.block_size)  # of a rank in a step
     if config.batch_size is None:
-        return micro_steps, 1
-    return batch_size, micro_steps
+        return sequences, 1
+    return batch_size, sequences // batch_size
 
 
 def check_multiple(tokens_per_step, unit, name):
-    """ValueError unless tokens_per_step is a multiple of unit, whose name is printed."""
+    """Raises ValueError unless tokens_per_step is a multiple of unit, whose name is printed."""
     if tokens_per_step % unit:
         below = tokens_per_step // unit * unit
         nearest = f"{below} or {below + unit}"

@@ -23,8 +23,9 @@ from nanogqa.distributed import barrier, placed, whole, world
 from nanogqa.files import replacing, sync, write_json
 
 NAME = "ckpt.pt"      # the newest checkpoint
-BEST = "ckpt_best.pt"  # that of the lowest validation loss
-SHARDED = "sharded_"  # and the step: a folder of safetensors and, written last, state.json
+BEST = "ckpt_best.pt"  # the one with the lowest validation loss
+# sharded_STEP is a folder of safetensors; state.json in it is written last
+SHARDED = "sharded_"
 REQUIRED = object()
 NUMBER = (float, type(None))
 
@@ -33,7 +34,7 @@ KEYS = {
     "model": (dict, REQUIRED),         # the model's state dict
     "config": (dict, REQUIRED),        # of GPTConfig
     "optimizer": (dict, REQUIRED),     # "state": moments by the name of their parameter
-    "settings": (dict, REQUIRED),      # of train.py beside the model's, as given: auto stays auto
+    "settings": (dict, REQUIRED),      # of train.py except the model's; auto is stored as auto
     "runtime": (dict, REQUIRED),       # the resolved device, dtype, compile and number of ranks
     "step": (int, REQUIRED),           # optimizer steps done
     "val_loss": (NUMBER, None),        # nats per token, if this step was evaluated
@@ -326,7 +327,7 @@ def typed(cls, values, path):
 # -- models and optimizers -------------------------------------------------------------------------
 
 def new_model(GPT, config, seed=1337):
-    """GPT(config, seed). UserError where the machine cannot hold it."""
+    """GPT(config, seed). Raises UserError if the machine cannot hold it."""
     try:
         return GPT(config, seed)
     except (RuntimeError, TypeError, MemoryError, OverflowError) as error:
@@ -352,7 +353,7 @@ def load_model(GPT, config, state):
 
 
 def freeze(model, pattern):
-    """Lets only the parameters train whose name matches the regular expression pattern."""
+    """Makes only the parameters trainable whose names match pattern."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(re.search(pattern, name) is not None)
     if not any(parameter.requires_grad for parameter in model.parameters()):
@@ -453,12 +454,12 @@ def load_sharded(out_dir, model, optimizers, state):
 # -- from settings to a run ------------------------------------------------------------------------
 
 def per_call(given, cls):
-    """The settings of cls that only this call has; the others may come from the checkpoint."""
+    """Builds cls from the settings that apply to this call only (PER_CALL)."""
     return build(cls, {key: value for key, value in given.items() if key in PER_CALL})
 
 
 def start(given, cls, GPTConfig):
-    """(settings of cls, the state to start from or None) of the values given on the command line.
+    """(settings, state) of a run: state is the checkpoint to start from, or None.
 
     A resumed run takes unspecified settings from its checkpoint; from another run's weights, only
     the model's. cls extends GPTConfig.
@@ -499,7 +500,7 @@ def start(given, cls, GPTConfig):
 
 
 def check_model(values, state, source, resume):
-    """UserError where a model setting in values differs from that of the checkpoint in source."""
+    """Raises UserError if a model setting in values differs from the checkpoint in source."""
     for name, before in state["config"].items():
         may_change = not resume and name in ("block_size", "dropout")
         if values.get(name, before) != before and not may_change:
@@ -509,7 +510,7 @@ def check_model(values, state, source, resume):
 
 
 def check_resume(config, state):
-    """UserError where a setting differs that a run must keep to its end."""
+    """Raises UserError if a setting differs that a run must keep to its end."""
     for name in ("seed", "tokens_per_step"):
         value, before = getattr(config, name), state["settings"].get(name)
         if value != before:
@@ -522,7 +523,7 @@ def check_resume(config, state):
 
 
 def check_data(config, state, meta):
-    """UserError where the data set's meta does not fit the state that a run starts from, if any."""
+    """Raises UserError if the data set's meta does not fit the state that a run starts from."""
     if state is None:
         return
     source = config.out_dir if config.init_from == "resume" else config.init_from

@@ -158,8 +158,8 @@ def off_default(settings, always=()):
 
 
 def in_range(settings, names, low, high=math.inf, below=math.inf):
-    """ValueError unless each of the named settings, a text of names, is None or within the range:
-    at least low, at most high, and below below."""
+    """Raises ValueError unless each setting in names, separated by blanks, is None or at least low,
+    at most high, and below below."""
     for name in names.split():
         value = getattr(settings, name)
         if value is None:
@@ -173,7 +173,7 @@ def in_range(settings, names, low, high=math.inf, below=math.inf):
 
 
 def check_pattern(settings, name, example):
-    """ValueError unless the named setting is a regular expression."""
+    """Raises ValueError unless the named setting is a regular expression."""
     value = getattr(settings, name)
     try:
         re.compile(value)
@@ -253,7 +253,7 @@ def number(node):
 # -- keys and types --------------------------------------------------------------------------------
 
 def check_key(cls, key, where):
-    """UserError unless key is a setting of cls."""
+    """Raises UserError unless key is a setting of cls."""
     keys = [f.name for f in dataclasses.fields(cls)]
     if key not in keys:
         close = difflib.get_close_matches(str(key), keys, n=1)
@@ -272,7 +272,7 @@ def kinds_of(cls, key):
 def convert(cls, key, value, where):
     """value, text from the command line or a literal from a file, as a type that key may have.
 
-    UserError where it has none of them.
+    Raises UserError if it has none of them.
     """
     kinds = kinds_of(cls, key)
     if types.NoneType in kinds and value in (None, "None"):

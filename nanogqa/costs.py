@@ -82,7 +82,8 @@ def caching_layer(config):
 
 
 def prefill_chunk(config, batch_size):
-    """Tokens of each row that are read at once: 2,048 in all rows, fewer where masks are large."""
+    """Tokens of each row per forward pass over a prompt: at most 512, fewer if the batch or the
+    masks are large."""
     folded = config.n_head // caching_layer(config).heads
     return max(1, 2048 // max(4, batch_size, folded))
 

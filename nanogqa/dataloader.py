@@ -23,7 +23,7 @@ SCANNED = 2**24  # tokens at the start of a split that are checked when it is op
 # -- meta.json -------------------------------------------------------------------------------------
 
 def read_meta(folder):
-    """The content of a data set's meta.json. UserError if it is missing or not valid."""
+    """The content of a data set's meta.json. Raises UserError if it is missing or not valid."""
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text())
@@ -100,7 +100,7 @@ class Split:
         return self.ends[i] - self.files[i]["tokens"]
 
     def check_size(self, i):
-        """UserError if file i is missing or not as long as meta.json says."""
+        """Raises UserError if file i is missing or not as long as meta.json says."""
         path = self.folder / self.files[i]["name"]
         if not path.is_file():
             raise UserError(f"{path} is missing: {remedy(self.folder)}")
@@ -125,7 +125,7 @@ class Split:
         return ids
 
     def check(self, ids):
-        """Returns ids. UserError if one is outside the vocabulary."""
+        """Returns ids. Raises UserError if one is outside the vocabulary."""
         if ids.size and ids.max() >= self.vocab_size:
             raise UserError(
                 f"{self.folder} holds token id {ids.max()}, but its vocabulary ends at "
@@ -166,7 +166,7 @@ class Dataset:
         self.val = Split(self.folder, "val", self.meta)
 
     def check(self, config):
-        """UserError if a model with config's vocab_size and block_size cannot use this data set."""
+        """Raises UserError if config's vocab_size or block_size does not fit this data set."""
         if self.meta["vocab_size"] > config.vocab_size:
             raise UserError(
                 f"data set {self.name!r} has {self.meta['vocab_size']} token ids, more than "
@@ -233,9 +233,9 @@ def shuffled(index, n, key):
     while True:
         left = index >> half
         right = index & low
-        for round in range(4):
-            mixed = ((right + round + 1) * 0x9E3779B97F4A7C15 ^ key) * 0xBF58476D1CE4E5B9 % 2**64
-            new_right = left ^ (mixed >> 40) & low
+        for i in range(4):
+            mixed = (((right + i + 1) * 0x9E3779B97F4A7C15) ^ key) * 0xBF58476D1CE4E5B9 % 2**64
+            new_right = left ^ ((mixed >> 40) & low)
             left = right
             right = new_right
         index = left << half | right
@@ -244,7 +244,7 @@ def shuffled(index, n, key):
 
 
 def train_batch(split, seed, first, count, block_size):
-    """Inputs and targets, int64 (count, block_size) each, of training sequences first, ...
+    """Inputs and targets of sequences first to first + count - 1, int64 (count, block_size) each.
 
     A pure function of its arguments. Each epoch cuts the split into blocks at its own offset and
     visits each block once in its own order. A target is the token after its input.

@@ -36,7 +36,7 @@ def world():
 
 @contextlib.contextmanager
 def joined():
-    """The process group of all ranks while it is open; nothing where there is one rank."""
+    """Holds the process group while it is open; does nothing with one rank."""
     if world()[1] == 1:
         yield
         return
@@ -78,8 +78,8 @@ def barrier():
 
 
 def total(value):
-    """The sum over ranks of a tensor or number, as a tensor."""
-    value = torch.as_tensor(value)
+    """The sum over ranks of a tensor or number, as a new tensor."""
+    value = torch.as_tensor(value).clone()
     if world()[1] > 1:
         dist.all_reduce(value)
     return value
@@ -87,7 +87,7 @@ def total(value):
 
 @contextlib.contextmanager
 def explained():
-    """Turns the errors that a machine causes into UserErrors: no memory, or a rank that is gone."""
+    """Turns out-of-memory errors and lost ranks into UserErrors."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -180,7 +180,7 @@ def synchronizing(model, wanted):
 # -- models split over ranks (FSDP2) ---------------------------------------------------------------
 
 def check_parallel(config):
-    """UserError where --parallel=fsdp cannot work."""
+    """Raises UserError if --parallel=fsdp cannot work."""
     if config.parallel != "fsdp":
         return
     if config.optimizer == "muon":
@@ -216,7 +216,7 @@ def shard(model, runtime, weight_of):
 
 
 def placed(x, parameter):
-    """The whole tensor x on the device of parameter, and split over the ranks where that is."""
+    """Moves the whole tensor x to parameter's device, split over ranks if parameter is."""
     x = x.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return x

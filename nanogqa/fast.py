@@ -1,4 +1,4 @@
-"""Faster modules for the ones of model.py: the same parameters, names and results.
+"""Faster replacements for modules of model.py: same parameters, same names, matching results.
 
 accelerate(model) is for training and evaluation, prepare_for_decoding(model) for sampling. A model
 in which nothing was replaced is the reference that the tests compare them with.
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 def accelerate(model):
-    """Replaces modules of model by faster ones that share its parameters; returns model."""
+    """Replaces modules of model with faster ones that share its parameters; returns model."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:

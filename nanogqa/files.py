@@ -37,7 +37,7 @@ def write_json(path, content):
 
 
 def check_writable(folder):
-    """Creates folder if it does not exist. UserError if files cannot be created in it."""
+    """Creates folder if it does not exist. Raises UserError if files cannot be created in it."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         probe = Path(folder) / f".probe{os.getpid()}"

@@ -121,7 +121,7 @@ def start_wandb(config):
 
 
 class Rate:
-    """Tokens per second of training, without what happens between log lines."""
+    """Tokens per second of training, without evaluation, logging and saving."""
 
     def __init__(self, tokens_per_step, step):
         self.tokens_per_step = tokens_per_step

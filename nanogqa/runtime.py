@@ -39,7 +39,7 @@ class Runtime:
 def pick_runtime(device, dtype, compile, decoding_steps=None):
     """The Runtime of the settings device, dtype and compile, each of which may be "auto".
 
-    decoding_steps is the number of tokens to generate, None for training. UserError where the
+    decoding_steps is the number of tokens to generate, None for training. Raises UserError if the
     device does not exist here.
     """
     rank, ranks, local_rank = world()

@@ -64,7 +64,7 @@ class DataTokenizer:
 def open_tokenizer(tokenizer, data_dir, overwrite=False):
     """The DataTokenizer for a name or folder, to write a data set to data_dir.
 
-    UserError if data_dir holds a data set with another tokenizer, unless overwrite.
+    Raises UserError if data_dir holds a data set with another tokenizer, unless overwrite.
     """
     name = tokenizer
     if os.path.exists(os.path.join(tokenizer, HF_TOKENIZER)):
@@ -196,7 +196,7 @@ class DatasetWriter:
         """Moves the files to data_dir, in place of the data set there, meta.json last.
 
         Returns meta. position is saved first, if given; after a kill finish() may then be called
-        again. UserError if a split has no text, with the remedy if_empty.
+        again. Raises UserError if a split has no text, with the remedy if_empty.
         """
         for split in list(self.open):
             self.close(split)
@@ -295,7 +295,7 @@ def cannot_write(data_dir, error):
 def find_finished(data_dir, about, overwrite=False):
     """The meta of the complete data set in data_dir; None if there is none, or it is damaged.
 
-    UserError if its fields are not those of about, unless overwrite: then None.
+    Raises UserError if its fields are not those of about, unless overwrite: then None.
     """
     try:
         meta = read_meta(data_dir)
@@ -320,7 +320,7 @@ def find_unfinished(part, about, overwrite=False):
     """What a DatasetWriter that was killed saved in the folder part; None if there is nothing.
 
     The result has "about", "position" and "splits". The caller checks its own position.
-    UserError if it is damaged, or has other settings than about and not overwrite.
+    Raises UserError if it is damaged, or has other settings than about and not overwrite.
     """
     path = Path(part) / "progress.json"
     try:

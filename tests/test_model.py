@@ -8,8 +8,9 @@ from conftest import check_ragged, toy_config, toy_ids, toy_model
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPT, GPTConfig, KVCache, apply_rope, attend, rope_cos_sin, rope_frequencies
-from nanogqa.costs import flops_per_token, kv_bytes_per_token, num_params
+import model as model_module
+from model import GPT, GPTConfig, KVCache, LayerCache, apply_rope, attend, rope_cos_sin, rope_frequencies
+from nanogqa.costs import flops_per_token, kv_bytes_per_token, kv_cache_bytes, num_params
 from nanogqa.fast import ChunkedCrossEntropy, FastRMSNorm, RMSNormFunction, linear
 
 
@@ -210,6 +211,38 @@ def test_keys_and_values_are_never_expanded(n_kv_head, T):
     assert made.kernel_keys == [(1, n_kv_head, S, D)]
     if T < S:
         assert max(made.numels) < S * D, "something as large as one head's keys was made"
+
+
+@pytest.mark.parametrize("changes", [dict(n_kv_head=2), dict(attention="mla")], ids=["gqa", "mla"])
+def test_one_function_makes_the_mask_of_every_path(monkeypatch, changes):
+    """A window of two tokens, in training and over a cache: no path may ignore a change of attention_mask."""
+    def windowed(T, cache, device):
+        places = torch.arange(T) if cache is None else cache.places(T)
+        distance = places[:, None] - torch.arange(int(places[-1]) + 1)
+        return ((distance >= 0) & (distance < 2))[None]
+    ids = toy_ids(1, 12)
+    model = toy_model(n_layer=1, **changes)
+    plain = model(ids)[0]
+    monkeypatch.setattr(model_module, "attention_mask", windowed)
+    changed = ids.clone()
+    changed[0, 3] = (changed[0, 3] + 1) % 65
+    with torch.inference_mode():
+        full, moved = model(ids)[0], model(changed)[0]
+        different = (full - moved)[0].abs().amax(dim=1) > 1e-4
+        assert different.nonzero().flatten().tolist() == [3, 4], "one layer reaches one token back"
+        assert not torch.allclose(full, plain, atol=1e-2)
+        cache = KVCache(model.config, 1, 12)
+        parts = [model(part, cache=cache)[0] for part in ids.split([5, 4, 1, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-4, rtol=1e-4)
+
+
+def test_bytes_follow_from_what_layers_cache():
+    """A layer may keep a number of tokens, or nothing at all."""
+    class Config:
+        def cached(self):
+            return [LayerCache(2, (8, 8)), LayerCache(1, (24,), tokens=10), LayerCache(4, ())]
+    assert kv_cache_bytes(Config(), 30) == 4 * (2 * 16 * 30 + 24 * 10)
+    assert kv_bytes_per_token(Config(), torch.bfloat16) == 2 * (2 * 16 + 24)
 
 
 def test_rope_depends_on_distance_only_and_turns():

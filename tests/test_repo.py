@@ -2,6 +2,9 @@
 import ast
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +123,39 @@ def test_the_package_imports_one_way_and_never_a_program():
         names = set(imported(ROOT / "nanogqa" / f"{name}.py"))
         assert not names & set(PROGRAM_ORDER), name
         assert not names & {f"nanogqa.{later}" for later in PACKAGE_ORDER[i:]}, name
+
+
+def test_the_model_imports_torch_alone():
+    standard = {"copy", "hashlib", "math", "dataclasses", "typing"}
+    assert {name.split(".")[0] for name in imported(ROOT / "model.py")} == {"torch"} | standard
+
+
+ALONE = """
+import torch
+from model import GPT, GPTConfig, KVCache
+config = GPTConfig(block_size=32, vocab_size=65, n_layer=2, n_kv_head=2, n_embd=32)
+model, text = GPT(config), torch.arange(8 * 33).reshape(8, 33) % 13
+optimizer = torch.optim.AdamW(model.parameters(), 3e-2)
+for step in range(10):
+    loss = model(text[:, :-1], text[:, 1:])[1]
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+cache, token, full = KVCache(config, 1, 32), text[:1, :5], text[:1, :5]
+for _ in range(8):
+    token = model(token, cache=cache, logits="last")[0][:, -1].argmax(-1, keepdim=True)
+    full = torch.cat((full, model(full)[0][:, -1].argmax(-1, keepdim=True)), 1)
+    assert token.item() == full[0, -1]
+print(loss.item())
+"""
+
+
+def test_the_model_trains_and_decodes_alone(tmp_path):
+    """model.py in an empty folder, in a process that finds nothing else of this repository."""
+    shutil.copy(ROOT / "model.py", tmp_path)
+    done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True,
+                          text=True, check=True, timeout=100)
+    assert float(done.stdout) < 2.5, "ln(65) = 4.2 before training"
 
 
 def readme_commands():

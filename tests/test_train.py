@@ -17,6 +17,8 @@ from nanogqa import checkpoint
 import train
 from nanogqa.dataloader import Dataset
 from model import GPT, GPTConfig
+from nanogqa.batches import MicroBatch
+from nanogqa.runtime import pick_runtime
 from train import TrainConfig, learning_rate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +60,48 @@ def test_learning_rate_is_warm_up_and_cosine():
     longer = TrainConfig(learning_rate=1.0, warmup_steps=1000, max_steps=10)
     assert learning_rate(9, longer) == pytest.approx(0.01)
     assert learning_rate(0, TrainConfig(learning_rate=1.0, warmup_steps=0, max_steps=0)) == 1.0
+
+
+def test_wsd_is_constant_and_then_falls():
+    config = TrainConfig(schedule="wsd", learning_rate=1.0, min_lr=0.1, warmup_steps=10, max_steps=110, cooldown=0.2)
+    rates = [learning_rate(step, config) for step in (4, 9, 10, 50, 88)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0, 1.0])
+    assert learning_rate(99, config) == pytest.approx(0.1 + 0.9 / 2) and learning_rate(110, config) == pytest.approx(0.1)
+    none = TrainConfig(schedule="wsd", learning_rate=1.0, max_steps=10, warmup_steps=0, cooldown=0)
+    assert [learning_rate(step, none) for step in (0, 9)] == [1.0, 1.0]
+
+
+def test_groups_have_a_scale_of_the_rate(toy_run, tmp_path, monkeypatch):
+    make, seen = train.make_optimizers, []
+
+    def scaled(model, config):
+        seen[:] = make(model, config)
+        seen[0].param_groups[0]["lr_scale"] = 0.5
+        return seen
+    monkeypatch.setattr(train, "make_optimizers", scaled)
+    train.main([*toy_run, "--max_steps=3"])
+    matrices, vectors = groups_of(seen)
+    expected = learning_rate(2, TrainConfig(max_steps=3, warmup_steps=4))
+    assert (matrices["lr"], vectors["lr"]) == pytest.approx((expected / 2, expected))
+
+
+def test_a_step_is_one_mean_over_unequal_targets():
+    """Micro-batches with 7, 1 and 0 targets give the gradient of one batch with 8."""
+    config = GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=4, n_embd=32)
+    ids = torch.randint(65, (3, 8), generator=torch.Generator().manual_seed(0)).numpy()
+    targets = ids.copy()
+    targets[0, 7:] = -1
+    targets[1, 1:] = -1
+    targets[2] = -1
+    runtime, gradients, losses = pick_runtime("cpu", "float32", False), [], []
+    for parts in ([slice(0, 3)], [slice(0, 1), slice(1, 2), slice(2, 3)]):
+        model = GPT(config)
+        batches = [MicroBatch(ids[part], targets[part], None) for part in parts]
+        losses.append(train.backward(model, batches, runtime))
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(losses[1], losses[0])
+    for one, three in zip(*gradients, strict=True):
+        torch.testing.assert_close(three, one, atol=1e-6, rtol=1e-4)
 
 
 def test_metrics_and_checkpoint(toy_run, tmp_path, capsys):
@@ -136,6 +180,26 @@ def test_resume_is_bit_identical(toy_run, tmp_path, monkeypatch, capsys, stop, c
     train.main([*parts, "--init_from=auto"])
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_older_checkpoints_number_the_moments(toy_run, tmp_path, optimizer):
+    """Before moments had the names of their parameters: numbers, in the order of Muon's and AdamW's groups."""
+    args = [*toy_run, f"--optimizer={optimizer}"]
+    train.main(out([*args, "--keep_checkpoints=9"], tmp_path / "whole"))
+    state = load(tmp_path / "whole/ckpt_10.pt")
+    names = [name for name in state["model"] if "norm" not in name and "embed" not in name]
+    rest = [name for name in state["model"] if name not in names]
+    order = [*names, *rest] if optimizer == "muon" else [*rest[:1], *names, *rest[1:]]
+    moments = {number: state["optimizer"]["state"][name] for number, name in enumerate(order)}
+    older = dict(state, optimizer=dict(state=moments, param_groups=[]))
+    for key in ("fast", "schedule", "cooldown"):
+        del older["settings"][key]
+    del older["best_val_loss"]
+    (tmp_path / "parts").mkdir()
+    torch.save(older, tmp_path / "parts/ckpt.pt")
+    train.main(out([*args, "--init_from=resume"], tmp_path / "parts"))
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
 @pytest.mark.parametrize("changes", [[], ["--attention=mla", "--n_kv_head=None"]], ids=["gqa", "mla"])

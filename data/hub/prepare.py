@@ -120,7 +120,7 @@ class Hub:
         self.api = HfApi(endpoint=self.endpoint)  # reads HF_TOKEN
 
     def find_files(self):
-        """(commit, Position) of the data set's parquet files. UserError if there are none."""
+        """(commit, Position) of the parquet files. Raises UserError if there are none."""
         config = self.config
         commit = config.revision
         try:
@@ -170,7 +170,7 @@ class Hub:
     def ask(self, call, *args, **kwargs):
         """Returns call(*args, **kwargs), retrying while the Hub is busy or cannot be reached.
 
-        UserError if it refuses, or after RETRIES tries.
+        Raises UserError if it refuses, or after RETRIES tries.
         """
         errors = self.errors
         for failures in range(RETRIES):
@@ -195,7 +195,7 @@ class Hub:
         )
 
     def raise_if_refused(self, error):
-        """UserError if another try cannot help."""
+        """Raises UserError if another try cannot help."""
         errors = self.errors
         repo = self.config.repo
         refusals = {  # subclasses first: a GatedRepoError is also a RepositoryNotFoundError
@@ -370,7 +370,7 @@ def write_files(config, hub, writer, position):
 
 
 def read_position(config, progress, part):
-    """The Position in progress, which was read from disk. UserError if it is not valid."""
+    """The Position in progress, which was read from disk. Raises UserError if it is not valid."""
     try:
         position = Position(**progress["position"])
         valid = is_position(config, position)

@@ -18,7 +18,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def download():
-    """The bytes at URL. OSError if the download fails."""
+    """The bytes at URL. Raises OSError if the download fails."""
     with urllib.request.urlopen(URL, timeout=30) as response:
         size = int(response.headers["Content-Length"] or 0) or None
         with tqdm.wrapattr(response, "read", size, desc="downloading", disable=None) as stream:
@@ -26,7 +26,7 @@ def download():
 
 
 def read_text(path):
-    """The text, from the file at path or downloaded. UserError if it is not the expected one."""
+    """The text, from path or downloaded. Raises UserError if it is another text."""
     try:
         if path is None:
             raw = download()

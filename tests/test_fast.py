@@ -1,0 +1,80 @@
+"""The plain modules of model.py and the faster ones of nanogqa/fast.py compute the same."""
+import pytest
+import torch
+from conftest import toy_config, toy_ids, toy_model
+
+from model import GPT, KVCache
+from nanogqa import fast
+from nanogqa.fast import accelerate, prepare_for_decoding
+
+SHAPES = {
+    "mha": {}, "gqa": dict(n_kv_head=2), "mqa-untied": dict(n_kv_head=1, tie_embeddings=False),
+    "biases": dict(qk_norm=False, qkv_bias=True), "mla": dict(attention="mla"),
+    "mla-plain-latents": dict(attention="mla", qk_norm=False, q_lora_rank=12),
+}
+
+
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES)
+def shape(request):
+    return request.param
+
+
+def small_targets():
+    ids = toy_ids(3, 40)
+    targets = ids.roll(-1, 1)
+    targets[0, 30:] = -1
+    return ids, targets
+
+
+def loss_and_gradients(model, n_targets):
+    ids, targets = small_targets()
+    model.zero_grad()
+    loss = model(ids, targets, n_targets, logits="none")[1]
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("n_targets", [None, 500])
+def test_losses_and_gradients_agree(shape, n_targets):
+    plain, changed = GPT(toy_config(**shape)), accelerate(GPT(toy_config(**shape)))
+    loss, gradients = loss_and_gradients(plain, n_targets)
+    fast_loss, fast_gradients = loss_and_gradients(changed, n_targets)
+    torch.testing.assert_close(fast_loss, loss, atol=1e-5, rtol=1e-5)
+    assert gradients.keys() == fast_gradients.keys()
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(fast_gradients[name], gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_logits_agree_with_and_without_a_cache(shape):
+    plain, ids = toy_model(**shape), toy_ids(2, 30)
+    with torch.inference_mode():
+        expected = plain(ids)[0]
+        for change in (accelerate, lambda model: prepare_for_decoding(model, 2)):
+            model = change(toy_model(**shape))
+            torch.testing.assert_close(model(ids)[0], expected, atol=1e-3, rtol=1e-3)
+            cache = KVCache(model.config, 2, 30)
+            parts = [model(part, cache=cache)[0] for part in ids.split([11, 1, 7, 11], dim=1)]
+            torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_parameters_keep_their_names_and_are_the_same_tensors(shape):
+    model = GPT(toy_config(**shape))
+    before = dict(model.named_parameters())
+    keys = list(model.state_dict())
+    accelerate(model)
+    assert list(model.state_dict()) == keys
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
+    kinds = {type(module) for module in model.modules()}
+    assert torch.nn.Linear not in kinds and torch.nn.RMSNorm not in kinds
+    assert fast.FastLinear in kinds and fast.FastRMSNorm in kinds
+
+
+def test_a_model_without_targets_has_a_loss_of_zero():
+    """A micro-batch whose targets are all left out must not divide by zero."""
+    ids = toy_ids(2, 8)
+    for model in (GPT(toy_config()), accelerate(GPT(toy_config()))):
+        loss = model(ids, torch.full_like(ids, -1), logits="none")[1]
+        loss.backward()
+        assert loss == 0
+        assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
