@@ -192,6 +192,11 @@ class KVCache:
                              f"{T} more do not fit")
         return self.length + torch.arange(T, device=self.device)
 
+    def keys(self, T):
+        """Cache indices of the S tokens that append returns for T new ones, (S,)."""
+        S = self.max_length if self.static else self.length + T
+        return torch.arange(S, device=self.device)
+
     def positions(self, T):
         """Positions of the next T tokens, (1 or B, T), from 0 for a row's first unpadded one."""
         if self.padding is None:
@@ -232,15 +237,14 @@ class Context:
     cache: KVCache | None
 
 
-def attention_mask(T, cache, device):
+def attention_mask(T, cache):
     """Returns a bool mask (1 or B, T, S): True where a new token may attend to a key. Returns None
     if attend needs none: for the start of unpadded rows, or one token that sees every key."""
     if cache is None:
         return None
     if not cache.static and cache.padding is None and (T == 1 or cache.length == 0):
         return None
-    S = cache.max_length if cache.static else cache.length + T
-    keys = torch.arange(S, device=device)
+    keys = cache.keys(T)                                                # (S,)
     mask = (cache.places(T)[:, None] >= keys)[None]                     # (1, T, S)
     if cache.padding is not None:
         mask = mask & (keys >= cache.padding[:, None, None])            # (B, T, S)
@@ -464,7 +468,7 @@ class GPT(nn.Module):
         else:
             positions = cache.positions(T)                              # (1 or B, T)
         cos, sin = rope_cos_sin(positions, rope_frequencies(self.config, idx.device))
-        context = Context(cos, sin, attention_mask(T, cache, idx.device), cache)
+        context = Context(cos, sin, attention_mask(T, cache), cache)
         x = self.dropout(self.embed(idx))                               # (B, T, C)
         for block in self.layers:
             if self.recompute and self.training:

@@ -20,9 +20,7 @@ from nanogqa.costs import mfu
 from nanogqa.dataloader import Dataset, bits_per_byte, prepare_default
 from nanogqa.distributed import StopSignal
 from nanogqa.fast import accelerate, keep_freed_memory
-from nanogqa.files import check_writable
 from nanogqa.runtime import compile_model, pick_runtime
-from nanogqa.tokenizer import copy_tokenizer
 
 SKIPS = 10  # consecutive steps with a non-finite gradient after which a run stops
 METRICS = ("val_loss", "val_bpb")  # keys of evaluate(); None in rows without one
@@ -232,10 +230,7 @@ def train(given, stack):
     runtime = pick_runtime(config.device, config.dtype, config.compile)
     batches = Batches(dataset, config, runtime)
     if not config.eval_only:
-        check_writable(config.out_dir)
-        if not locked:
-            checkpoint.own(config.out_dir, stack)
-        copy_tokenizer(dataset.meta["tokenizer"], dataset.folder, config.out_dir)
+        checkpoint.open_folder(config.out_dir, dataset, locked, stack)
 
     # model and optimizers: the plain model owns the weights and is saved, torch.compile wraps it,
     # and DDP wraps that; FSDP is inside it

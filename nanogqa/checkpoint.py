@@ -20,7 +20,8 @@ import torch.distributed.checkpoint as dcp
 
 from nanogqa.configurator import UserError, build, check_key, convert, one_line
 from nanogqa.distributed import barrier, placed, whole, world
-from nanogqa.files import replacing, sync, write_json
+from nanogqa.files import check_writable, replacing, sync, write_json
+from nanogqa.tokenizer import copy_tokenizer
 
 NAME = "ckpt.pt"      # the newest checkpoint
 BEST = "ckpt_best.pt"  # the one with the lowest validation loss
@@ -236,6 +237,14 @@ def own(out_dir, stack):
     if world()[0] == 0:
         stack.enter_context(lock(out_dir))
     barrier()
+
+
+def open_folder(out_dir, dataset, locked, stack):
+    """Creates and locks the folder of a run, and copies the data set's tokenizer into it."""
+    check_writable(out_dir)
+    if not locked:
+        own(out_dir, stack)
+    copy_tokenizer(dataset.meta["tokenizer"], dataset.folder, out_dir)
 
 
 def find(out_dir):

@@ -145,7 +145,10 @@ def mask_bytes(config, decoding, tokens):
     if decoding.prompt_len <= tokens and not decoding.static and not decoding.padded:
         return 0
     S = decoding.max_length if decoding.static else decoding.prompt_len
-    repeats = config.n_head // caching_layer(config).heads
+    layer = caching_layer(config)
+    if layer.tokens is not None:  # the tokens that are kept, and the chunk
+        S = min(S, layer.tokens + tokens)
+    repeats = config.n_head // layer.heads
     row = tokens * S * (3 + repeats * (1 + decoding.dtype.itemsize))
     return row * (decoding.batch_size if decoding.padded else 1)
 

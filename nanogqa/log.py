@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from nanogqa.configurator import UserError, off_default, one_line
-from nanogqa.costs import kv_bytes_per_token, num_params
+from nanogqa.costs import kv_bytes_per_token, kv_cache_bytes, num_params
 from nanogqa.distributed import world
 from nanogqa.files import replacing
 
@@ -246,8 +246,10 @@ def announce_sampling(config, gpt_config, runtime, step, ids):
     cache = "no KV cache"
     if config.kv_cache:
         per_token = kv_bytes_per_token(gpt_config, runtime.dtype)
-        tokens = min(block_size, longest + config.max_new_tokens) * len(ids) * config.num_samples
-        cache = f"KV cache {per_token:,} bytes per token, {per_token * tokens:,} in all"
+        length = min(block_size, longest + config.max_new_tokens)
+        row = kv_cache_bytes(gpt_config, length, runtime.dtype)
+        total = row * len(ids) * config.num_samples
+        cache = f"KV cache {per_token:,} bytes per token, {total:,} in all"
     print(f"{runtime.why}; {config.out_dir} at step {step}, "
           f"{off_default(gpt_config, ['n_head'])}; {cache}", file=sys.stderr)
     if longest > block_size:

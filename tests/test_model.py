@@ -216,7 +216,7 @@ def test_keys_and_values_are_never_expanded(n_kv_head, T):
 @pytest.mark.parametrize("changes", [dict(n_kv_head=2), dict(attention="mla")], ids=["gqa", "mla"])
 def test_one_function_makes_the_mask_of_every_path(monkeypatch, changes):
     """A window of two tokens, in training and over a cache: no path may ignore a change of attention_mask."""
-    def windowed(T, cache, device):
+    def windowed(T, cache):
         places = torch.arange(T) if cache is None else cache.places(T)
         distance = places[:, None] - torch.arange(int(places[-1]) + 1)
         return ((distance >= 0) & (distance < 2))[None]
