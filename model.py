@@ -422,7 +422,8 @@ def initial_weight(name, shape, seed):
     seeded by (seed, name), so that models that differ in one shape start from the same values
     everywhere else, on any number of ranks and any device."""
     if len(shape) == 1:
-        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+        start = float(not name.endswith("bias"))  # biases start at 0, norms at 1
+        return torch.full(shape, start)
     key = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
     std = 0.02 if name == "embed.weight" else shape[1] ** -0.5
