@@ -136,7 +136,7 @@ def make_optimizers(model, config):
     if not blocks:
         return [adamw]
     # match_rms_adamw scales updates to the size of AdamW's, so one learning rate fits both
-    muon = torch.optim.Muon(blocks, lr, decay, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(blocks, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     return [muon, adamw]
 
 
