@@ -50,10 +50,10 @@ class GPTConfig:
     qk_norm: bool = True  # normalize queries and keys (Qwen3); MLA: its latents
     qkv_bias: bool = False  # biases on q_proj, k_proj and v_proj (Qwen2)
     attention: Literal["gqa", "mla"] = "gqa"  # gqa: key/value heads; mla: latent attention
-    kv_lora_rank: int | None = None  # MLA: width of the cached latent; see set_latents
+    kv_lora_rank: int | None = None  # MLA: width of the latent; None: min(4 head_dim, n_embd / 2)
     q_lora_rank: int | None = None  # MLA: width of the queries' latent; None: not compressed
-    rope_head_dim: int | None = None  # MLA: rotary part of a key
-    nope_head_dim: int | None = None  # MLA: non-rotary part of a key
+    rope_head_dim: int | None = None  # MLA: rotary part; None: max(head_dim / 2, min(head_dim, 32))
+    nope_head_dim: int | None = None  # MLA: other part of a key; None: 1.5 head_dim - rope_head_dim
     v_head_dim: int | None = None  # MLA: width of a value; None: head_dim
     tie_embeddings: bool = True  # use the embedding table as the output head
     dropout: float = 0.0  # on the embedding and each sublayer's output, never on attention weights

@@ -51,7 +51,7 @@ class TrainConfig(GPTConfig):
     tokens_per_step: int = 2**11  # tokens per optimizer step, over all devices and micro-steps
     batch_size: int | None = None  # sequences per forward pass and device; None: all at once
     # optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: only for the blocks' matrices
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: blocks' matrices by Muon
     learning_rate: float = 3e-3  # peak, after the warm-up
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear over the cooldown
     cooldown: float = 0.2  # wsd: final share of max_steps, in which the rate falls
