@@ -77,13 +77,14 @@ class BenchConfig(GPTConfig):
 
 
 def heads_of(config):
-    """The kind of attention and its sizes, for a row of results. Sizes of other kinds are None, and
-    switches are left out."""
+    """The kind of attention and its sizes, for a row of results. Sizes of other kinds are None;
+    switches are there if they are off their defaults."""
     row = {"attention": config.attention}
+    defaults = {f.name: f.default for f in fields(config)}
     for kind, names in SETTINGS_OF.items():
         for name in names:
             value = getattr(config, name)
-            if isinstance(value, bool):
+            if isinstance(value, bool) and value == defaults[name]:
                 continue
             if kind != config.attention:
                 value = None

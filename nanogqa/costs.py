@@ -1,7 +1,7 @@
 """Everything that is calculated: parameters, FLOPs, bytes, and the peaks of devices.
 
-Functions of a config read only its shape and config.cached(), the description of what each layer
-caches. So a change of the cache is made in model.py alone.
+Sizes of the cache follow from config.cached(), the description of what each layer caches, so that
+a change of the cache is made in model.py alone.
 """
 from dataclasses import dataclass
 
@@ -57,8 +57,7 @@ def kv_cache_bytes(config, tokens, dtype=torch.float32):
 
 
 def kv_bytes_per_token(config, dtype=torch.float32):
-    """Bytes that the cache holds for one token: 2 L K D numbers (keys and values), or with MLA
-    L (R + P)."""
+    """Bytes that the cache holds for one token: see GPTConfig.cached."""
     return kv_cache_bytes(config, 1, dtype)
 
 

@@ -156,7 +156,7 @@ def evil(folder):
     return pickle.dumps(Evil())
 
 
-@pytest.mark.parametrize("args,words", [(["--optimizer=muon"], "splits the matrices that Muon needs whole"), ([], "start with torchrun")])
+@pytest.mark.parametrize("args,words", [(["--optimizer=muon"], "splits the matrices, but Muon needs whole ones"), ([], "start with torchrun")])
 def test_what_fsdp_cannot_do(toy_run, capsys, args, words):
     assert words in fails(train.main, [*toy_run, "--parallel=fsdp", *args], capsys)
 
@@ -169,7 +169,7 @@ def test_a_sharded_checkpoint_is_read_by_its_run_alone(toy_run, tmp_path, capsys
     folder.mkdir()
     import json
     (folder / "state.json").write_text(json.dumps({**state, "model": {}, "optimizer": {}}))
-    assert "is sharded over ranks: end its run with" in fails(sample.main, [f"--out_dir={tmp_path / 'run'}", "--device=cpu"], capsys)
+    assert "is sharded over ranks: finish its run with" in fails(sample.main, [f"--out_dir={tmp_path / 'run'}", "--device=cpu"], capsys)
     for text in ("{", "[]", '{"step": 1}'):
         (folder / "state.json").write_text(text)
         error = fails(train.main, [*toy_run, "--init_from=resume"], capsys)

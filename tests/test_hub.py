@@ -146,6 +146,9 @@ def server(monkeypatch, tmp_path):
     pytest.importorskip("huggingface_hub")
     import huggingface_hub.constants
 
+    # another test of this process may have switched it off, and the library reads it at import
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 1000))
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 500)  # resumes from these

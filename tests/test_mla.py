@@ -204,7 +204,7 @@ def test_the_other_attention_is_untouched():
 
 
 @pytest.mark.parametrize("changes,words", [
-    (dict(n_kv_head=2), "n_kv_head=2 is for attention=gqa: leave it out"),
+    (dict(n_kv_head=2), "n_kv_head=2 is for attention=gqa: leave n_kv_head out"),
     (dict(qkv_bias=True), "qkv_bias=True is for attention=gqa"),
     (dict(rope_head_dim=5), "rope_head_dim=5 is odd"),
     (dict(head_dim=6, rope_head_dim=3), "rope_head_dim=3 is odd"),
