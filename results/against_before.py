@@ -20,7 +20,7 @@ from nanogqa.configurator import build, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE = ["--n_layer=12", "--n_head=12", "--n_embd=768", "--n_ff=2048", "--vocab_size=50304",
-         "--qk_norm=False", "--new_tokens=16"]
+         "--qk_norm=False", "--new_tokens=16", "--prefill=False"]
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Cell:
 def train_cell(name, n_embd, n_layer, batch_size, block_size, vocab_size):
     flags = ["--mode=train", f"--n_embd={n_embd}", f"--n_layer={n_layer}", "--n_kv_head=2",
              f"--batch_size={batch_size}", f"--block_size={block_size}",
-             f"--vocab_size={vocab_size}", "--steps=8"]
+             f"--vocab_size={vocab_size}", "--steps=4"]
     if n_embd == 128:
         flags[-1] = "--steps=60"
     return Cell(f"train, {name}", flags)
