@@ -259,8 +259,7 @@ def train(given, stack):
     redo = resumed and start == config.max_steps and state["val_loss"] is None
     saver = checkpoint.make_saver(config, runtime.rank)
     stop = stack.enter_context(StopSignal())
-    kept = start if resumed and not redo else start - 1  # the last step whose row stays
-    logger = stack.enter_context(log.Log(config, kept))
+    logger = stack.enter_context(log.Log(config, start if resumed and not redo else start - 1))
     trace = stack.enter_context(log.profiler(config))
     times, rate = log.Times(runtime), log.Rate(config.tokens_per_step, start)
     loss = grad_norm = None
