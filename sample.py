@@ -195,7 +195,7 @@ def main(argv):
     n_texts = len(prompts) * config.num_samples
     runtime = pick_runtime(config.device, config.dtype, config.compile, config.max_new_tokens)
     state = checkpoint.load(config.out_dir, GPTConfig)
-    encoding = get_tokenizer(state["tokenizer"], checkpoint.find(config.out_dir).parent)
+    encoding = get_tokenizer(state["tokenizer"], checkpoint.path_of(config.out_dir).parent)
     gpt_config = GPTConfig(**state["config"])
     model = checkpoint.load_model(GPT, gpt_config, state).to(runtime.device, runtime.dtype).eval()
     if config.fast:

@@ -247,7 +247,7 @@ def open_folder(out_dir, dataset, locked, stack):
     copy_tokenizer(dataset.meta["tokenizer"], dataset.folder, out_dir)
 
 
-def find(out_dir):
+def path_of(out_dir):
     """The path of a checkpoint: of a folder's ckpt.pt, or of a file such as ckpt_best.pt."""
     path = Path(out_dir)
     return path if path.suffix == ".pt" else path / NAME
@@ -260,7 +260,7 @@ def find_sharded(out_dir):
 
 
 def exists(out_dir):
-    return find(out_dir).exists() or find_sharded(out_dir) is not None
+    return path_of(out_dir).exists() or find_sharded(out_dir) is not None
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def load(out_dir, GPTConfig):
 
     Of a sharded checkpoint it holds the plain values only: load_sharded reads the tensors.
     """
-    path = find(out_dir)
+    path = path_of(out_dir)
     sharded = find_sharded(out_dir)
     if sharded:
         path = sharded / "state.json"

@@ -158,7 +158,7 @@ class Dataset:
 
     def __init__(self, name):
         self.name = name
-        self.folder = find(name)
+        self.folder = folder_of(name)
         if not (self.folder / "meta.json").exists():
             raise UserError(f"data set {name!r} is not prepared: {remedy(self.folder)}")
         self.meta = read_meta(self.folder)
@@ -181,7 +181,7 @@ class Dataset:
                 )
 
 
-def find(name):
+def folder_of(name):
     """The folder of the data set called name."""
     for folder in (DATA / name, Path(name)):
         if folder.is_dir():
