@@ -138,8 +138,8 @@ def mask_bytes(config, decoding, tokens):
     """Bytes of the masks of a chunk of that many tokens.
 
     A first chunk needs none, unless the cache is static or rows are padded. Otherwise three bool
-    masks of (T, S) live at once, and two of (H/K * T, S) beside the numbers that attention makes of
-    one; where rows are padded, for each row.
+    masks of (T, S) live at once, and one of (H/K * T, S), which attention turns into numbers; where
+    rows are padded, for each row.
     """
     if decoding.prompt_len <= tokens and not decoding.static and not decoding.padded:
         return 0
@@ -148,7 +148,7 @@ def mask_bytes(config, decoding, tokens):
     if layer.tokens is not None:  # the tokens that are kept, and the chunk
         S = min(S, layer.tokens + tokens)
     repeats = config.n_head // layer.heads
-    row = tokens * S * (3 + repeats * (2 + decoding.dtype.itemsize))
+    row = tokens * S * (3 + repeats * (1 + decoding.dtype.itemsize))
     return row * (decoding.batch_size if decoding.padded else 1)
 
 
