@@ -226,9 +226,9 @@ def prepare_for_decoding(model, rows):
     weight = model.embed.weight
     if not packs(weight.device, weight.dtype):
         return model
-    # no list holds linear layers, so that each plain weight is freed once it is packed
+    # no list holds the linear layers of more than one parent, so that plain weights are freed early
     for parent in [m for m in model.modules() if not isinstance(m, nn.Linear)]:
-        for name, child in parent.named_children():
+        for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and name != "kv_b_proj":  # MLA reads it as matrices too
                 setattr(parent, name, PackedLinear(child.weight, child.bias, rows))
     if model.lm_head is None:
