@@ -36,15 +36,16 @@ def world():
 
 @contextlib.contextmanager
 def joined():
-    """Holds the process group while it is open; does nothing with one rank."""
+    """Holds the process group while it is open; does nothing with one rank.
+
+    After an error the group stays as it is, for run() to end the process.
+    """
     if world()[1] == 1:
         yield
         return
     join_ranks()
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
 
 
 def join_ranks():
@@ -102,20 +103,25 @@ def explained():
 
 def run(main):
     """Runs a program's main() as a process of its own, with its exit code."""
-    code = 0
     try:
         main()
     except SystemExit as error:
-        code = error.code or 0
+        # error keeps the frames of main alive, and with them DDP. Freed after the group, DDP would
+        # hold the interpreter's lock while it waits for a thread of gloo that waits for this lock.
+        end(error.code or 0)
     except BaseException:
         traceback.print_exc()
-        code = 1
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        # threads of the process group outlive destroy_process_group: they can abort a finalizing
-        # interpreter, or wait for its lock while it waits for them
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+        end(1)
+    end(0)
+
+
+def end(code):
+    """Ends the process. With several ranks nothing is freed first: threads of the process group
+    outlive destroy_process_group and can abort a finalizing interpreter."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 # -- stop signals ----------------------------------------------------------------------------------
