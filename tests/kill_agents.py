@@ -30,7 +30,7 @@ def alive(pid):
 
 def one_run(folder, out_dir, rng, patience):
     """Kills the agent of a run and returns the ranks that do not end: a list of process ids."""
-    process = start(folder, out_dir)
+    process = start(folder, out_dir, "--max_steps=100000")
     while not (out_dir / "metrics.jsonl").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)

@@ -24,12 +24,12 @@ from conftest import load
 from nanogqa.writer import write_dataset
 
 
-def start(folder, out_dir):
+def start(folder, out_dir, *more):
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", f"--dataset={folder / 'data'}",
          f"--out_dir={out_dir}", "--init_from=auto", "--device=cpu", "--n_layer=2", "--n_embd=32", "--n_kv_head=2", "--block_size=32",
          "--tokens_per_step=256", "--max_steps=120", "--eval_interval=3", "--eval_tokens=256", "--log_interval=1", "--dropout=0.1",
-         "--keep_checkpoints=2"],
+         "--keep_checkpoints=2", *more],
         cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
