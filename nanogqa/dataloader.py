@@ -2,7 +2,6 @@
 import bisect
 import hashlib
 import itertools
-import json
 import math
 import os
 import subprocess
@@ -13,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from nanogqa.configurator import UserError
+from nanogqa import schema
+from nanogqa.configurator import UserError, one_line
 from nanogqa.tokenizer import HF_TOKENIZER
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -22,47 +22,39 @@ SCANNED = 2**24  # tokens at the start of a split that are checked when it is op
 
 # -- meta.json -------------------------------------------------------------------------------------
 
+def dtype(value):
+    """A type of token ids."""
+    return value in ("uint16", "uint32")
+
+
+def vocabulary(value):
+    """A number of token ids."""
+    return schema.count(value) and 0 < value <= 2**32
+
+
+def tokenizer(value):
+    """The name of a tokenizer that a data set may have."""
+    known = ("byte", *tiktoken.list_encoding_names())
+    return isinstance(value, str) and (value.startswith(HF_TOKENIZER) or value in known)
+
+
+FILES = [{"name": schema.base_name, "tokens": schema.count, "bytes": schema.count}]
+META = {
+    "dtype": dtype, "vocab_size": vocabulary, "tokenizer": tokenizer, "sha256": str,
+    "splits": {"train": FILES, "val": FILES},
+}
 def read_meta(folder):
     """The content of a data set's meta.json. Raises UserError if it is missing or not valid."""
     path = Path(folder) / "meta.json"
     try:
-        meta = json.loads(path.read_text())
-        valid = is_meta(meta)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        valid = False
-    if not valid:
-        raise UserError(f"{path} is not the meta.json of a data set: {remedy(folder)}")
+        meta = schema.read_json(path, META)
+        for split in ("train", "val"):
+            if sum(file["bytes"] for file in meta["splits"][split]) == 0:
+                raise ValueError(f"the {split} split is empty")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not the meta.json of a data set ({one_line(error)}): "
+                        f"{remedy(folder)}") from None
     return meta
-
-
-def is_meta(meta):
-    """Whether meta describes a data set. May raise KeyError, TypeError or AttributeError if not."""
-    if meta["dtype"] not in ("uint16", "uint32") or not isinstance(meta["sha256"], str):
-        return False
-    if not is_count(meta["vocab_size"]) or not 0 < meta["vocab_size"] <= 2**32:
-        return False
-    name = meta["tokenizer"]
-    if not name.startswith(HF_TOKENIZER) and name not in ("byte", *tiktoken.list_encoding_names()):
-        return False
-    for split in ("train", "val"):
-        files = meta["splits"][split]
-        if not are_files(files) or sum(file["bytes"] for file in files) == 0:
-            return False
-    return True
-
-
-def are_files(files):
-    """Whether files lists the files of a split: names without a folder, counts that are counts."""
-    for file in files:
-        if file["name"] != os.path.basename(file["name"]):
-            return False
-        if not is_count(file["tokens"]) or not is_count(file["bytes"]):
-            return False
-    return True
-
-
-def is_count(value):
-    return type(value) is int and 0 <= value < 2**62
 
 
 def remedy(folder):

@@ -5,7 +5,6 @@ the files of each split with their token and byte counts. Every document ends wi
 token.
 """
 import hashlib
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanogqa.configurator import UserError
-from nanogqa.dataloader import Split, are_files, read_meta
+from nanogqa import schema
+from nanogqa.configurator import UserError, one_line
+from nanogqa.dataloader import FILES, Split, read_meta
 from nanogqa.files import sync, write_json
 from nanogqa.tokenizer import (
     HF_CONFIG,
@@ -26,6 +26,11 @@ from nanogqa.tokenizer import (
 )
 
 SPLITS = ("train", "val")
+PROGRESS = {  # what DatasetWriter.save() writes
+    "about": {str: (dict, list, str, int, float, type(None))},
+    "position": dict,
+    "splits": {"train": FILES, "val": FILES},
+}
 
 
 @dataclass
@@ -324,14 +329,15 @@ def find_unfinished(part, about, overwrite=False):
     """
     path = Path(part) / "progress.json"
     try:
-        progress = json.loads(path.read_text())
-        valid = is_progress(progress)
+        progress = schema.read_json(path, PROGRESS)
+        for split in SPLITS:
+            for file in progress["splits"][split][:-1]:  # the last one may be incomplete
+                schema.check(file, {"sha256": schema.sha256})
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        valid = False
-    if not valid:
-        raise UserError(f"{path} is damaged: remove {part} to begin again")
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({one_line(error)}): remove {part} to begin again") from None
     if about.items() <= progress["about"].items():
         return progress
     if any(progress["splits"].values()) and not overwrite:
@@ -342,17 +348,3 @@ def find_unfinished(part, about, overwrite=False):
     return None
 
 
-def is_progress(progress):
-    """Whether progress has what DatasetWriter.save() writes. May raise if not, like is_meta()."""
-    if not isinstance(progress["about"], dict) or not isinstance(progress["position"], dict):
-        return False
-    for split in SPLITS:
-        files = progress["splits"][split]
-        if not isinstance(files, list) or not are_files(files):
-            return False
-        for file in files:
-            if file is files[-1] and "sha256" not in file:
-                continue  # the last file of a split may be incomplete
-            if not isinstance(file["sha256"], str):
-                return False
-    return set(progress["splits"]) == set(SPLITS)

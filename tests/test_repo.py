@@ -94,7 +94,7 @@ def test_every_setting_is_in_the_help_and_is_read(cls):
 
 
 PROGRAM_ORDER = ["model", "train", "sample", "bench", "compare", "convert"]
-PACKAGE_ORDER = ["configurator", "files", "distributed", "fast", "costs", "runtime", "log", "tokenizer", "prompts",
+PACKAGE_ORDER = ["configurator", "files", "schema", "distributed", "fast", "costs", "runtime", "log", "tokenizer", "prompts",
                  "dataloader", "batches", "writer", "checkpoint", "report", "pool"]
 
 
