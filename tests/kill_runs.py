@@ -33,6 +33,11 @@ def start(folder, out_dir, *more):
         cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def finish(process):
+    """The output of a run. Of an agent that was killed it ends when its workers have closed the pipe: TimeoutExpired if they hang."""
+    return process.communicate(timeout=100)[0]
+
+
 def children(pid):
     try:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -68,15 +73,15 @@ def main(times=50, seed=0):
     write_dataset([("train", "the kill test needs some text, any will do. " * 400), ("val", "and some more of it to validate. " * 60)],
                   folder / "data", "byte")
     began = time.time()
-    text = start(folder, folder / "whole").communicate()[0]
+    text = finish(start(folder, folder / "whole"))
     lasts, whole = time.time() - began, load(folder / "whole")
     assert whole["step"] == 120, text
     for i in range(times):
         out_dir = folder / f"run{i}"
         process = start(folder, out_dir)
         what = kill(process, out_dir, rng, time.time(), lasts, in_write=i % 3 == 2)
-        text = process.communicate()[0]  # of an agent that was killed, when its workers have closed the pipe
-        text = start(folder, out_dir).communicate()[0]
+        finish(process)
+        text = finish(start(folder, out_dir))
         state = load(out_dir)
         same = state["step"] == 120 and all(torch.equal(x, whole["model"][name]) for name, x in state["model"].items())
         good += same

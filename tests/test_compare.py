@@ -63,7 +63,7 @@ def comparison(toy_data, tmp_path_factory):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
     process.kill()
-    process.wait()
+    process.wait(timeout=60)
     time.sleep(1)  # the orphaned training ends at its next line, since nobody reads its output
     before = state_of(first)
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout

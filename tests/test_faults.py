@@ -85,7 +85,7 @@ def test_the_lock_ends_with_its_process(tmp_path):
     assert process.stdout.readline() == "on\n"
     process.kill()
     with checkpoint.lock(tmp_path, patience=10):
-        process.wait()
+        process.wait(timeout=60)
 
 
 def test_any_number_of_ranks_has_the_same_loss_curve(toy_run, tmp_path):

@@ -388,7 +388,7 @@ def test_kill_9(server, tmp_path):
     while sum(path == FILES[2] for path, _ in server.asked) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    assert process.wait(timeout=60) == -signal.SIGKILL
     assert (tmp_path / "again/hub.part/train_00000.bin").exists() and not (
         tmp_path / "again/meta.json"
     ).exists()
