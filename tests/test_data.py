@@ -77,7 +77,7 @@ def test_hash_tells_contents_apart(tmp_path):
         [("train", "a"), ("val", "bc")],
         [("train", "a"), ("train", "b"), ("val", "c")],
     ):
-        write_dataset(docs, tmp_path, "byte")
+        write_dataset(docs, tmp_path, "byte", overwrite=True)
         seen.add(Dataset(tmp_path).meta["sha256"])
     assert len(seen) == 3
 
@@ -88,14 +88,15 @@ def test_a_split_of_many_files_reads_as_one(tmp_path):
     starts = np.cumsum([0] + sizes)
     files = []
     for i, n in enumerate(sizes):
-        tokens[starts[i] : starts[i] + n].tofile(tmp_path / f"train_{i}.bin")
-        files.append(dict(name=f"train_{i}.bin", tokens=n, bytes=n))
+        tokens[starts[i] : starts[i] + n].tofile(tmp_path / f"train_{i:05d}.bin")
+        files.append(dict(name=f"train_{i:05d}.bin", tokens=n, bytes=n))
+    (tmp_path / "val.bin").write_bytes(bytes(10))
     meta = dict(
         tokenizer="byte",
         vocab_size=257,
         dtype="uint16",
-        sha256="",
-        splits=dict(train=files, val=files),
+        sha256="0" * 64,
+        splits=dict(train=files, val=[dict(name="val.bin", tokens=5, bytes=5)]),
     )
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     split = Dataset(tmp_path).train
@@ -130,7 +131,7 @@ def counting(tmp_path):
         for split, n in (("train", 1003), ("val", 130))
     }
     (tmp_path / "meta.json").write_text(
-        json.dumps(dict(tokenizer="byte", vocab_size=257, dtype="uint16", sha256="", splits=splits))
+        json.dumps(dict(tokenizer="byte", vocab_size=257, dtype="uint16", sha256="0" * 64, splits=splits))
     )
     return Dataset(tmp_path)
 
@@ -202,7 +203,7 @@ def test_python_data_set_is_the_standard_library(tmp_path):
         f"--input={tree}",
         f"--data_dir={out}",
     ]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100).stdout
     data = Dataset(out)
     encoding = get_tokenizer("byte")
     read = {
@@ -283,7 +284,7 @@ def test_one_writer_replaces_what_another_wrote(tmp_path):
     names = [file["name"] for file in meta["splits"]["train"]]
     assert names == ["train_00000.bin", "train_00001.bin"] and big.n_tokens == 11
     assert Dataset(tmp_path).train.n_tokens == 9
-    write_dataset([("train", "ab"), ("val", "x")], tmp_path, "byte")
+    write_dataset([("train", "ab"), ("val", "x")], tmp_path, "byte", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
@@ -299,7 +300,7 @@ def test_a_file_of_another_data_set_is_not_taken_for_a_finished_one(tmp_path):
     assert writer.DatasetWriter(tmp_path / "x.part", tokenizer, about, 3, progress).n_tokens == 4
     np.array([1, 2, 3, 256], "<u2").tofile(tmp_path / "train_00000.bin")
     progress = writer.find_unfinished(tmp_path / "x.part", about)
-    with pytest.raises(UserError, match="is shorter than progress.json says: remove"):
+    with pytest.raises(UserError, match="does not hold the files that its progress.json lists"):
         writer.DatasetWriter(tmp_path / "x.part", tokenizer, about, 3, progress)
 
 
