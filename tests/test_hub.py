@@ -92,6 +92,8 @@ def listing(folder, names):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    timeout = 60  # seconds of silence
+
     def do_HEAD(self):
         path = unquote(self.path.partition("?")[0])
         plan = self.server.plan.get(f"HEAD {path}", [])
@@ -394,7 +396,7 @@ def test_kill_9(server, tmp_path):
     ).exists()
     server.plan.clear()
     server.asked.clear()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=100)
     assert content(tmp_path / "again") == content(tmp_path / "out")
     assert server.asked == [(FILES[2], None)]
 
@@ -420,7 +422,14 @@ def test_kill_9(server, tmp_path):
         (["--repo=other/text"], "there is no data set 'other/text' at"),
         ([f"--revision={'0' * 40}"], "no parquet files at 0000"),
         (["--endpoint=ftp:/x"], "is not the address of a Hub"),
-        (["--endpoint=http://["], "from http://[ ("),
+        (["--endpoint=http://["], "is not the address of a Hub"),
+        (["--endpoint=http://[::1"], "is not the address of a Hub"),
+        (["--endpoint=https://a:b"], "is not the address of a Hub"),
+        (["--endpoint=https://"], "is not the address of a Hub"),
+        (["--endpoint=file:///etc/passwd"], "is not the address of a Hub"),
+        (["--endpoint=https://\udcff"], "is not the address of a Hub"),
+        ([f"--endpoint=https://{'é' * 70}"], "is not the address of a Hub"),
+        (["--subset=\udcff"], "subset must be a name"),
         (["--input=/no/such"], "there are no parquet files at /no/such: name"),
         (["--column=words"], "no column of text 'words': choose --column from text"),
         (["--column=id"], "--column from text"),
@@ -463,7 +472,7 @@ def test_a_list_that_is_none(server, tmp_path, capsys, path, answer):
     if path == LIST and (answer in (b"{}", b"[]") or answer.startswith(b"[{")):
         assert "has no parquet files for part/train: check --repo" in error  # none that fits
     else:
-        assert "answers with no list of parquet files" in error
+        assert "answers 'some/text' otherwise than the Hub" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -711,15 +720,18 @@ def test_tokenizer_files_tokenize_batches_as_they_do_texts(tmp_path, capsys):
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def make(folder, files):
-    """A data set whose train split is files, pairs of name and tokens, and val the last of them."""
-    listed = [dict(name=name, tokens=n, bytes=n + 1) for name, n in files]
+def make(folder, sizes):
+    """A data set whose train split is the parts in folder of these sizes, and val the last one."""
+    names = [f"train_{i:05d}.bin" for i in range(len(sizes))]
+    train = [dict(name=name, tokens=n, bytes=n + 1) for name, n in zip(names, sizes, strict=True)]
+    os.link(folder / names[-1], folder / "val.bin")
+    val = [dict(train[-1], name="val.bin")]
     meta = dict(
         tokenizer="byte",
         vocab_size=257,
         dtype="uint16",
-        sha256="",
-        splits=dict(train=listed, val=listed[-1:]),
+        sha256="0" * 64,
+        splits=dict(train=train, val=val),
     )
     (folder / "meta.json").write_text(json.dumps(meta))
     return Dataset(folder)
@@ -729,10 +741,9 @@ def test_windows_of_many_files_are_those_of_one(tmp_path):
     rng = np.random.default_rng(0)
     sizes = [*rng.integers(0, 60, 300).tolist(), 0, 5]
     whole = rng.integers(0, 257, sum(sizes)).astype("<u2")
-    files = [(f"train_{i:05d}.bin", n) for i, n in enumerate(sizes)]
-    for (name, n), end in zip(files, np.cumsum(sizes), strict=True):
-        whole[end - n : end].tofile(tmp_path / name)
-    split = make(tmp_path, files).train
+    for i, end in enumerate(np.cumsum(sizes)):
+        whole[end - sizes[i] : end].tofile(tmp_path / f"train_{i:05d}.bin")
+    split = make(tmp_path, sizes).train
     for length in (1, 2, 33, 500, len(whole)):
         starts = rng.integers(0, len(whole) - length + 1, 50)
         assert (
@@ -744,10 +755,10 @@ def test_windows_of_many_files_are_those_of_one(tmp_path):
 
 
 def test_a_file_that_shrinks_while_it_is_used(tmp_path):
-    (tmp_path / "a.bin").write_bytes(bytes(200))
-    split = make(tmp_path, [("a.bin", 100)]).train
-    os.truncate(tmp_path / "a.bin", 100)
-    with pytest.raises(UserError, match="a.bin has become shorter"):
+    (tmp_path / "train_00000.bin").write_bytes(bytes(200))
+    split = make(tmp_path, [100]).train
+    os.truncate(tmp_path / "train_00000.bin", 100)
+    with pytest.raises(UserError, match="train_00000.bin has become shorter"):
         split.windows([40], 20)
 
 
@@ -755,12 +766,11 @@ def test_opening_checks_a_bounded_number_of_tokens(tmp_path, monkeypatch):
     from nanogqa import dataloader
 
     monkeypatch.setattr(dataloader, "SCANNED", 100)
-    files = [(f"{i}.bin", 30) for i in range(10)]
-    for name, n in files:
-        np.full(n, 7, "<u2").tofile(tmp_path / name)
+    for i in range(10):
+        np.full(30, 7, "<u2").tofile(tmp_path / f"train_{i:05d}.bin")
     seen = []
     monkeypatch.setattr(dataloader.Split, "check", lambda self, ids: seen.append(len(ids)) or ids)
-    make(tmp_path, files)
+    make(tmp_path, [30] * 10)
     assert seen == [30, 30, 30, 10, 30]
 
 
@@ -789,27 +799,27 @@ def test_a_file_of_20_gb_opens_in_a_second_and_in_little_memory(tmp_path):
     if not os.path.exists("/proc/self/status"):
         pytest.skip("no /proc here")
     try:
-        with open(tmp_path / "train.bin", "wb") as file:
+        with open(tmp_path / "train_00000.bin", "wb") as file:
             file.seek(2 * n - 2)
             file.write(b"\x07\x00")
     except OSError:
         pytest.skip("no file of 20 GB here")
-    make(tmp_path, [("train.bin", n)])
+    make(tmp_path, [n])
     out = subprocess.run(
         [sys.executable, "-c", SPARSE, tmp_path],
         cwd=ROOT,
         check=True,
         capture_output=True,
         text=True,
+        timeout=100,
     ).stdout
     opened, grown, *end = map(float, out.split())
     assert opened < 1 and grown < 300 and end == [0, 7], out
 
 
 def test_a_thousand_files_open_in_a_second(tmp_path):
-    files = [(f"{i}.bin", 64) for i in range(3000)]
-    for name, n in files:
-        (tmp_path / name).write_bytes(bytes(2 * n))
+    for i in range(3000):
+        (tmp_path / f"train_{i:05d}.bin").write_bytes(bytes(128))
     start = time.perf_counter()
-    split = make(tmp_path, files).train
+    split = make(tmp_path, [64] * 3000).train
     assert time.perf_counter() - start < 1 and split.n_tokens == 3000 * 64
