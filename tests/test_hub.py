@@ -1,5 +1,7 @@
 """Data sets from parquet files on a local stand-in for the Hub; splits of many and large files."""
 
+import contextlib
+import copy
 import errno
 import hashlib
 import http.server
@@ -7,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -715,6 +718,380 @@ def test_tokenizer_files_tokenize_batches_as_they_do_texts(tmp_path, capsys):
     assert "pass another --data_dir, or --overwrite=True" in fails(main, args, capsys)
     main([*args, "--overwrite=True"])
     assert (tmp_path / "out/tokenizer.json").read_text() == changed
+
+
+# -- hostile files and servers ---------------------------------------------------------------------
+
+STRANGE = [
+    None, True, -1, 0, 2, 2**61, 10**30, 1e308, 0.5, "", "x", "\ud800", "a\0b", "a\nb", "9" * 5000,
+    "../../outside", "/etc/passwd", "..", "meta.json", "progress.json", ".lock", "val.bin",
+    "train_00000.bin", "file:///etc/passwd", [], {}, [None], [[]], {"name": "val.bin"},
+]  # fmt: skip
+
+
+def places(value, found):
+    """Appends every (container, key) inside value to found."""
+    keys = []
+    if isinstance(value, dict):
+        keys = list(value)
+    elif isinstance(value, list):
+        keys = range(len(value))
+    for key in keys:
+        found.append((value, key))
+        places(value[key], found)
+    return found
+
+
+def damaged(content, rng):
+    """content as JSON text with one to three things changed at random."""
+    content = json.loads(json.dumps(content))
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        container, key = rng.choice(places(content, []))
+        kind = rng.choice(["swap", "swap", "swap", "delete", "nest", "long", "double", "near"])
+        if kind == "delete":
+            del container[key]
+        elif kind == "nest":
+            for _ in range(rng.choice([3, 400])):
+                container[key] = rng.choice([[container[key]], {"a": container[key]}])
+        elif kind == "long":
+            container[key] = rng.choice([str(container[key]) * 1000, [container[key]] * 1000])
+        elif kind == "double" and isinstance(container, list):
+            container.insert(key, container[key])
+        elif kind == "near" and type(container[key]) is int:
+            container[key] += rng.choice([-1, 1, 1000])
+        else:
+            container[key] = copy.deepcopy(rng.choice(STRANGE))
+        if kind in ("nest", "long") or not places(content, []):
+            break
+    text = json.dumps(content)
+    if rng.random() < 0.1:
+        return text.replace('"tokens": ', '"tokens": 1, "tokens": ')  # the same key twice
+    return text
+
+
+@pytest.fixture
+def tried(tmp_path, capsys, monkeypatch):
+    """A function that runs main on a copy of a folder; main may end with 0, or with 2 and one line.
+
+    What is beside the copy must not change.
+    """
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # takes most of the time
+    world = tmp_path / "world"
+    (world / "outside").mkdir(parents=True)
+    for name in ("val.bin", "train_00000.bin", "meta.json", "outside/val.bin"):
+        (world / name).write_bytes(b"precious")
+    before = content(world)
+
+    def run(folder, change, args):
+        shutil.copytree(folder, world / "data/set")
+        change(world / "data/set")
+        capsys.readouterr()
+        status = 0
+        try:
+            main([*args, f"--data_dir={world / 'data/set'}"])
+        except SystemExit as exit:
+            status = exit.code
+        error = capsys.readouterr().err
+        if status:
+            assert status == 2 and len(error.splitlines()) == 1 and len(error) < 1000, error
+            assert "Traceback" not in error
+        else:
+            Dataset(world / "data/set")
+        shutil.rmtree(world / "data")
+        assert content(world) == before
+        return status
+
+    return run
+
+
+def unfinished(tmp_path):
+    """A folder with hub.part, the arguments that finish it, and a finished folder."""
+    (tmp_path / "in").mkdir()
+    good = parquet(tmp_path / "in/a.parquet", texts(60))
+    (tmp_path / "in/b.parquet").write_bytes(b"no parquet")
+    args = ["--tokenizer=byte", "--tokens_per_file=600", "--val_fraction=0.2"]
+    args.append(f"--input={tmp_path / 'in'}")
+    with pytest.raises(SystemExit):
+        main([*args, f"--data_dir={tmp_path / 'begun'}"])
+    (tmp_path / "in/b.parquet").write_bytes(good)
+    main([*args, f"--data_dir={tmp_path / 'done'}"])
+    return tmp_path / "begun", tmp_path / "done", args
+
+
+def test_damaged_json_files_write_nothing_elsewhere(tmp_path, tried):
+    """240 damaged progress.json and meta.json, names that lead elsewhere among them."""
+    begun, done, args = unfinished(tmp_path)
+    seen = []
+    for seed in range(240):
+        rng = random.Random(seed)
+        folder, name, more = begun, "hub.part/progress.json", []
+        if seed % 2:
+            folder, name = done, "meta.json"
+            more = rng.choice([[], ["--overwrite=True"], ["--val_fraction=0.3"]])
+        text = damaged(json.loads((folder / name).read_text()), rng)
+
+        def change(copy, name=name, text=text):
+            (copy / name).write_text(text)
+
+        seen.append(tried(folder, change, [*args, *more]))
+    assert seen.count(0) > 50 and seen.count(2) > 50
+
+
+@pytest.mark.parametrize(
+    "files,key,value",
+    [
+        ("train", "name", "../../../val.bin"),
+        ("train", "name", "/tmp/val.bin"),
+        ("train", "name", "progress.json"),
+        ("train", "name", "train_00001.bin"),
+        ("train", "tokens", 10**6),
+        ("train", "tokens", 1),
+        ("val", "name", "train_00000.bin"),
+        ("val", "name", "meta.json"),
+        ("val", "tokens", 2**61),
+    ],
+)
+def test_progress_lists_what_a_writer_would_write(tmp_path, tried, files, key, value):
+    begun, _, args = unfinished(tmp_path)
+
+    def change(copy):
+        path = copy / "hub.part/progress.json"
+        progress = json.loads(path.read_text())
+        progress["splits"][files][0][key] = value
+        path.write_text(json.dumps(progress))
+
+    assert tried(begun, lambda copy: None, args) == 0
+    assert tried(begun, change, args) == 2
+
+
+def test_progress_beyond_the_end_of_a_file(tmp_path, tried):
+    """Rows that a file does not have were skipped silently, and with them the whole file."""
+    begun, _, args = unfinished(tmp_path)
+
+    def change(copy):
+        path = copy / "hub.part/progress.json"
+        progress = json.loads(path.read_text())
+        progress["position"]["rows"] = 61
+        path.write_text(json.dumps(progress))
+
+    assert tried(begun, change, args) == 2
+
+
+@pytest.mark.parametrize("name", [".", "val.bin", "train_00000.bin", "progress.json.part", "x"])
+def test_links_are_not_followed(tmp_path, tried, name):
+    begun, _, args = unfinished(tmp_path)
+
+    def change(copy):
+        path = copy / "hub.part" / name
+        target = copy.parents[1] / "outside"
+        if name == ".":
+            path.rename(copy.parents[0] / "moved")
+            path.symlink_to(copy.parents[0] / "moved")
+            return
+        path.unlink(missing_ok=True)
+        if name != "x":
+            target = target / "val.bin"
+        path.symlink_to(target)
+
+    assert tried(begun, change, args) == 2
+
+
+@pytest.mark.parametrize("name", ["meta.json", "meta.json.part", "val.bin", "train_00000.bin"])
+def test_links_in_data_dir_are_replaced(tmp_path, tried, name):
+    _, done, args = unfinished(tmp_path)
+
+    def change(copy):
+        (copy / name).unlink(missing_ok=True)
+        (copy / name).symlink_to(copy.parents[1] / "outside/val.bin")
+
+    assert tried(done, change, [*args, "--overwrite=True"]) == 0
+
+
+def test_parquet_files_of_unfinished_data_sets_are_not_read(tmp_path):
+    begun, done, args = unfinished(tmp_path)
+    want = content(done)
+    shutil.copytree(begun / "hub.part", tmp_path / "in/hub.part")
+    shutil.copy(tmp_path / "in/a.parquet", tmp_path / "in/hub.part/00000.parquet")
+    main([*args, f"--data_dir={tmp_path / 'in'}"])
+    assert {name: (tmp_path / "in" / name).read_bytes() for name in want} == want
+
+
+def test_data_of_a_refused_run_is_not_left(server, tmp_path, capsys):
+    """A run that never wrote a document leaves nothing; one that can go on keeps what it has."""
+    for args in (["--column=id"], ["--repo=other/text"], ["--endpoint=http://[::1"]):
+        fails(main, arguments(server, tmp_path / "new/out", *args), capsys)
+        assert not (tmp_path / "new").exists()
+    server.plan = {FILES[0]: [b"no", b"parquet"]}
+    fails(main, arguments(server, tmp_path / "new/out"), capsys)
+    assert not (tmp_path / "new").exists()
+    server.plan = {f"HEAD {FILES[0]}": [(503,)] * 100}
+    fails(main, arguments(server, tmp_path / "new/out"), capsys)
+    assert (tmp_path / "new/out/hub.part/progress.json").exists()
+
+
+class Rude(http.server.BaseHTTPRequestHandler):
+    """Answers with what server.head and server.body give, for as long as the client reads."""
+
+    timeout = 60
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.server.n_asked += 1
+        self.wfile.write(b"HTTP/1.1 " + self.server.head + b"\r\n\r\n")
+        with contextlib.suppress(OSError):
+            for part in self.server.body():
+                self.wfile.write(part)
+                self.wfile.flush()
+        self.close_connection = True
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def rude(monkeypatch, server):
+    """A server that keeps no rule. Limits of time are a hundred times shorter."""
+    rude = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Rude)
+    rude.daemon_threads = True
+    rude.url = f"http://127.0.0.1:{rude.server_address[1]}"
+    rude.n_asked = 0
+    rude.over = threading.Event()
+    monkeypatch.setattr(hub, "TIMEOUT", 0.1)
+    monkeypatch.setattr(hub, "PATIENCE", 0.2)
+    threading.Thread(target=rude.serve_forever, args=(0.01,), daemon=True).start()
+    yield rude
+    rude.over.set()
+    rude.shutdown()
+    rude.server_close()
+
+
+def endless(part, seconds=0.0):
+    def body(over):
+        while not over.wait(seconds):
+            yield part
+
+    return body
+
+
+OK = b"200 OK\r\nContent-Type: application/json"
+
+
+@pytest.mark.parametrize(
+    "head,body,words",
+    [
+        (OK, endless(b"[" * 2**20), "where a short answer is expected"),
+        (OK + b"\r\nContent-Length: 99999999999", endless(b"[" * 2**20), "a short answer is"),
+        (OK + b"\r\nContent-Encoding: gzip", "bomb", "a short answer is expected"),
+        (OK, endless(b"[", 0.03), "in 0.2 s, 6 times in a row)"),
+        (OK, endless(b"", 0.03), "6 times in a row): run the same command later"),
+        (OK + b"\r\nContent-Length: many", endless(b"x"), "times in a row): run the same"),
+        (OK + b"\r\nContent-Length: -1", endless(b"x"), "times in a row): run the same"),
+        (b"302 Found\r\nLocation: /", lambda over: [], "times in a row): run the same"),
+        (b"302 Found\r\nLocation: http://[::1", lambda over: [], "times in a row): run the same"),
+        (b"302 Found\r\nLocation: file:///etc/passwd", lambda over: [], "times in a row): run"),
+    ],
+    ids=["endless", "long", "bomb", "drip", "silence", "many", "-1", "loop", "[", "file"],
+)
+def test_servers_that_keep_no_rule(rude, tmp_path, capsys, head, body, words):
+    if body == "bomb":
+        import zlib
+
+        pack = zlib.compressobj(wbits=31)
+        packed = pack.compress(b"[" * 2**26) + pack.flush()
+        rude.body = lambda: [packed]
+    else:
+        rude.body = lambda: body(rude.over)
+    rude.head = head
+    start = time.monotonic()
+    error = fails(main, arguments(rude, tmp_path / "out"), capsys)
+    assert words in error and len(error) < 1000 and not (tmp_path / "out").exists()
+    assert time.monotonic() - start < 10
+
+
+def test_a_list_without_an_end(server, tmp_path, capsys, monkeypatch):
+    """Each page names the next one."""
+    monkeypatch.setattr(hub, "MOST_PAGES", 20)
+    monkeypatch.setattr(Handler, "end_headers", with_next_page)
+    server.files[LIST] = b"[]"
+    assert "does not come to an end" in fails(main, arguments(server, tmp_path / "out"), capsys)
+    assert 20 <= len(server.asked) < 30 and not (tmp_path / "out").exists()
+
+
+def with_next_page(handler):
+    handler.send_header("Link", f'<{handler.server.url}{LIST}>; rel="next"')
+    http.server.BaseHTTPRequestHandler.end_headers(handler)
+
+
+@pytest.mark.parametrize(
+    "answer", [{"a": 1}, {"type": "file"}, [{"type": "file"}], [{"path": 3}], [None], "text", 1.5]
+)
+def test_lists_of_other_kinds(server, tmp_path, capsys, answer):
+    server.files[LIST] = json.dumps(answer).encode()
+    error = fails(main, arguments(server, tmp_path / "out"), capsys)
+    assert "answers 'some/text' otherwise than the Hub" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_download_that_drips_is_given_up(server, tmp_path, capsys, monkeypatch):
+    """A connection that is never silent, and never done, is tried again a few times."""
+    monkeypatch.setattr(hub, "PATIENCE", 0.05)
+
+    def drip(handler):
+        handler.server.asked.append(("GET", None))
+        handler.answer(FILES[0], None, server.files[FILES[0]], 0)
+        with contextlib.suppress(OSError):
+            for byte in server.files[FILES[0]]:
+                handler.wfile.write(bytes([byte]))
+                threading.Event().wait(0.01)
+
+    get = Handler.do_GET
+    monkeypatch.setattr(
+        Handler, "do_GET", lambda self: drip(self) if "resolve" in self.path else get(self)
+    )
+    error = fails(main, arguments(server, tmp_path / "out"), capsys)
+    assert "in 0.05 s, 6 times in a row): run the same command later" in error
+    assert len(server.asked) == 2 + hub.RETRIES
+    monkeypatch.setattr(Handler, "do_GET", get)
+    main(arguments(server, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("size", ["many", "9" * 30, "-1", "1e3"])
+def test_parquet_files_of_an_odd_length(server, tmp_path, capsys, monkeypatch, size):
+    def send_header(handler, key, value):
+        if key == "Content-Length" and "resolve" in handler.path:
+            value = size
+        http.server.BaseHTTPRequestHandler.send_header(handler, key, value)
+
+    monkeypatch.setattr(Handler, "send_header", send_header)
+    error = fails(main, arguments(server, tmp_path / "out"), capsys)
+    assert server.url in error and len(error) < 1000
+
+
+def test_waiting_times_of_a_server_are_bounded(server, tmp_path, monkeypatch):
+    """A busy server may ask for some minutes, and not for a day."""
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+
+    for seconds, expected in ((7, 8), (86400, 1)):
+        waits.clear()
+        asked = []
+
+        def answer(self, path, how, content, start, asked=asked, seconds=seconds, real=Handler.answer):
+            if path == LIST and not asked:
+                asked.append(path)
+                self.send_response(429)
+                self.send_header("Retry-After", str(seconds))
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return False
+            return real(self, path, how, content, start)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Handler, "answer", answer)
+            main(arguments(server, tmp_path / str(seconds)))
+        assert waits == [expected]
 
 
 # -- reading ---------------------------------------------------------------------------------------
