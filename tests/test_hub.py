@@ -584,7 +584,7 @@ def test_local_files_that_go_away(server, tmp_path, capsys, monkeypatch):
     progress = tmp_path / "again/hub.part/progress.json"
     good = progress.read_text()
     for names, words in (
-        ([[1], 2], "progress.json is damaged: remove"),
+        ([[1], 2], "progress.json is damaged (names[0] is [1], not a str): remove"),
         (["../0.parquet"], "../0.parquet is no longer in"),
     ):
         changed = json.loads(good)
@@ -779,7 +779,7 @@ def tried(tmp_path, capsys, monkeypatch):
     world = tmp_path / "world"
     (world / "outside").mkdir(parents=True)
     for name in ("val.bin", "train_00000.bin", "meta.json", "outside/val.bin"):
-        (world / name).write_bytes(b"precious")
+        (world / name).write_bytes(b"precious" * 10**4)
     before = content(world)
 
     def run(folder, change, args):
@@ -927,6 +927,19 @@ def test_data_of_a_refused_run_is_not_left(server, tmp_path, capsys):
     server.plan = {f"HEAD {FILES[0]}": [(503,)] * 100}
     fails(main, arguments(server, tmp_path / "new/out"), capsys)
     assert (tmp_path / "new/out/hub.part/progress.json").exists()
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "file:///etc/passwd", "https://" + "ü" * 70, "x"])
+def test_addresses_of_the_environment(tmp_path, address):
+    """huggingface_hub reads HF_ENDPOINT when it is imported, and failed there."""
+    pytest.importorskip("huggingface_hub")
+    done = subprocess.run(
+        [sys.executable, "data/hub/prepare.py", "--tokenizer=byte", f"--data_dir={tmp_path}/out"],
+        cwd=ROOT, env=dict(os.environ, HF_ENDPOINT=address), capture_output=True, text=True,
+        timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 2 and "is not the address of a Hub: give" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 class Rude(http.server.BaseHTTPRequestHandler):

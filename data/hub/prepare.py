@@ -95,6 +95,9 @@ class Position:
     rows: int = 0
 
 
+POSITION = {"folder": str, "names": [str], "file": schema.count, "rows": schema.count}
+
+
 class Corrupt(Exception):
     """A parquet file cannot be read."""
 
@@ -113,6 +116,13 @@ class Hub:
     """The data set that config names on the Hub, or on a server that speaks the same protocol."""
 
     def __init__(self, config):
+        given = (config.endpoint, os.environ.get("HF_ENDPOINT"))
+        for address in given:
+            if address and not is_address(address):  # the library reads it when it is imported
+                raise UserError(
+                    f"{address!r:.100} is not the address of a Hub: give --endpoint or "
+                    "HF_ENDPOINT like https://huggingface.co"
+                )
         from huggingface_hub import HfApi, errors, set_client_factory
         from huggingface_hub.utils import logging
         logging.set_verbosity_error()  # no warning for each retry
@@ -121,13 +131,7 @@ class Hub:
         self.downloading = False  # a parquet file, which may be large
         self.n_answers = 0        # to the question that is being asked
         self.config = config
-        self.endpoint = config.endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        self.endpoint = self.endpoint.rstrip("/")
-        if not is_address(self.endpoint):
-            raise UserError(
-                f"{self.endpoint!r:.100} is not the address of a Hub: give --endpoint or "
-                "HF_ENDPOINT like https://huggingface.co"
-            )
+        self.endpoint = (given[0] or given[1] or "https://huggingface.co").rstrip("/")
         self.api = HfApi(endpoint=self.endpoint)  # reads HF_TOKEN
 
     def new_client(self):
@@ -184,8 +188,7 @@ class Hub:
             commit = self.ask(self.api.dataset_info, config.repo, revision=BRANCH).sha
         if not is_commit(commit):
             raise self.not_a_hub(f"{commit!r} is not a commit")
-        for split in (config.split, f"partial-{config.split}"):
-            folder = f"{config.subset}/{split}"
+        for folder in folders_of(config):
             names = self.ask(self.list_names, folder, commit)
             if names:
                 return commit, Position(folder, names)
@@ -454,14 +457,15 @@ def write_files(config, hub, writer, position):
 def read_position(config, progress, part):
     """The Position in progress, which was read from disk. Raises UserError if it is not valid."""
     try:
-        position = Position(**progress["position"])
-        valid = is_position(config, position)
-        if config.input is None and not is_commit(progress["about"]["commit"]):
-            valid = False
-    except (TypeError, KeyError):
-        valid = False
-    if not valid:
-        raise UserError(f"{part / 'progress.json'} is damaged: remove {part} to begin again")
+        schema.check(progress["position"], POSITION)
+        position = Position(**progress["position"])  # TypeError: further keys
+        if config.input is None:
+            schema.check(progress["about"], {"commit": is_commit})
+        check_position(config, position)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{part / 'progress.json'} is damaged ({one_line(error)}): remove {part} to begin again"
+        ) from None
     if config.input is not None:
         here = find_local_files(config, part.parent)
         position.folder = here.folder
@@ -474,22 +478,21 @@ def read_position(config, progress, part):
     return position
 
 
-def is_position(config, position):
-    """Whether position can be one of a run with config. May raise TypeError if not."""
-    if not schema.count(position.file) or not schema.count(position.rows):
-        return False
+def check_position(config, position):
+    """Raises ValueError if position cannot be one of a run with config."""
     names = position.names
-    if type(names) is not list or names != sorted(set(names)) or position.file > len(names):
-        return False
-    for name in names:
-        if not isinstance(name, str):
-            return False
-        if config.input is None and not schema.base_name(name):
-            return False
+    if names != sorted(set(names)) or position.file > len(names):
+        raise ValueError("its names are not sorted, or fewer than the files that are done")
     if config.input is not None:
-        return True  # read_position() compares the names with those that are there
-    folders = (f"{config.subset}/{config.split}", f"{config.subset}/partial-{config.split}")
-    return position.folder in folders
+        return  # read_position() compares the names with those that are there
+    schema.check(names, [schema.base_name], "names")
+    if position.folder not in folders_of(config):
+        raise ValueError(f"folder is {position.folder!r:.40}")
+
+
+def folders_of(config):
+    """The folders of the repository that may hold the split. The second holds a part of it."""
+    return f"{config.subset}/{config.split}", f"{config.subset}/partial-{config.split}"
 
 
 def prepare(config, part, tokenizer, about):
