@@ -819,10 +819,10 @@ def unfinished(tmp_path):
 
 
 def test_damaged_json_files_write_nothing_elsewhere(tmp_path, tried):
-    """240 damaged progress.json and meta.json, names that lead elsewhere among them."""
+    """210 damaged progress.json and meta.json, names that lead elsewhere among them."""
     begun, done, args = unfinished(tmp_path)
     seen = []
-    for seed in range(240):
+    for seed in range(210):
         rng = random.Random(seed)
         folder, name, more = begun, "hub.part/progress.json", []
         if seed % 2:
@@ -834,7 +834,7 @@ def test_damaged_json_files_write_nothing_elsewhere(tmp_path, tried):
             (copy / name).write_text(text)
 
         seen.append(tried(folder, change, [*args, *more]))
-    assert seen.count(0) > 50 and seen.count(2) > 50
+    assert seen.count(0) > 40 and seen.count(2) > 40
 
 
 @pytest.mark.parametrize(
@@ -1065,8 +1065,9 @@ def test_a_download_that_drips_is_given_up(server, tmp_path, capsys, monkeypatch
     )
     error = fails(main, arguments(server, tmp_path / "out"), capsys)
     assert "in 0.05 s, 6 times in a row): run the same command later" in error
-    assert len(server.asked) == 2 + hub.RETRIES
+    assert server.asked.count(("GET", None)) == hub.RETRIES
     monkeypatch.setattr(Handler, "do_GET", get)
+    monkeypatch.setattr(hub, "PATIENCE", 60)
     main(arguments(server, tmp_path / "out"))
 
 
