@@ -37,6 +37,8 @@ def program(main):
     """
     @functools.wraps(main)
     def run(argv=None):
+        if hasattr(sys.stdout, "reconfigure"):  # file names that the terminal cannot show
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(sys.argv[1:] if argv is None else list(argv))
         except BrokenPipeError:  # the reader closed the pipe, as in `| head`

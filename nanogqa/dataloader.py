@@ -17,6 +17,7 @@ from nanogqa.configurator import UserError, one_line
 from nanogqa.tokenizer import HF_TOKENIZER
 
 DATA = Path(__file__).resolve().parents[1] / "data"
+SPLITS = ("train", "val")
 SCANNED = 2**24  # tokens at the start of a split that are checked when it is opened
 
 
@@ -38,18 +39,36 @@ def tokenizer(value):
     return isinstance(value, str) and (value.startswith(HF_TOKENIZER) or value in known)
 
 
-FILES = [{"name": schema.base_name, "tokens": schema.count, "bytes": schema.count}]
+FILES = [{
+    "name": schema.base_name, "tokens": schema.count, "bytes": schema.count,
+    "sha256?": schema.sha256,
+}]
 META = {
-    "dtype": dtype, "vocab_size": vocabulary, "tokenizer": tokenizer, "sha256": str,
+    "dtype": dtype, "vocab_size": vocabulary, "tokenizer": tokenizer, "sha256": schema.sha256,
     "splits": {"train": FILES, "val": FILES},
 }
+
+
+def file_name(split, part=None):
+    """The name of a split's only file, or of one of its parts, which count from 0."""
+    if part is None:
+        return f"{split}.bin"
+    return f"{split}_{part:05d}.bin"
+
+
 def read_meta(folder):
     """The content of a data set's meta.json. Raises UserError if it is missing or not valid."""
     path = Path(folder) / "meta.json"
     try:
         meta = schema.read_json(path, META)
-        for split in ("train", "val"):
-            if sum(file["bytes"] for file in meta["splits"][split]) == 0:
+        for split in SPLITS:
+            files = meta["splits"][split]
+            names = [file["name"] for file in files]
+            parts = [file_name(split, part) for part in range(len(files))]
+            if names not in ([file_name(split)], parts):  # they are deleted with the data set
+                raise ValueError(f"the files of the {split} split are not named {split}.bin or "
+                                 f"{file_name(split, 0)}, {file_name(split, 1)} and so on")
+            if sum(file["bytes"] for file in files) == 0:
                 raise ValueError(f"the {split} split is empty")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not the meta.json of a data set ({one_line(error)}): "

@@ -21,6 +21,7 @@ def replacing(path, mode="w"):
     the new one.
     """
     part = Path(f"{path}.part")
+    part.unlink(missing_ok=True)  # a symbolic link there would be followed
     try:
         with open(part, mode) as file:
             yield file

@@ -4,9 +4,12 @@ A data set is a folder of .bin files (raw uint16 or uint32 token ids) and one me
 the files of each split with their token and byte counts. Every document ends with the end-of-text
 token.
 """
+import contextlib
 import hashlib
 import os
+import re
 import shutil
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from tqdm import tqdm
 
 from nanogqa import schema
 from nanogqa.configurator import UserError, one_line
-from nanogqa.dataloader import FILES, Split, read_meta
+from nanogqa.dataloader import FILES, SPLITS, Split, file_name, read_meta
 from nanogqa.files import sync, write_json
 from nanogqa.tokenizer import (
     HF_CONFIG,
@@ -25,7 +28,6 @@ from nanogqa.tokenizer import (
     get_tokenizer,
 )
 
-SPLITS = ("train", "val")
 PROGRESS = {  # what DatasetWriter.save() writes
     "about": {str: (dict, list, str, int, float, type(None))},
     "position": dict,
@@ -38,7 +40,37 @@ class PrepareConfig:
     tokenizer: str = "byte"       # byte, a tiktoken encoding, or a folder with a tokenizer.json
     input: str | None = None      # file or folder to read instead of the usual source
     data_dir: str | None = None   # folder for the data set; None: the folder of the script
-    overwrite: bool = False       # replace a data set with another tokenizer
+    overwrite: bool = False       # replace the data set in data_dir with another one
+
+
+# -- input -----------------------------------------------------------------------------------------
+
+OUTPUT = re.compile(
+    r"(meta\.json|tokenizer\.json|tokenizer_config\.json|(train|val)(_\d{5,})?\.bin)(\.part)?"
+)
+PART = re.compile(r"hub\.part|\..+\.part")  # folders of unfinished data sets
+
+
+def input_files(folder, pattern, data_dir):
+    """{path relative to folder: path} of all files below folder that match pattern, sorted.
+
+    Output is never input: the files of a data set, finished or not, are left out.
+    """
+    files = {}
+    for path in Path(folder).rglob(pattern):
+        relative = path.relative_to(folder)
+        in_part = any(PART.fullmatch(name) for name in relative.parts[:-1])
+        if path.is_file() and not in_part and not is_output(path, data_dir):
+            files[relative.as_posix()] = path
+    return dict(sorted(files.items()))
+
+
+def is_output(path, data_dir):
+    """Whether path is a file of the data set in data_dir, or of another data set."""
+    if not OUTPUT.fullmatch(path.name):
+        return False
+    others = (path.parent / "meta.json").exists() and (path.parent / "val.bin").exists()
+    return others or path.parent.resolve() == Path(data_dir).resolve()
 
 
 def held_out(names):
@@ -46,8 +78,14 @@ def held_out(names):
 
     The choice does not depend on the order of names.
     """
-    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    ranked = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     return set(ranked[:max(1, len(ranked) // 10)])
+
+
+def print_skipped(names, wanted):
+    """Prints how many files were skipped because they are not what is wanted, if any were."""
+    if names:
+        print(f"skipped because they are not {wanted}: {len(names)} files ({names[0]}, ...)")
 
 
 # -- tokenizer -------------------------------------------------------------------------------------
@@ -81,8 +119,8 @@ def open_tokenizer(tokenizer, data_dir, overwrite=False):
             found = name  # a damaged data set may be replaced
         if found != name:
             raise UserError(
-                f"{data_dir} holds a data set with tokenizer {found!r}: pass another --data_dir, "
-                "or --overwrite=True"
+                f"{data_dir} holds a data set with tokenizer {found!r:.60}: pass another "
+                "--data_dir, or --overwrite=True"
             )
     return DataTokenizer(name, tokenizer, get_tokenizer(name, tokenizer))
 
@@ -110,20 +148,26 @@ class DatasetWriter:
         self.splits = dict(train=[], val=[])  # as in meta.json
         self.open = {}                        # split -> (last file, its sha256 so far)
         self.n_tokens = 0                     # written so far, in all files
+        self.made = []                        # folders that did not exist, the deepest first
+        for folder in (self.data_dir, *self.data_dir.parents):
+            if not folder.exists():
+                self.made.append(folder)
+        refuse_links(self.part)
         self.part.mkdir(parents=True, exist_ok=True)
         if progress is not None:
-            self.splits = progress["splits"]
             for split in SPLITS:
-                self.resume(split)
+                self.resume(split, progress["splits"][split])
 
-    def resume(self, split):
+    def resume(self, split, files):
         """Checks the split's files and opens the last one if it is not complete."""
-        for entry in self.splits[split]:
-            if not self.is_sound(entry):
+        for entry in files:
+            if entry["name"] != self.next_name(split) or not self.is_sound(entry):
                 raise UserError(
-                    f"{self.part / entry['name']} is shorter than progress.json says: remove "
+                    f"{self.part} does not hold the files that its progress.json lists: remove "
                     f"{self.part} to begin again"
                 )
+            known = ("name", "tokens", "bytes", "sha256")
+            self.splits[split].append({key: entry[key] for key in known if key in entry})
             self.n_tokens += entry["tokens"]
         if self.splits[split] and "sha256" not in self.splits[split][-1]:
             self.open_last(split)
@@ -132,11 +176,12 @@ class DatasetWriter:
         """Whether a file holds the tokens that its entry lists."""
         path = self.part / entry["name"]
         if path.is_file():
-            return path.stat().st_size >= entry["tokens"] * self.dtype.itemsize
+            size = path.stat().st_size
+            wanted = entry["tokens"] * self.dtype.itemsize
+            return size == wanted or (size > wanted and "sha256" not in entry)
         moved = self.data_dir / entry["name"]  # by a run that was killed in finish()
         if "sha256" in entry and moved.is_file():
-            with open(moved, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+            return file_sha256(moved) == entry["sha256"]
         return entry["tokens"] == 0
 
     def add(self, split, ids, n_bytes):
@@ -155,11 +200,15 @@ class DatasetWriter:
         if in_parts and entry["tokens"] >= self.tokens_per_file:
             self.close(split)
 
-    def begin_file(self, split):
-        name = f"{split}.bin"
+    def next_name(self, split):
+        """The name of the split's next file."""
+        part = None
         if split == "train" and self.tokens_per_file is not None:
-            name = f"train_{len(self.splits[split]):05d}.bin"
-        self.splits[split].append(dict(name=name, tokens=0, bytes=0))
+            part = len(self.splits[split])
+        return file_name(split, part)
+
+    def begin_file(self, split):
+        self.splits[split].append(dict(name=self.next_name(split), tokens=0, bytes=0))
         self.open_last(split)
 
     def open_last(self, split):
@@ -196,12 +245,16 @@ class DatasetWriter:
         for file, _ in self.open.values():
             file.close()
         shutil.rmtree(self.part, ignore_errors=True)
+        for folder in self.made:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
 
-    def finish(self, position=None, if_empty="give more text"):
-        """Moves the files to data_dir, in place of the data set there, meta.json last.
+    def finish(self, position=None, if_empty="give more text", overwrite=False):
+        """Moves the files to data_dir, meta.json last. Returns meta.
 
-        Returns meta. position is saved first, if given; after a kill finish() may then be called
-        again. Raises UserError if a split has no text, with the remedy if_empty.
+        position is saved first, if given; after a kill finish() may then be called again. A data
+        set in data_dir that has the same content stays as it is. Raises UserError if it has another
+        content, unless overwrite, or if a split has no text, with the remedy if_empty.
         """
         for split in list(self.open):
             self.close(split)
@@ -210,6 +263,11 @@ class DatasetWriter:
         for split in SPLITS:
             if sum(file["bytes"] for file in self.splits[split]) == 0:
                 raise UserError(f"no text for the {split} split: {if_empty}")
+        if not overwrite:
+            meta = self.find_same()
+            if meta is not None:
+                shutil.rmtree(self.part)
+                return meta
         names = [file["name"] for split in SPLITS for file in self.splits[split]]
         remove_old(self.data_dir, names)
         for name in names + self.copy_tokenizer():
@@ -219,6 +277,31 @@ class DatasetWriter:
         write_json(self.data_dir / "meta.json", meta)
         shutil.rmtree(self.part)
         return meta
+
+    def find_same(self):
+        """The meta of the data set in data_dir if it has the content of this one.
+
+        None if there is none, or a damaged one. Raises UserError if it has another content.
+        """
+        meta = find_finished(self.data_dir, self.about)
+        if meta is None:
+            return None
+        found = {}
+        for split in SPLITS:
+            found[split] = []
+            for file in meta["splits"][split]:
+                digest = file_sha256(self.data_dir / file["name"])
+                found[split].append(dict(name=file["name"], sha256=digest))
+        wanted = combined_sha256(self.splits)
+        if combined_sha256(found) == wanted:
+            print(f"{self.data_dir} already holds this data set")
+            return meta
+        if meta["sha256"] == wanted:
+            return None  # it had this content
+        raise UserError(
+            f"{self.data_dir} holds a data set of other text: pass another --data_dir, or "
+            "--overwrite=True"
+        )
 
     def copy_tokenizer(self):
         """Copies the files of a tokenizer.json into part. Returns their names."""
@@ -234,12 +317,25 @@ def remove_old(data_dir, kept):
     try:
         splits = read_meta(data_dir)["splits"]
     except UserError:
-        splits = {}
-    for files in splits.values():
-        for file in files:
-            if file["name"].endswith(".bin") and file["name"] not in kept:
+        splits = dict(train=[], val=[])
+    for split in SPLITS:
+        for file in splits[split]:
+            if file["name"] not in kept:
                 (data_dir / file["name"]).unlink(missing_ok=True)
     (data_dir / "meta.json").unlink(missing_ok=True)
+
+
+def refuse_links(part):
+    """Raises UserError if the folder part is or holds a symbolic link, which writing would follow.
+    """
+    for path in (part, *part.rglob("*")):
+        if path.is_symlink():
+            raise UserError(f"{path} is a symbolic link: remove {part} to begin again")
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def combined_sha256(splits):
@@ -275,13 +371,16 @@ def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
     data_dir = Path(data_dir)
     opened = open_tokenizer(tokenizer, data_dir, overwrite)
     about.update(opened.describe())
+    find_finished(data_dir, about, overwrite)  # refuses other settings before the work
     try:
-        part = data_dir / f".{os.getpid()}.part"  # named by process: two may prepare at once
+        remove_dead_parts(data_dir)
+        # named by process and machine: several may prepare at once, also on a shared disk
+        part = data_dir / f".{socket.gethostname()}-{os.getpid()}.part"
         writer = DatasetWriter(part, opened, about)
         try:
             for split, text in tqdm(documents, "tokenizing", unit=" documents", disable=None):
                 writer.add(split, opened.encoding.encode_ordinary(text), len(text.encode()))
-            meta = writer.finish(if_empty="give more text with --input")
+            meta = writer.finish(if_empty="give more text with --input", overwrite=overwrite)
         finally:
             writer.discard()
     except OSError as error:
@@ -296,6 +395,25 @@ def cannot_write(data_dir, error):
 
 
 # -- what an earlier run left ----------------------------------------------------------------------
+
+def remove_dead_parts(data_dir):
+    """Deletes the part folders in data_dir of processes of this machine that no longer run."""
+    name = re.compile(rf"\.{re.escape(socket.gethostname())}-(\d{{1,9}})\.part")
+    for part in data_dir.glob(".*.part"):
+        match = name.fullmatch(part.name)
+        if match and not is_running(int(match[1])):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def is_running(process_id):
+    try:
+        os.kill(process_id, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
+
 
 def find_finished(data_dir, about, overwrite=False):
     """The meta of the complete data set in data_dir; None if there is none, or it is damaged.

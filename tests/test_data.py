@@ -1,15 +1,23 @@
 """Tokenizers, files, the order of training data and the validation windows."""
 
 import hashlib
+import http.server
+import itertools
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiktoken
+from test_inputs import fails, program
 
 from nanogqa import writer
 from nanogqa.configurator import UserError
@@ -77,7 +85,7 @@ def test_hash_tells_contents_apart(tmp_path):
         [("train", "a"), ("val", "bc")],
         [("train", "a"), ("train", "b"), ("val", "c")],
     ):
-        write_dataset(docs, tmp_path, "byte")
+        write_dataset(docs, tmp_path, "byte", overwrite=True)
         seen.add(Dataset(tmp_path).meta["sha256"])
     assert len(seen) == 3
 
@@ -88,14 +96,15 @@ def test_a_split_of_many_files_reads_as_one(tmp_path):
     starts = np.cumsum([0] + sizes)
     files = []
     for i, n in enumerate(sizes):
-        tokens[starts[i] : starts[i] + n].tofile(tmp_path / f"train_{i}.bin")
-        files.append(dict(name=f"train_{i}.bin", tokens=n, bytes=n))
+        tokens[starts[i] : starts[i] + n].tofile(tmp_path / f"train_{i:05d}.bin")
+        files.append(dict(name=f"train_{i:05d}.bin", tokens=n, bytes=n))
+    (tmp_path / "val.bin").write_bytes(bytes(10))
     meta = dict(
         tokenizer="byte",
         vocab_size=257,
         dtype="uint16",
-        sha256="",
-        splits=dict(train=files, val=files),
+        sha256="0" * 64,
+        splits=dict(train=files, val=[dict(name="val.bin", tokens=5, bytes=5)]),
     )
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     split = Dataset(tmp_path).train
@@ -130,7 +139,7 @@ def counting(tmp_path):
         for split, n in (("train", 1003), ("val", 130))
     }
     (tmp_path / "meta.json").write_text(
-        json.dumps(dict(tokenizer="byte", vocab_size=257, dtype="uint16", sha256="", splits=splits))
+        json.dumps(dict(tokenizer="byte", vocab_size=257, dtype="uint16", sha256="0" * 64, splits=splits))
     )
     return Dataset(tmp_path)
 
@@ -202,7 +211,7 @@ def test_python_data_set_is_the_standard_library(tmp_path):
         f"--input={tree}",
         f"--data_dir={out}",
     ]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100).stdout
     data = Dataset(out)
     encoding = get_tokenizer("byte")
     read = {
@@ -283,7 +292,7 @@ def test_one_writer_replaces_what_another_wrote(tmp_path):
     names = [file["name"] for file in meta["splits"]["train"]]
     assert names == ["train_00000.bin", "train_00001.bin"] and big.n_tokens == 11
     assert Dataset(tmp_path).train.n_tokens == 9
-    write_dataset([("train", "ab"), ("val", "x")], tmp_path, "byte")
+    write_dataset([("train", "ab"), ("val", "x")], tmp_path, "byte", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
@@ -299,8 +308,328 @@ def test_a_file_of_another_data_set_is_not_taken_for_a_finished_one(tmp_path):
     assert writer.DatasetWriter(tmp_path / "x.part", tokenizer, about, 3, progress).n_tokens == 4
     np.array([1, 2, 3, 256], "<u2").tofile(tmp_path / "train_00000.bin")
     progress = writer.find_unfinished(tmp_path / "x.part", about)
-    with pytest.raises(UserError, match="is shorter than progress.json says: remove"):
+    with pytest.raises(UserError, match="does not hold the files that its progress.json lists"):
         writer.DatasetWriter(tmp_path / "x.part", tokenizer, about, 3, progress)
+
+
+# -- preparing again, and beside other things ------------------------------------------------------
+
+
+def stamps(folder):
+    """(content, time of change) of each file, by name."""
+    found = {}
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            found[str(path.relative_to(folder))] = (path.read_bytes(), path.stat().st_mtime_ns)
+    return found
+
+
+@pytest.mark.parametrize("where", [".", "data", "data/.x.part/deep"])
+def test_output_is_never_input(tmp_path, capsys, where):
+    """--input and --data_dir are one folder: 90,006 bytes of text became 270,000 tokens."""
+    (tmp_path / "in").mkdir()
+    for i in range(20):
+        (tmp_path / f"in/{i}.txt").write_text(f"some text {i}")
+    if where != ".":
+        (tmp_path / "in/tokenizer.json").write_text("not beside a data set, so it is input")
+    args = [f"--input={tmp_path / 'in'}", "--overwrite=True"]
+    program("text")([*args, f"--data_dir={tmp_path / 'alone'}"])
+    want = Dataset(tmp_path / "alone").meta
+    data_dir = tmp_path / "in" / where
+    for _ in range(3):
+        program("text")([*args, f"--data_dir={data_dir}"])
+        assert Dataset(data_dir).meta["sha256"] == want["sha256"]
+        for name in ("tokenizer.json", "tokenizer_config.json", "meta.json.part"):
+            (data_dir / name).write_text("what another run left")
+        (data_dir / ".123.part").mkdir(exist_ok=True)
+        (data_dir / ".123.part/train.bin").write_bytes(b"text")
+    shutil.copytree(tmp_path / "alone", tmp_path / "in/other")
+    (tmp_path / "in/other/meta.json").write_text("damaged")
+    program("text")([*args, f"--data_dir={tmp_path / 'again'}"])
+    assert Dataset(tmp_path / "again").meta["sha256"] == want["sha256"]
+    assert "not UTF-8" not in capsys.readouterr().out
+
+
+def test_the_same_data_again_changes_nothing(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("0123456789" * 10)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/a.txt").write_text("9876543210" * 10)  # another text, and the same name
+    args = [f"--data_dir={tmp_path / 'data'}"]
+    program("text")([f"--input={tmp_path / 'a.txt'}", *args])
+    before = stamps(tmp_path / "data")
+    capsys.readouterr()
+    program("text")([f"--input={tmp_path / 'a.txt'}", *args])
+    out = capsys.readouterr().out
+    assert "already holds this data set" in out and "91 tokens" in out
+    assert before == stamps(tmp_path / "data")
+    for change, words in (
+        (f"--input={tmp_path / 'b/a.txt'}", "holds a data set of other text: pass another --data"),
+        (f"--input={tmp_path / 'b'}", "holds a data set with other settings: pass another --data"),
+    ):
+        assert words in fails(program("text"), [change, *args], capsys)
+        assert before == stamps(tmp_path / "data")
+    program("text")([f"--input={tmp_path / 'b/a.txt'}", *args, "--overwrite=True"])
+    assert before.keys() == stamps(tmp_path / "data").keys() and before != stamps(tmp_path / "data")
+
+
+def test_a_damaged_data_set_is_written_again(tmp_path):
+    """Damage inside the vocabulary shows in the sha256 alone."""
+    documents = [("train", "abcd"), ("val", "x")]
+    write_dataset(documents, tmp_path, "byte")
+    before = {name: content for name, (content, _) in stamps(tmp_path).items()}
+    for name, content in (("train.bin", b"a\0b\0c\0e\0\0\1"), ("val.bin", b""), ("val.bin", None)):
+        (tmp_path / name).unlink()
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        write_dataset(documents, tmp_path, "byte")
+        assert before == {name: content for name, (content, _) in stamps(tmp_path).items()}
+
+
+def test_a_data_set_of_an_older_version_is_recognized(tmp_path):
+    """Its sha256 was made in another way, and its files had none."""
+    documents = [("train", "abcd"), ("val", "x")]
+    write_dataset(documents, tmp_path, "byte")
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    meta["sha256"] = "1" * 64
+    del meta["splits"]["train"][0]["sha256"], meta["splits"]["val"][0]["sha256"]
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    before = stamps(tmp_path)
+    write_dataset(documents, tmp_path, "byte")
+    assert before == stamps(tmp_path)
+    with pytest.raises(UserError, match="other text"):
+        write_dataset([("train", "abce"), ("val", "x")], tmp_path, "byte")
+    assert before == stamps(tmp_path)
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for folder in ("new", "new/and/deep", "mine"):
+        for tokenizer in ("byte", "nonsense"):
+            with pytest.raises(UserError):
+                write_dataset([("train", "text")], tmp_path / folder, tokenizer)
+            assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+HANGS = """
+import sys, time
+from nanogqa.writer import write_dataset
+def documents():
+    yield "train", "text"
+    print("on", flush=True)
+    time.sleep(100)
+write_dataset(documents(), sys.argv[1], "byte")
+"""
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    """Parts of dead processes go; those of running ones and of other machines stay."""
+    running = []
+    for _ in range(2):
+        command = [sys.executable, "-c", HANGS, tmp_path]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        running.append(process)
+        assert process.stdout.readline() == "on\n"
+    try:
+        left = sorted(tmp_path.iterdir())
+        assert len(left) == 2
+        running[0].kill()
+        running[0].wait(timeout=60)
+        (tmp_path / f".elsewhere-{running[0].pid}.part").mkdir()
+        (tmp_path / "mine.part").mkdir()
+        write_dataset([("train", "text"), ("val", "more")], tmp_path, "byte")
+        names = {path.name for path in tmp_path.iterdir()}
+        assert {name for name in names if name.endswith(f"-{running[1].pid}.part")}
+        assert len(names) == 6 and {"mine.part", f".elsewhere-{running[0].pid}.part"} <= names
+    finally:
+        for process in running:
+            process.kill()
+            process.wait(timeout=60)
+
+
+def test_python_files_that_cannot_be_decoded_are_skipped(tmp_path, capsys):
+    (tmp_path / "lib").mkdir()
+    for i in range(20):
+        (tmp_path / f"lib/good{i}.py").write_text(f"x = {i}\n")
+    (tmp_path / "lib/latin.py").write_bytes(b"# coding: latin-1\ny = '\xe9'\n")
+    program("python")([f"--input={tmp_path / 'lib'}", f"--data_dir={tmp_path / 'good'}"])
+    capsys.readouterr()
+    odd = [
+        "x = 1\n".encode("utf-16"), "x = 1\n".encode("utf-16-le"), b"\xff\xfe", b"x = '\xe9'\n",
+        b"x = '\0'\n", b"\xef\xbb\xbf# coding: latin-1\n", b"# coding: utf-8\n\x80",
+        b"# coding: unicode_escape\n\\ud800", b"# coding: utf-7\n+2AA-", b"# coding: idna\n\xff",
+    ]  # fmt: skip
+    for codec in ("nonsense", "rot13", "hex", "undefined", "utf-16", "zip", "mbcs", "\x7f", "a" * 9999):
+        odd.append(f"# coding: {codec}\nx = 1\n".encode())
+    for i, raw in enumerate(odd):
+        (tmp_path / f"lib/odd{i}.py").write_bytes(raw)
+    program("python")([f"--input={tmp_path / 'lib'}", f"--data_dir={tmp_path / 'odd'}"])
+    out = capsys.readouterr().out
+    counted = int(re.search(r"not Python source: (\d+) files", out)[1])
+    assert counted >= len(odd) - 2, "a strange name of a codec may mean none"
+    text = decoded(Dataset(tmp_path / "odd").train) + decoded(Dataset(tmp_path / "odd").val)
+    assert all(document.isprintable() or "\n" in document for document in text)
+    assert "y = 'é'\n" in "".join(text) and "\0" not in "".join(text)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("script,suffix", [("text", ".txt"), ("python", ".py")])
+def test_file_names_that_are_not_text(tmp_path, script, suffix, encoding):
+    """Names are bytes; those that are not UTF-8 reach Python with surrogates."""
+    folder = os.fsencode(tmp_path) + b"/\xff\xc3\xa9"
+    try:
+        os.mkdir(folder)
+    except OSError:
+        pytest.skip("the file system takes UTF-8 alone")
+    for i in range(12):
+        with open(folder + b"/\xfe%d" % i + suffix.encode(), "w") as file:
+            file.write(f"x = {i}\n")
+    for i in range(3):
+        with open(folder + b"/\xfd%d" % i + suffix.encode(), "wb") as file:
+            file.write(b"\xff\n")
+    command = [sys.executable, f"data/{script}/prepare.py", b"--input=" + folder]
+    environment = dict(os.environ, PYTHONIOENCODING=encoding)
+    hashes = set()
+    for data_dir in (b"/out", b"/out\xff"):
+        done = subprocess.run(
+            [*command, b"--data_dir=" + os.fsencode(tmp_path) + data_dir],
+            cwd=ROOT, env=environment, capture_output=True, timeout=100,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert b"3 files (" in done.stdout
+        hashes.add(Dataset(os.fsdecode(os.fsencode(tmp_path) + data_dir)).meta["sha256"])
+    assert len(hashes) == 1
+
+
+def file_with_truncation(folder):
+    """Writes a tokenizer.json that stores truncation and padding. Returns its folder."""
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(["some text to train on"], trainer)
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(length=32, pad_token="<|endoftext|>")
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    return str(folder)
+
+
+def decoded(split, encoding=None):
+    """The documents of a split as text."""
+    encoding = encoding or get_tokenizer("byte")
+    documents = [b""]
+    for token in split.windows([0], split.n_tokens)[0].tolist():
+        if token == encoding.eot_token:
+            documents.append(b"")
+        else:
+            documents[-1] += encoding.decode_single_token_bytes(token)
+    assert documents.pop() == b""
+    return [document.decode() for document in documents]
+
+
+@pytest.mark.parametrize("name", ["byte", "gpt2", "tokenizer.json"])
+def test_a_data_set_holds_every_byte_of_its_text(tmp_path, name):
+    """A tokenizer.json that stores truncation gave 17 tokens of 15,631 bytes, and no word of it."""
+    tokenizer = name
+    if name == "tokenizer.json":
+        tokenizer = file_with_truncation(tmp_path / "tokenizer")
+    try:
+        writer.open_tokenizer(tokenizer, tmp_path / "data")
+    except UserError as error:
+        pytest.skip(str(error))
+    long = "def f(x):\n\treturn 'é ∑ 🙂' <|endoftext|>\r\n\0 \u2028" * 300
+    train = [long, "", "a", "some text", " ", "\n\n", long[:17]]
+    documents = [("train", text) for text in train]
+    write_dataset([*documents, ("val", long[5:]), ("val", "x")], tmp_path / "data", tokenizer)
+    data = Dataset(tmp_path / "data")
+    encoding = get_tokenizer(data.meta["tokenizer"], tmp_path / "data")
+    assert decoded(data.train, encoding) == train
+    assert decoded(data.val, encoding) == [long[5:], "x"]
+    assert data.train.n_bytes == sum(len(text.encode()) for text in train)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Sends server.head, and server.parts one after the other, with server.wait seconds between."""
+
+    timeout = 60
+
+    def do_GET(self):
+        self.wfile.write(self.server.head + b"\r\n\r\n")
+        for part in self.server.parts():
+            try:
+                self.wfile.write(part)
+            except OSError:  # the client is gone
+                return
+            if self.server.over.wait(self.server.wait):
+                return
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.daemon_threads = True
+    server.over = threading.Event()
+    server.wait = 0
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.over.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "head,wait,words",
+    [
+        ("HTTP/1.0 200 OK", 0, "another sha256"),
+        ("HTTP/1.0 200 OK\r\nContent-Length: many", 0, "another sha256"),
+        ("HTTP/1.0 200 OK\r\nContent-Length: 99999999999", 0, "another sha256"),
+        ("HTTP/1.0 200 OK\r\nContent-Length: -1", 0, "another sha256"),
+        ("HTTP/1.0 200 OK", 0.02, "not complete after 0.3 s"),
+        ("nonsense", 0, "pass it as --input=FILE"),
+        ("HTTP/1.0 404 Not Found", 0, "pass it as --input=FILE"),
+        ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked", 0, "pass it as --input=FILE"),
+    ],
+)
+def test_a_download_of_anything_else(server, tmp_path, capsys, monkeypatch, head, wait, words):
+    """An endless answer is read to the size of the text, and a slow one for a limited time."""
+    main = program("shakespeare")
+    module = sys.modules["prepare_shakespeare"]
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(module, "URL", f"http://127.0.0.1:{server.server_address[1]}/input.txt")
+    monkeypatch.setattr(module, "PATIENCE", 0.3)
+    server.head = head.encode()
+    server.wait = wait
+    server.parts = lambda: itertools.repeat(b"text" * (10 if wait else 10**5))
+    start = time.monotonic()
+    assert words in fails(main, [f"--data_dir={tmp_path / 'data'}"], capsys)
+    assert time.monotonic() - start < 10 and not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("names", [
+    (["train.bin", "train.bin"], ["val.bin"]), (["val.bin"], ["val.bin"]), (["train.bin"], ["train.bin"]),
+    (["train_00001.bin"], ["val.bin"]), (["train_00000.bin", "train_00002.bin"], ["val.bin"]),
+    (["../train.bin"], ["val.bin"]), (["meta.json"], ["val.bin"]), (["/x/train.bin"], ["val.bin"]),
+    ([".lock"], ["val.bin"]), ([], ["val.bin"]), (["train.bin"], ["val.bin", "val_00001.bin"]),
+])  # fmt: skip
+def test_files_have_the_names_that_a_writer_gives(tmp_path, names):
+    write_dataset([("train", "abc"), ("val", "abc")], tmp_path, "byte")
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    for split, wanted in zip(("train", "val"), names, strict=True):
+        meta["splits"][split] = [dict(name=name, tokens=4, bytes=3) for name in wanted]
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="meta.json is not the meta.json of a data set"):
+        Dataset(tmp_path)
+
+
+# -- ids to text -----------------------------------------------------------------------------------
 
 
 def test_known_ids_are_those_that_have_bytes():

@@ -1,5 +1,7 @@
 """Data sets from parquet files on a local stand-in for the Hub; splits of many and large files."""
 
+import contextlib
+import copy
 import errno
 import hashlib
 import http.server
@@ -7,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +95,8 @@ def listing(folder, names):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    timeout = 60  # seconds of silence
+
     def do_HEAD(self):
         path = unquote(self.path.partition("?")[0])
         plan = self.server.plan.get(f"HEAD {path}", [])
@@ -394,7 +399,7 @@ def test_kill_9(server, tmp_path):
     ).exists()
     server.plan.clear()
     server.asked.clear()
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=100)
     assert content(tmp_path / "again") == content(tmp_path / "out")
     assert server.asked == [(FILES[2], None)]
 
@@ -420,7 +425,14 @@ def test_kill_9(server, tmp_path):
         (["--repo=other/text"], "there is no data set 'other/text' at"),
         ([f"--revision={'0' * 40}"], "no parquet files at 0000"),
         (["--endpoint=ftp:/x"], "is not the address of a Hub"),
-        (["--endpoint=http://["], "from http://[ ("),
+        (["--endpoint=http://["], "is not the address of a Hub"),
+        (["--endpoint=http://[::1"], "is not the address of a Hub"),
+        (["--endpoint=https://a:b"], "is not the address of a Hub"),
+        (["--endpoint=https://"], "is not the address of a Hub"),
+        (["--endpoint=file:///etc/passwd"], "is not the address of a Hub"),
+        (["--endpoint=https://\udcff"], "is not the address of a Hub"),
+        ([f"--endpoint=https://{'é' * 70}"], "is not the address of a Hub"),
+        (["--subset=\udcff"], "subset must be a name"),
         (["--input=/no/such"], "there are no parquet files at /no/such: name"),
         (["--column=words"], "no column of text 'words': choose --column from text"),
         (["--column=id"], "--column from text"),
@@ -463,7 +475,7 @@ def test_a_list_that_is_none(server, tmp_path, capsys, path, answer):
     if path == LIST and (answer in (b"{}", b"[]") or answer.startswith(b"[{")):
         assert "has no parquet files for part/train: check --repo" in error  # none that fits
     else:
-        assert "answers with no list of parquet files" in error
+        assert "answers 'some/text' otherwise than the Hub" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -572,7 +584,7 @@ def test_local_files_that_go_away(server, tmp_path, capsys, monkeypatch):
     progress = tmp_path / "again/hub.part/progress.json"
     good = progress.read_text()
     for names, words in (
-        ([[1], 2], "progress.json is damaged: remove"),
+        ([[1], 2], "progress.json is damaged (names[0] is [1], not a str): remove"),
         (["../0.parquet"], "../0.parquet is no longer in"),
     ):
         changed = json.loads(good)
@@ -708,18 +720,409 @@ def test_tokenizer_files_tokenize_batches_as_they_do_texts(tmp_path, capsys):
     assert (tmp_path / "out/tokenizer.json").read_text() == changed
 
 
+# -- hostile files and servers ---------------------------------------------------------------------
+
+STRANGE = [
+    None, True, -1, 0, 2, 2**61, 10**30, 1e308, 0.5, "", "x", "\ud800", "a\0b", "a\nb", "9" * 5000,
+    "../../outside", "/etc/passwd", "..", "meta.json", "progress.json", ".lock", "val.bin",
+    "train_00000.bin", "file:///etc/passwd", [], {}, [None], [[]], {"name": "val.bin"},
+]  # fmt: skip
+
+
+def places(value, found):
+    """Appends every (container, key) inside value to found."""
+    keys = []
+    if isinstance(value, dict):
+        keys = list(value)
+    elif isinstance(value, list):
+        keys = range(len(value))
+    for key in keys:
+        found.append((value, key))
+        places(value[key], found)
+    return found
+
+
+def damaged(content, rng):
+    """content as JSON text with one to three things changed at random."""
+    content = json.loads(json.dumps(content))
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        container, key = rng.choice(places(content, []))
+        kind = rng.choice(["swap", "swap", "swap", "delete", "nest", "long", "double", "near"])
+        if kind == "delete":
+            del container[key]
+        elif kind == "nest":
+            for _ in range(rng.choice([3, 400])):
+                container[key] = rng.choice([[container[key]], {"a": container[key]}])
+        elif kind == "long":
+            container[key] = rng.choice([str(container[key]) * 1000, [container[key]] * 1000])
+        elif kind == "double" and isinstance(container, list):
+            container.insert(key, container[key])
+        elif kind == "near" and type(container[key]) is int:
+            container[key] += rng.choice([-1, 1, 1000])
+        else:
+            container[key] = copy.deepcopy(rng.choice(STRANGE))
+        if kind in ("nest", "long") or not places(content, []):
+            break
+    text = json.dumps(content)
+    if rng.random() < 0.1:
+        return text.replace('"tokens": ', '"tokens": 1, "tokens": ')  # the same key twice
+    return text
+
+
+@pytest.fixture
+def tried(tmp_path, capsys, monkeypatch):
+    """A function that runs main on a copy of a folder; main may end with 0, or with 2 and one line.
+
+    What is beside the copy must not change.
+    """
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # takes most of the time
+    world = tmp_path / "world"
+    (world / "outside").mkdir(parents=True)
+    for name in ("val.bin", "train_00000.bin", "meta.json", "outside/val.bin"):
+        (world / name).write_bytes(b"precious" * 10**4)
+    before = content(world)
+
+    def run(folder, change, args):
+        shutil.copytree(folder, world / "data/set")
+        change(world / "data/set")
+        capsys.readouterr()
+        status = 0
+        try:
+            main([*args, f"--data_dir={world / 'data/set'}"])
+        except SystemExit as exit:
+            status = exit.code
+        error = capsys.readouterr().err
+        if status:
+            assert status == 2 and len(error.splitlines()) == 1 and len(error) < 1000, error
+            assert "Traceback" not in error
+        else:
+            Dataset(world / "data/set")
+        shutil.rmtree(world / "data")
+        assert content(world) == before
+        return status
+
+    return run
+
+
+def unfinished(tmp_path):
+    """A folder with hub.part, the arguments that finish it, and a finished folder."""
+    (tmp_path / "in").mkdir()
+    good = parquet(tmp_path / "in/a.parquet", texts(60))
+    (tmp_path / "in/b.parquet").write_bytes(b"no parquet")
+    args = ["--tokenizer=byte", "--tokens_per_file=600", "--val_fraction=0.2"]
+    args.append(f"--input={tmp_path / 'in'}")
+    with pytest.raises(SystemExit):
+        main([*args, f"--data_dir={tmp_path / 'begun'}"])
+    (tmp_path / "in/b.parquet").write_bytes(good)
+    main([*args, f"--data_dir={tmp_path / 'done'}"])
+    return tmp_path / "begun", tmp_path / "done", args
+
+
+def test_damaged_json_files_write_nothing_elsewhere(tmp_path, tried):
+    """210 damaged progress.json and meta.json, names that lead elsewhere among them."""
+    begun, done, args = unfinished(tmp_path)
+    seen = []
+    for seed in range(210):
+        rng = random.Random(seed)
+        folder, name, more = begun, "hub.part/progress.json", []
+        if seed % 2:
+            folder, name = done, "meta.json"
+            more = rng.choice([[], ["--overwrite=True"], ["--val_fraction=0.3"]])
+        text = damaged(json.loads((folder / name).read_text()), rng)
+
+        def change(copy, name=name, text=text):
+            (copy / name).write_text(text)
+
+        seen.append(tried(folder, change, [*args, *more]))
+    assert seen.count(0) > 40 and seen.count(2) > 40
+
+
+@pytest.mark.parametrize(
+    "files,key,value",
+    [
+        ("train", "name", "../../../val.bin"),
+        ("train", "name", "/tmp/val.bin"),
+        ("train", "name", "progress.json"),
+        ("train", "name", "train_00001.bin"),
+        ("train", "tokens", 10**6),
+        ("train", "tokens", 1),
+        ("val", "name", "train_00000.bin"),
+        ("val", "name", "meta.json"),
+        ("val", "tokens", 2**61),
+    ],
+)
+def test_progress_lists_what_a_writer_would_write(tmp_path, tried, files, key, value):
+    begun, _, args = unfinished(tmp_path)
+
+    def change(copy):
+        path = copy / "hub.part/progress.json"
+        progress = json.loads(path.read_text())
+        progress["splits"][files][0][key] = value
+        path.write_text(json.dumps(progress))
+
+    assert tried(begun, lambda copy: None, args) == 0
+    assert tried(begun, change, args) == 2
+
+
+def test_progress_beyond_the_end_of_a_file(tmp_path, tried):
+    """Rows that a file does not have were skipped silently, and with them the whole file."""
+    begun, _, args = unfinished(tmp_path)
+
+    def change(copy):
+        path = copy / "hub.part/progress.json"
+        progress = json.loads(path.read_text())
+        progress["position"]["rows"] = 61
+        path.write_text(json.dumps(progress))
+
+    assert tried(begun, change, args) == 2
+
+
+@pytest.mark.parametrize("name", [".", "val.bin", "train_00000.bin", "progress.json.part", "x"])
+def test_links_are_not_followed(tmp_path, tried, name):
+    begun, _, args = unfinished(tmp_path)
+
+    def change(copy):
+        path = copy / "hub.part" / name
+        target = copy.parents[1] / "outside"
+        if name == ".":
+            path.rename(copy.parents[0] / "moved")
+            path.symlink_to(copy.parents[0] / "moved")
+            return
+        path.unlink(missing_ok=True)
+        if name != "x":
+            target = target / "val.bin"
+        path.symlink_to(target)
+
+    assert tried(begun, change, args) == 2
+
+
+@pytest.mark.parametrize("name", ["meta.json", "meta.json.part", "val.bin", "train_00000.bin"])
+def test_links_in_data_dir_are_replaced(tmp_path, tried, name):
+    _, done, args = unfinished(tmp_path)
+
+    def change(copy):
+        (copy / name).unlink(missing_ok=True)
+        (copy / name).symlink_to(copy.parents[1] / "outside/val.bin")
+
+    assert tried(done, change, [*args, "--overwrite=True"]) == 0
+
+
+def test_parquet_files_of_unfinished_data_sets_are_not_read(tmp_path):
+    begun, done, args = unfinished(tmp_path)
+    want = content(done)
+    shutil.copytree(begun / "hub.part", tmp_path / "in/hub.part")
+    shutil.copy(tmp_path / "in/a.parquet", tmp_path / "in/hub.part/00000.parquet")
+    main([*args, f"--data_dir={tmp_path / 'in'}"])
+    assert {name: (tmp_path / "in" / name).read_bytes() for name in want} == want
+
+
+def test_data_of_a_refused_run_is_not_left(server, tmp_path, capsys):
+    """A run that never wrote a document leaves nothing; one that can go on keeps what it has."""
+    for args in (["--column=id"], ["--repo=other/text"], ["--endpoint=http://[::1"]):
+        fails(main, arguments(server, tmp_path / "new/out", *args), capsys)
+        assert not (tmp_path / "new").exists()
+    server.plan = {FILES[0]: [b"no", b"parquet"]}
+    fails(main, arguments(server, tmp_path / "new/out"), capsys)
+    assert not (tmp_path / "new").exists()
+    server.plan = {f"HEAD {FILES[0]}": [(503,)] * 100}
+    fails(main, arguments(server, tmp_path / "new/out"), capsys)
+    assert (tmp_path / "new/out/hub.part/progress.json").exists()
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "file:///etc/passwd", "https://" + "ü" * 70, "x"])
+def test_addresses_of_the_environment(tmp_path, address):
+    """huggingface_hub reads HF_ENDPOINT when it is imported, and failed there."""
+    pytest.importorskip("huggingface_hub")
+    done = subprocess.run(
+        [sys.executable, "data/hub/prepare.py", "--tokenizer=byte", f"--data_dir={tmp_path}/out"],
+        cwd=ROOT, env=dict(os.environ, HF_ENDPOINT=address), capture_output=True, text=True,
+        timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 2 and "is not the address of a Hub: give" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+class Rude(http.server.BaseHTTPRequestHandler):
+    """Answers with what server.head and server.body give, for as long as the client reads."""
+
+    timeout = 60
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.server.n_asked += 1
+        self.wfile.write(b"HTTP/1.1 " + self.server.head + b"\r\n\r\n")
+        with contextlib.suppress(OSError):
+            for part in self.server.body():
+                self.wfile.write(part)
+                self.wfile.flush()
+        self.close_connection = True
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def rude(monkeypatch, server):
+    """A server that keeps no rule. Limits of time are a hundred times shorter."""
+    rude = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Rude)
+    rude.daemon_threads = True
+    rude.url = f"http://127.0.0.1:{rude.server_address[1]}"
+    rude.n_asked = 0
+    rude.over = threading.Event()
+    monkeypatch.setattr(hub, "TIMEOUT", 0.1)
+    monkeypatch.setattr(hub, "PATIENCE", 0.2)
+    threading.Thread(target=rude.serve_forever, args=(0.01,), daemon=True).start()
+    yield rude
+    rude.over.set()
+    rude.shutdown()
+    rude.server_close()
+
+
+def endless(part, seconds=0.0):
+    def body(over):
+        while not over.wait(seconds):
+            yield part
+
+    return body
+
+
+OK = b"200 OK\r\nContent-Type: application/json"
+
+
+@pytest.mark.parametrize(
+    "head,body,words",
+    [
+        (OK, endless(b"[" * 2**20), "where a short answer is expected"),
+        (OK + b"\r\nContent-Length: 99999999999", endless(b"[" * 2**20), "a short answer is"),
+        (OK + b"\r\nContent-Encoding: gzip", "bomb", "a short answer is expected"),
+        (OK, endless(b"[", 0.03), "in 0.2 s, 6 times in a row)"),
+        (OK, endless(b"", 0.03), "6 times in a row): run the same command later"),
+        (OK + b"\r\nContent-Length: many", endless(b"x"), "times in a row): run the same"),
+        (OK + b"\r\nContent-Length: -1", endless(b"x"), "times in a row): run the same"),
+        (b"302 Found\r\nLocation: /", lambda over: [], "times in a row): run the same"),
+        (b"302 Found\r\nLocation: http://[::1", lambda over: [], "times in a row): run the same"),
+        (b"302 Found\r\nLocation: file:///etc/passwd", lambda over: [], "times in a row): run"),
+    ],
+    ids=["endless", "long", "bomb", "drip", "silence", "many", "-1", "loop", "[", "file"],
+)
+def test_servers_that_keep_no_rule(rude, tmp_path, capsys, head, body, words):
+    if body == "bomb":
+        import zlib
+
+        pack = zlib.compressobj(wbits=31)
+        packed = pack.compress(b"[" * 2**26) + pack.flush()
+        rude.body = lambda: [packed]
+    else:
+        rude.body = lambda: body(rude.over)
+    rude.head = head
+    start = time.monotonic()
+    error = fails(main, arguments(rude, tmp_path / "out"), capsys)
+    assert words in error and len(error) < 1000 and not (tmp_path / "out").exists()
+    assert time.monotonic() - start < 10
+
+
+def test_a_list_without_an_end(server, tmp_path, capsys, monkeypatch):
+    """Each page names the next one."""
+    monkeypatch.setattr(hub, "MOST_PAGES", 20)
+    monkeypatch.setattr(Handler, "end_headers", with_next_page)
+    server.files[LIST] = b"[]"
+    assert "does not come to an end" in fails(main, arguments(server, tmp_path / "out"), capsys)
+    assert 20 <= len(server.asked) < 30 and not (tmp_path / "out").exists()
+
+
+def with_next_page(handler):
+    handler.send_header("Link", f'<{handler.server.url}{LIST}>; rel="next"')
+    http.server.BaseHTTPRequestHandler.end_headers(handler)
+
+
+@pytest.mark.parametrize(
+    "answer", [{"a": 1}, {"type": "file"}, [{"type": "file"}], [{"path": 3}], [None], "text", 1.5]
+)
+def test_lists_of_other_kinds(server, tmp_path, capsys, answer):
+    server.files[LIST] = json.dumps(answer).encode()
+    error = fails(main, arguments(server, tmp_path / "out"), capsys)
+    assert "answers 'some/text' otherwise than the Hub" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_download_that_drips_is_given_up(server, tmp_path, capsys, monkeypatch):
+    """A connection that is never silent, and never done, is tried again a few times."""
+    monkeypatch.setattr(hub, "PATIENCE", 0.05)
+
+    def drip(handler):
+        handler.server.asked.append(("GET", None))
+        handler.answer(FILES[0], None, server.files[FILES[0]], 0)
+        with contextlib.suppress(OSError):
+            for byte in server.files[FILES[0]]:
+                handler.wfile.write(bytes([byte]))
+                threading.Event().wait(0.01)
+
+    get = Handler.do_GET
+    monkeypatch.setattr(
+        Handler, "do_GET", lambda self: drip(self) if "resolve" in self.path else get(self)
+    )
+    error = fails(main, arguments(server, tmp_path / "out"), capsys)
+    assert "in 0.05 s, 6 times in a row): run the same command later" in error
+    assert server.asked.count(("GET", None)) == hub.RETRIES
+    monkeypatch.setattr(Handler, "do_GET", get)
+    monkeypatch.setattr(hub, "PATIENCE", 60)
+    main(arguments(server, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("size", ["many", "9" * 30, "-1", "1e3"])
+def test_parquet_files_of_an_odd_length(server, tmp_path, capsys, monkeypatch, size):
+    def send_header(handler, key, value):
+        if key == "Content-Length" and "resolve" in handler.path:
+            value = size
+        http.server.BaseHTTPRequestHandler.send_header(handler, key, value)
+
+    monkeypatch.setattr(Handler, "send_header", send_header)
+    error = fails(main, arguments(server, tmp_path / "out"), capsys)
+    assert server.url in error and len(error) < 1000
+
+
+def test_waiting_times_of_a_server_are_bounded(server, tmp_path, monkeypatch):
+    """A busy server may ask for some minutes, and not for a day."""
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+
+    for seconds, expected in ((7, 8), (86400, 1)):
+        waits.clear()
+        asked = []
+
+        def answer(self, path, how, content, start, asked=asked, seconds=seconds, real=Handler.answer):
+            if path == LIST and not asked:
+                asked.append(path)
+                self.send_response(429)
+                self.send_header("Retry-After", str(seconds))
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return False
+            return real(self, path, how, content, start)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Handler, "answer", answer)
+            main(arguments(server, tmp_path / str(seconds)))
+        assert waits == [expected]
+
+
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def make(folder, files):
-    """A data set whose train split is files, pairs of name and tokens, and val the last of them."""
-    listed = [dict(name=name, tokens=n, bytes=n + 1) for name, n in files]
+def make(folder, sizes):
+    """A data set whose train split is the parts in folder of these sizes, and val the last one."""
+    names = [f"train_{i:05d}.bin" for i in range(len(sizes))]
+    train = [dict(name=name, tokens=n, bytes=n + 1) for name, n in zip(names, sizes, strict=True)]
+    os.link(folder / names[-1], folder / "val.bin")
+    val = [dict(train[-1], name="val.bin")]
     meta = dict(
         tokenizer="byte",
         vocab_size=257,
         dtype="uint16",
-        sha256="",
-        splits=dict(train=listed, val=listed[-1:]),
+        sha256="0" * 64,
+        splits=dict(train=train, val=val),
     )
     (folder / "meta.json").write_text(json.dumps(meta))
     return Dataset(folder)
@@ -729,10 +1132,9 @@ def test_windows_of_many_files_are_those_of_one(tmp_path):
     rng = np.random.default_rng(0)
     sizes = [*rng.integers(0, 60, 300).tolist(), 0, 5]
     whole = rng.integers(0, 257, sum(sizes)).astype("<u2")
-    files = [(f"train_{i:05d}.bin", n) for i, n in enumerate(sizes)]
-    for (name, n), end in zip(files, np.cumsum(sizes), strict=True):
-        whole[end - n : end].tofile(tmp_path / name)
-    split = make(tmp_path, files).train
+    for i, end in enumerate(np.cumsum(sizes)):
+        whole[end - sizes[i] : end].tofile(tmp_path / f"train_{i:05d}.bin")
+    split = make(tmp_path, sizes).train
     for length in (1, 2, 33, 500, len(whole)):
         starts = rng.integers(0, len(whole) - length + 1, 50)
         assert (
@@ -744,10 +1146,10 @@ def test_windows_of_many_files_are_those_of_one(tmp_path):
 
 
 def test_a_file_that_shrinks_while_it_is_used(tmp_path):
-    (tmp_path / "a.bin").write_bytes(bytes(200))
-    split = make(tmp_path, [("a.bin", 100)]).train
-    os.truncate(tmp_path / "a.bin", 100)
-    with pytest.raises(UserError, match="a.bin has become shorter"):
+    (tmp_path / "train_00000.bin").write_bytes(bytes(200))
+    split = make(tmp_path, [100]).train
+    os.truncate(tmp_path / "train_00000.bin", 100)
+    with pytest.raises(UserError, match="train_00000.bin has become shorter"):
         split.windows([40], 20)
 
 
@@ -755,12 +1157,11 @@ def test_opening_checks_a_bounded_number_of_tokens(tmp_path, monkeypatch):
     from nanogqa import dataloader
 
     monkeypatch.setattr(dataloader, "SCANNED", 100)
-    files = [(f"{i}.bin", 30) for i in range(10)]
-    for name, n in files:
-        np.full(n, 7, "<u2").tofile(tmp_path / name)
+    for i in range(10):
+        np.full(30, 7, "<u2").tofile(tmp_path / f"train_{i:05d}.bin")
     seen = []
     monkeypatch.setattr(dataloader.Split, "check", lambda self, ids: seen.append(len(ids)) or ids)
-    make(tmp_path, files)
+    make(tmp_path, [30] * 10)
     assert seen == [30, 30, 30, 10, 30]
 
 
@@ -789,27 +1190,27 @@ def test_a_file_of_20_gb_opens_in_a_second_and_in_little_memory(tmp_path):
     if not os.path.exists("/proc/self/status"):
         pytest.skip("no /proc here")
     try:
-        with open(tmp_path / "train.bin", "wb") as file:
+        with open(tmp_path / "train_00000.bin", "wb") as file:
             file.seek(2 * n - 2)
             file.write(b"\x07\x00")
     except OSError:
         pytest.skip("no file of 20 GB here")
-    make(tmp_path, [("train.bin", n)])
+    make(tmp_path, [n])
     out = subprocess.run(
         [sys.executable, "-c", SPARSE, tmp_path],
         cwd=ROOT,
         check=True,
         capture_output=True,
         text=True,
+        timeout=100,
     ).stdout
     opened, grown, *end = map(float, out.split())
     assert opened < 1 and grown < 300 and end == [0, 7], out
 
 
 def test_a_thousand_files_open_in_a_second(tmp_path):
-    files = [(f"{i}.bin", 64) for i in range(3000)]
-    for name, n in files:
-        (tmp_path / name).write_bytes(bytes(2 * n))
+    for i in range(3000):
+        (tmp_path / f"train_{i:05d}.bin").write_bytes(bytes(128))
     start = time.perf_counter()
-    split = make(tmp_path, files).train
+    split = make(tmp_path, [64] * 3000).train
     assert time.perf_counter() - start < 1 and split.n_tokens == 3000 * 64

@@ -20,11 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import tiktoken
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from nanogqa import schema
 from nanogqa.configurator import UserError, build, one_line, parse, program
 from nanogqa.writer import (
     DatasetWriter,
@@ -32,6 +34,7 @@ from nanogqa.writer import (
     cannot_write,
     find_finished,
     find_unfinished,
+    input_files,
     open_tokenizer,
     print_counts,
 )
@@ -39,6 +42,11 @@ from nanogqa.writer import (
 BRANCH = "refs/convert/parquet"  # where the Hub keeps the parquet files that it makes of a data set
 RETRIES = 6         # tries before a busy or unreachable Hub ends the run
 BACKOFF = 1.0       # seconds before the second try; doubles with each
+TIMEOUT = 10        # seconds of silence that end a try
+PATIENCE = 60       # seconds in which SLOWEST bytes must arrive
+SLOWEST = 2**16
+LARGEST = 2**25     # bytes of an answer that is not a parquet file
+MOST_PAGES = 1000   # answers to one question
 SAVE_SECONDS = 10   # work that a kill may cost
 BATCH = 1024        # documents that are read at once
 PART = 16           # documents of a batch that one thread tokenizes at a time
@@ -72,7 +80,7 @@ class HubConfig(PrepareConfig):
             raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
         for key in ("subset", "split"):
             value = getattr(self, key)
-            if not is_base_name(value):
+            if not schema.base_name(value):
                 raise ValueError(f"{key} must be a name without slashes, not {value!r}")
         if self.revision is not None and not is_commit(self.revision):
             raise ValueError(f"revision must be a commit of 40 hex digits, not {self.revision!r}")
@@ -87,12 +95,15 @@ class Position:
     rows: int = 0
 
 
+POSITION = {"folder": str, "names": [str], "file": schema.count, "rows": schema.count}
+
+
 class Corrupt(Exception):
     """A parquet file cannot be read."""
 
 
-def is_base_name(name):
-    return name == os.path.basename(name) and name not in ("", ".", "..")
+class Unreachable(UserError):
+    """The Hub cannot be reached, or is busy: the same command may continue later."""
 
 
 def is_commit(name):
@@ -105,39 +116,82 @@ class Hub:
     """The data set that config names on the Hub, or on a server that speaks the same protocol."""
 
     def __init__(self, config):
-        from huggingface_hub import HfApi, errors
+        given = (config.endpoint, os.environ.get("HF_ENDPOINT"))
+        for address in given:
+            if address and not is_address(address):  # the library reads it when it is imported
+                raise UserError(
+                    f"{address!r:.100} is not the address of a Hub: give --endpoint or "
+                    "HF_ENDPOINT like https://huggingface.co"
+                )
+        from huggingface_hub import HfApi, errors, set_client_factory
         from huggingface_hub.utils import logging
         logging.set_verbosity_error()  # no warning for each retry
+        set_client_factory(self.new_client)
         self.errors = errors
+        self.downloading = False  # a parquet file, which may be large
+        self.n_answers = 0        # to the question that is being asked
         self.config = config
-        self.endpoint = config.endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        self.endpoint = self.endpoint.rstrip("/")
-        if not self.endpoint.startswith(("http://", "https://")):
-            raise UserError(
-                f"{self.endpoint!r} is not the address of a Hub: give --endpoint or HF_ENDPOINT "
-                "like https://huggingface.co"
-            )
+        self.endpoint = (given[0] or given[1] or "https://huggingface.co").rstrip("/")
         self.api = HfApi(endpoint=self.endpoint)  # reads HF_TOKEN
+
+    def new_client(self):
+        """A client whose answers are bounded in size and time. huggingface_hub sends with it."""
+        from huggingface_hub.utils._http import default_client_factory
+        client = default_client_factory()
+        client.event_hooks["request"].append(self.limit_silence)
+        client.event_hooks["response"].append(self.limit_answer)
+        return client
+
+    def limit_silence(self, request):
+        for key, seconds in request.extensions["timeout"].items():
+            request.extensions["timeout"][key] = seconds or TIMEOUT
+
+    def limit_answer(self, response):
+        """Makes reading the response end with an error if it is too large or too slow."""
+        self.n_answers += 1
+        if self.n_answers > MOST_PAGES and not self.downloading:
+            raise UserError(f"{self.endpoint} does not come to an end: check --repo and --endpoint")
+        for name in ("Retry-After", "RateLimit"):
+            if re.search(r"\d{4}", response.headers.get(name, "")):  # seconds
+                del response.headers[name]  # the library would wait as long
+        largest = LARGEST
+        if self.downloading and response.is_success and "Content-Length" in response.headers:
+            largest = float("inf")  # HTTP ends it at that length
+        read = response.iter_bytes
+
+        def iter_bytes(chunk_size=None):
+            start = time.monotonic()
+            total = 0
+            recent = 0  # since start
+            for chunk in read():
+                total += len(chunk)
+                recent += len(chunk)
+                if total > largest:
+                    raise UserError(
+                        f"{self.endpoint} sends more than {LARGEST:,} bytes where a short answer "
+                        "is expected: check --repo and --endpoint"
+                    )
+                if time.monotonic() - start > PATIENCE:
+                    if recent < SLOWEST:
+                        raise OSError(f"only {recent:,} bytes in {PATIENCE} s")
+                    start = time.monotonic()
+                    recent = 0
+                yield chunk
+
+        response.iter_bytes = iter_bytes
 
     def find_files(self):
         """(commit, Position) of the parquet files. Raises UserError if there are none."""
         config = self.config
         commit = config.revision
-        try:
-            if commit is None:
-                commit = self.ask(self.api.dataset_info, config.repo, revision=BRANCH).sha
-            if not is_commit(commit):
-                raise ValueError(f"{commit!r} is not a commit")
-            for split in (config.split, f"partial-{config.split}"):
-                folder = f"{config.subset}/{split}"
-                names = self.ask(self.list_names, folder, commit)
-                if names:
-                    return commit, Position(folder, names)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise UserError(
-                f"{self.endpoint} answers with no list of parquet files for {config.repo!r}: check "
-                "--repo and --endpoint"
-            ) from None
+        if commit is None:
+            commit = self.ask(self.api.dataset_info, config.repo, revision=BRANCH).sha
+        if not is_commit(commit):
+            raise self.not_a_hub(f"{commit!r} is not a commit")
+        for folder in folders_of(config):
+            names = self.ask(self.list_names, folder, commit)
+            if names:
+                return commit, Position(folder, names)
         raise UserError(
             f"data set {config.repo!r} has no parquet files for {config.subset}/{config.split}: "
             "check --repo, --subset and --split"
@@ -151,19 +205,22 @@ class Hub:
                 self.config.repo, folder, revision=commit, repo_type="dataset"
             ):
                 name = os.path.basename(entry.path)
-                if entry.path == f"{folder}/{name}" and name.endswith(".parquet"):
+                is_file = schema.base_name(name) and name.endswith(".parquet")
+                if is_file and entry.path == f"{folder}/{name}":
                     names.append(name)
         except self.errors.EntryNotFoundError:
             return []
-        return sorted(names)
+        return sorted(set(names))
 
     def download(self, name, commit, path):
         """Downloads a file of the repository to path, by way of a folder beside it."""
         folder = path.parent / "download"
+        self.downloading = True
         downloaded = self.ask(
             self.api.hf_hub_download, self.config.repo, name,
             revision=commit, repo_type="dataset", local_dir=folder,
         )
+        self.downloading = False
         os.replace(downloaded, path)
         shutil.rmtree(folder)
 
@@ -173,11 +230,14 @@ class Hub:
         Raises UserError if it refuses, or after RETRIES tries.
         """
         errors = self.errors
+        self.n_answers = 0
         for failures in range(RETRIES):
             if failures:
                 time.sleep(BACKOFF * 2 ** (failures - 1))
             try:
                 return call(*args, **kwargs)
+            except UserError:
+                raise
             except errors.HFValidationError:
                 raise UserError(
                     f"{self.config.repo!r} cannot be a data set: write --repo=OWNER/NAME"
@@ -189,9 +249,18 @@ class Hub:
                     raise error  # from this machine's disk, not from the network
                 self.raise_if_refused(error)
                 problem = one_line(error)
-        raise UserError(
+            except Exception as error:  # which ones a bad answer leads to is not documented
+                raise self.not_a_hub(error) from None
+        raise Unreachable(
             f"cannot get {self.config.repo!r} from {self.endpoint} ({problem}, {RETRIES} times in "
             "a row): run the same command later, it continues from here"
+        )
+
+    def not_a_hub(self, problem):
+        """The UserError for an answer that the Hub would not give."""
+        return UserError(
+            f"{self.endpoint} answers {self.config.repo!r} otherwise than the Hub "
+            f"({one_line(problem, 100)}): check --repo and --endpoint"
         )
 
     def raise_if_refused(self, error):
@@ -225,14 +294,25 @@ class Hub:
             )
 
 
+def is_address(text):
+    """Whether text is the http or https address of a server."""
+    try:
+        parts = urlsplit(text)
+        valid = parts.scheme in ("http", "https") and parts.port != 0
+        (parts.hostname or "").encode("idna")
+    except ValueError:  # includes UnicodeError
+        return False
+    return valid and bool(parts.hostname) and text.isprintable() and " " not in text
+
+
 # -- parquet files ---------------------------------------------------------------------------------
 
-def find_local_files(config):
+def find_local_files(config, data_dir):
     """The Position at the start of the parquet files at --input, sorted by path."""
     path = Path(config.input)
     if path.is_file():
         return Position(str(path.parent), [path.name])
-    names = sorted(found.relative_to(path).as_posix() for found in path.rglob("*.parquet"))
+    names = list(input_files(path, "*.parquet", data_dir))
     if not names:
         raise UserError(
             f"there are no parquet files at {path}: name one, or a folder of them, with "
@@ -249,6 +329,11 @@ def read_batches(path, column, start):
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             check_column(file.schema_arrow, path, column)
+            if start > file.metadata.num_rows:
+                raise UserError(
+                    f"{path.name} has {file.metadata.num_rows} rows, but hub.part/progress.json "
+                    f"says that {start} are done: remove hub.part to begin again"
+                )
             for group in range(file.num_row_groups):  # one call for all may hold all in memory
                 n_rows = file.metadata.row_group(group).num_rows
                 if row + n_rows <= start:
@@ -372,16 +457,17 @@ def write_files(config, hub, writer, position):
 def read_position(config, progress, part):
     """The Position in progress, which was read from disk. Raises UserError if it is not valid."""
     try:
-        position = Position(**progress["position"])
-        valid = is_position(config, position)
-        if config.input is None and not is_commit(progress["about"]["commit"]):
-            valid = False
-    except (TypeError, KeyError):
-        valid = False
-    if not valid:
-        raise UserError(f"{part / 'progress.json'} is damaged: remove {part} to begin again")
+        schema.check(progress["position"], POSITION)
+        position = Position(**progress["position"])  # TypeError: further keys
+        if config.input is None:
+            schema.check(progress["about"], {"commit": is_commit})
+        check_position(config, position)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{part / 'progress.json'} is damaged ({one_line(error)}): remove {part} to begin again"
+        ) from None
     if config.input is not None:
-        here = find_local_files(config)
+        here = find_local_files(config, part.parent)
         position.folder = here.folder
         missing = set(position.names) - set(here.names)
         if missing:
@@ -392,22 +478,21 @@ def read_position(config, progress, part):
     return position
 
 
-def is_position(config, position):
-    """Whether position can be one of a run with config. May raise TypeError if not."""
-    for count in (position.file, position.rows):
-        if type(count) is not int or count < 0:
-            return False
-    if type(position.names) is not list or position.file > len(position.names):
-        return False
-    for name in position.names:
-        if not isinstance(name, str):
-            return False
-        if config.input is None and not is_base_name(name):
-            return False
+def check_position(config, position):
+    """Raises ValueError if position cannot be one of a run with config."""
+    names = position.names
+    if names != sorted(set(names)) or position.file > len(names):
+        raise ValueError("its names are not sorted, or fewer than the files that are done")
     if config.input is not None:
-        return True  # read_position() compares the names with those that are there
-    folders = (f"{config.subset}/{config.split}", f"{config.subset}/partial-{config.split}")
-    return position.folder in folders
+        return  # read_position() compares the names with those that are there
+    schema.check(names, [schema.base_name], "names")
+    if position.folder not in folders_of(config):
+        raise ValueError(f"folder is {position.folder!r:.40}")
+
+
+def folders_of(config):
+    """The folders of the repository that may hold the split. The second holds a part of it."""
+    return f"{config.subset}/{config.split}", f"{config.subset}/partial-{config.split}"
 
 
 def prepare(config, part, tokenizer, about):
@@ -417,21 +502,28 @@ def prepare(config, part, tokenizer, about):
         hub = Hub(config)
     progress = find_unfinished(part, about, config.overwrite)
     if progress is not None:
-        about = progress["about"]
         position = read_position(config, progress, part)
+        if hub is not None:
+            about = dict(about, commit=progress["about"]["commit"])
     elif hub is not None:
         commit, position = hub.find_files()
         about = dict(about, commit=commit)
     else:
-        position = find_local_files(config)
+        position = find_local_files(config, part.parent)
     if progress is None:
         shutil.rmtree(part, ignore_errors=True)
     writer = DatasetWriter(part, tokenizer, about, config.tokens_per_file, progress)
-    writer.save(asdict(position))
-    write_files(config, hub, writer, position)
-    return writer.finish(
-        asdict(position), "take more text, or another --val_fraction, with --overwrite=True"
-    )
+    try:
+        writer.save(asdict(position))
+        write_files(config, hub, writer, position)
+        return writer.finish(
+            asdict(position), "take more text, or another --val_fraction, with --overwrite=True",
+            config.overwrite,
+        )
+    except UserError as error:
+        if writer.n_tokens == 0 and not isinstance(error, Unreachable):
+            writer.discard()  # there is nothing to continue
+        raise
 
 
 def describe(config, tokenizer):
@@ -460,7 +552,9 @@ def main(argv):
     tokenizer = open_tokenizer(config.tokenizer, data_dir, config.overwrite)
     about = describe(config, tokenizer)
     meta = find_finished(data_dir, about, config.overwrite)
-    if meta is None:
+    if meta is not None:
+        print(f"{data_dir} already holds this data set")
+    else:
         try:
             meta = prepare(config, data_dir / "hub.part", tokenizer, about)
         except OSError as error:

@@ -3,7 +3,7 @@
     python data/python/prepare.py [--tokenizer=gpt2] [--input=FOLDER] [--data_dir=FOLDER]
 
 Each file is a document, in the order of the paths. A tenth of the files, chosen by the hash of the
-path, is the validation split.
+path, is the validation split. Files that cannot be decoded are skipped and counted.
 """
 import platform
 import sys
@@ -12,40 +12,56 @@ import tokenize
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from nanogqa.configurator import UserError, build, one_line, parse, program
-from nanogqa.writer import PrepareConfig, held_out, write_dataset
+from nanogqa.configurator import UserError, build, parse, program
+from nanogqa.writer import PrepareConfig, held_out, input_files, print_skipped, write_dataset
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-def find_files(root):
+def find_files(root, data_dir):
     """{path relative to root: path} of the Python files below root, sorted."""
     files = {}
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if path.is_file() and not SKIPPED.intersection(relative.parts):
-            files[relative.as_posix()] = path
+    for name, path in input_files(root, "*.py", data_dir).items():
+        if not SKIPPED.intersection(name.split("/")):
+            files[name] = path
     if not files:
         raise UserError(f"{root} holds no Python source: name a folder that does with --input")
-    return dict(sorted(files.items()))
+    return files
 
 
-def documents(root):
+def read(path):
+    """The text of a file, decoded as it declares. Raises ValueError if it is not Python source."""
+    try:
+        with tokenize.open(path) as file:
+            text = file.read()
+        text.encode()  # codecs like unicode_escape give text that UTF-8 cannot store
+    except (SyntaxError, LookupError) as error:  # an unknown codec
+        raise ValueError(str(error)) from None
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror}): fix or remove it, or name another --input"
+        ) from None
+    if "\0" in text:
+        raise ValueError("it holds null bytes")
+    return text
+
+
+def documents(root, data_dir):
     """Yields (split, text) for each file."""
-    files = find_files(root)
+    files = find_files(root, data_dir)
     val = held_out(files)
+    skipped = []
     for name, path in files.items():
         try:
-            with tokenize.open(path) as file:  # decodes as the file declares
-                text = file.read()
-        except (OSError, SyntaxError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"cannot read {path} ({one_line(error)}): fix or remove it, or name another --input"
-            ) from None
+            text = read(path)
+        except ValueError:  # includes UnicodeError
+            skipped.append(name)
+            continue
         split = "train"
         if name in val:
             split = "val"
         yield split, text
+    print_skipped(skipped, "Python source")
 
 
 @program
@@ -55,7 +71,7 @@ def main(argv):
     data_dir = config.data_dir or Path(__file__).parent
     print(f"Python {platform.python_version()}, source from {root}")
     write_dataset(
-        documents(root), data_dir, config.tokenizer, config.overwrite,
+        documents(root, data_dir), data_dir, config.tokenizer, config.overwrite,
         source="Python standard library", python=platform.python_version(),
     )
 

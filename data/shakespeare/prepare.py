@@ -3,7 +3,9 @@
     python data/shakespeare/prepare.py [--tokenizer=gpt2] [--input=FILE] [--data_dir=FOLDER]
 """
 import hashlib
+import http.client
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -14,15 +16,26 @@ from nanogqa.configurator import UserError, build, one_line, parse, program
 from nanogqa.writer import PrepareConfig, write_dataset
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SIZE = 1_115_394  # bytes
+PATIENCE = 300    # seconds for the download
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def download():
-    """The bytes at URL. Raises OSError if the download fails."""
-    with urllib.request.urlopen(URL, timeout=30) as response:
-        size = int(response.headers["Content-Length"] or 0) or None
-        with tqdm.wrapattr(response, "read", size, desc="downloading", disable=None) as stream:
-            return stream.read()
+    """The bytes at URL, one more than SIZE at most. Raises OSError if the download fails."""
+    raw = b""
+    end = time.monotonic() + PATIENCE
+    bar = tqdm(total=SIZE, desc="downloading", unit="B", unit_scale=True, disable=None)
+    with urllib.request.urlopen(URL, timeout=30) as response, bar:
+        while len(raw) <= SIZE:
+            part = response.read1(SIZE + 1 - len(raw))
+            if not part:
+                break
+            raw += part
+            bar.update(len(part))
+            if time.monotonic() > end:
+                raise OSError(f"not complete after {PATIENCE} s")
+    return raw
 
 
 def read_text(path):
@@ -32,7 +45,7 @@ def read_text(path):
             raw = download()
         else:
             raw = Path(path).read_bytes()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"cannot read {path or URL} ({one_line(error)}): get the file another way and pass it "
             "as --input=FILE"

@@ -3,14 +3,15 @@
     python data/text/prepare.py --input=FILE_OR_FOLDER [--tokenizer=gpt2] [--data_dir=FOLDER]
 
 The validation split is the last 10 % of a file, or a tenth of the files of a folder, chosen by the
-hash of the path. Files in a folder that are not UTF-8 are skipped and counted.
+hash of the path. Files in a folder that are not UTF-8 are skipped and counted; data sets in it are
+left out.
 """
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from nanogqa.configurator import UserError, build, parse, program
-from nanogqa.writer import PrepareConfig, held_out, write_dataset
+from nanogqa.writer import PrepareConfig, held_out, input_files, print_skipped, write_dataset
 
 
 def documents_of_file(path):
@@ -26,15 +27,12 @@ def documents_of_file(path):
     yield "val", text[cut:]
 
 
-def documents_of_folder(folder):
+def documents_of_folder(folder, data_dir):
     """Yields (split, text) for each file, in the order of the paths."""
-    files = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            files[path.relative_to(folder).as_posix()] = path
+    files = input_files(folder, "*", data_dir)
     val = held_out(files)
     skipped = []
-    for name, path in sorted(files.items()):
+    for name, path in files.items():
         try:
             text = path.read_bytes().decode()
         except UnicodeDecodeError:
@@ -46,8 +44,7 @@ def documents_of_folder(folder):
         if name in val:
             split = "val"
         yield split, text
-    if skipped:
-        print(f"skipped because they are not UTF-8: {len(skipped)} files ({skipped[0]}, ...)")
+    print_skipped(skipped, "UTF-8")
 
 
 @program
@@ -59,11 +56,11 @@ def main(argv):
             "--input=PATH"
         )
     source = Path(config.input)
+    data_dir = config.data_dir or Path(__file__).parent
     if source.is_file():
         documents = documents_of_file(source)
     else:
-        documents = documents_of_folder(source)
-    data_dir = config.data_dir or Path(__file__).parent
+        documents = documents_of_folder(source, data_dir)
     write_dataset(documents, data_dir, config.tokenizer, config.overwrite, source=source.name)
 
 
