@@ -47,9 +47,9 @@ SHOWN = {
 @dataclass
 class BenchConfig(GPTConfig):
     # what to time
-    mode: Mode = "decode"  # decode: time generation; train: time steps; scale: docs/scale.md
-    out_dir: str | None = None  # decode: folder of a checkpoint; None: random weights
-    vocab_size: int | None = None  # rows of the embedding table; None: 257
+    mode: Mode = "decode"  # decode: time generation; train: time steps; scale: print docs/scale.md
+    out_dir: str | None = None  # decode: a checkpoint, whose model is timed; None: random weights
+    vocab_size: int | None = None  # rows of the embedding table; None: 257, of the byte tokenizer
     batch_size: int = 1  # sequences
     seed: int = 1337  # of weights and tokens
     # decoding, at a context of prompt_len + new_tokens instead of block_size
@@ -59,7 +59,7 @@ class BenchConfig(GPTConfig):
     repeats: int = 3  # runs; the one with the smallest median counts
     # training
     steps: int = 50  # timed steps; their median counts
-    optimizer: Literal["adamw", "muon"] = "adamw"  # as in train.py
+    optimizer: Literal["adamw", "muon"] = "adamw"  # adamw or muon, as in train.py
     # where it runs
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # as in sample.py or train.py

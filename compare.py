@@ -52,6 +52,7 @@ Matching = Literal["both", "shape", "params"]
 
 @dataclass
 class CompareConfig(TrainConfig):
+    # the comparison
     out_dir: str = "out/compare"  # folder for runs, results and the report
     max_steps: int = 800          # optimizer steps of each run
     eval_interval: int = 100      # steps between evaluations

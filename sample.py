@@ -23,6 +23,7 @@ from nanogqa.tokenizer import get_tokenizer, known_ids
 
 @dataclass
 class SampleConfig:
+    # prompts and texts
     out_dir: str = "out"  # folder with the ckpt.pt of a run, or the path of a checkpoint
     prompt: str = ""  # text to continue, or FILE:path; empty: a new document
     prompts: str | None = None  # file of prompts to continue as one batch: lines, or .jsonl
@@ -35,6 +36,7 @@ class SampleConfig:
     seed: int = 1337  # of the draws: the same seed gives the same text
     output: Literal["text", "jsonl"] = "text"  # jsonl: {"prompt": ..., "text": ...} for each text
     kv_cache: bool = True  # False: recompute the whole context for every token
+    # where it runs
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and cache
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: for many tokens
@@ -172,9 +174,8 @@ def generate(model, prompts, max_new_tokens, num_samples=1, known=None, **option
             logits = logits[copies]
         if known is not None:
             logits = logits.masked_fill(~known, -torch.inf)
-        ids = sample_token(
-            logits, options.temperature, options.top_k, options.top_p, options.generator)
-        ids = ids[:, 0].tolist()
+        ids = sample_token(logits, options.temperature, options.top_k, options.top_p,
+                           options.generator)[:, 0].tolist()
         for text, token in zip(batch.texts, ids, strict=True):
             text.append(token)
         left = unfinished(range(len(rows)))  # a compiled batch may still hold finished rows
@@ -192,14 +193,13 @@ def generate(model, prompts, max_new_tokens, num_samples=1, known=None, **option
 def main(argv):
     config = build(SampleConfig, parse(SampleConfig, argv, __doc__))
     prompts = read_prompts(config.prompt, config.prompts)
-    n_texts = len(prompts) * config.num_samples
     runtime = pick_runtime(config.device, config.dtype, config.compile, config.max_new_tokens)
     state = checkpoint.load(config.out_dir, GPTConfig)
     encoding = get_tokenizer(state["tokenizer"], checkpoint.path_of(config.out_dir).parent)
     gpt_config = GPTConfig(**state["config"])
     model = checkpoint.load_model(GPT, gpt_config, state).to(runtime.device, runtime.dtype).eval()
     if config.fast:
-        prepare_for_decoding(model, n_texts)
+        prepare_for_decoding(model, len(prompts) * config.num_samples)
     compiled = compile_for_decoding(model, runtime) if runtime.compile else None
     ids = encode_prompts(encoding, prompts)
     announce_sampling(config, gpt_config, runtime, state["step"], ids)

@@ -351,8 +351,11 @@ def help_text(cls, doc):
 
 
 def help_line(cls, key, comment):
+    """The line of one key. It lists the choices of a Literal, unless the comment explains each."""
     kind = kinds_of(cls, key)[0]
     if typing.get_origin(kind) is typing.Literal:
-        choices = ", ".join(str(choice) for choice in typing.get_args(kind))
-        comment += f" ({choices})"
+        choices = [str(choice) for choice in typing.get_args(kind)]
+        explained = [re.search(rf"\b{choice}\b", comment) for choice in choices]
+        if not all(explained):
+            comment += f" ({', '.join(choices)})"
     return f"  --{key}={getattr(cls, key)}".ljust(34) + f" {comment}"

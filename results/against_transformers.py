@@ -5,8 +5,12 @@
     python results/against_transformers.py train
 
 float32 on the CPU, random weights, no QK-norm. The two models are timed in turns. Prints the
-minimum of each over the rounds, and the ratio, for every shape.
+minimum of each over the rounds, and the ratio, for every shape. Writes them to transformers.json,
+where rows with a note stay: they are timed by hand, as results/README.md describes.
 """
+import datetime
+import json
+import platform
 import statistics
 import sys
 import time
@@ -20,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench
 from nanogqa.runtime import pick_runtime
 
+RESULTS = Path(__file__).with_name("transformers.json")
 ROUNDS = 2
 WARMUP = 5  # training steps before the timed ones
 SHARED = dict(device="cpu", dtype="float32", qk_norm=False)
@@ -116,21 +121,45 @@ def report(config, context, rounds):
           f"vocab {config.vocab_size} n_kv_head {config.n_kv_head} batch {config.batch_size} "
           f"context {context}: transformers {theirs:.1f} ms, here {ours:.1f} ms, "
           f"ratio {ours / theirs:.2f}", flush=True)
+    return dict(transformers_ms=round(theirs, 1), here_ms=round(ours, 1))
+
+
+def decode_row(shape):
+    config = bench.BenchConfig(mode="decode", **SHARED, **DECODED, **shape)
+    rounds = [compare_decode(config) for _ in range(ROUNDS)]
+    return dict(shape, **report(config, config.prompt_len, rounds))
+
+
+def train_row(shape):
+    config = bench.BenchConfig(mode="train", **SHARED, **shape)
+    rounds = [compare_train(config) for _ in range(ROUNDS)]
+    return dict(
+        model=f"{config.n_layer} x {config.n_embd}", vocab_size=config.vocab_size,
+        batch=f"{config.batch_size} x {config.block_size}", note="",
+        **report(config, config.block_size, rounds))
+
+
+def write(mode, rows):
+    """Replaces the measurement of this mode in transformers.json."""
+    results = json.loads(RESULTS.read_text())
+    before = results[mode]
+    noted = [row for row in before["rows"] if row.get("note")]
+    results[mode] = dict(
+        before, machine=f"{platform.processor() or platform.machine()}, "
+        f"{torch.get_num_threads()} threads", torch=torch.__version__,
+        python=platform.python_version(), transformers=transformers.__version__,
+        date=datetime.date.today().isoformat(), rows=rows + noted)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main(mode):
     if mode == "decode":
-        for shape in DECODE:
-            config = bench.BenchConfig(mode="decode", **SHARED, **DECODED, **shape)
-            rounds = [compare_decode(config) for _ in range(ROUNDS)]
-            report(config, config.prompt_len, rounds)
+        rows = [decode_row(shape) for shape in DECODE]
     elif mode == "train":
-        for shape in TRAIN:
-            config = bench.BenchConfig(mode="train", **SHARED, **shape)
-            rounds = [compare_train(config) for _ in range(ROUNDS)]
-            report(config, config.block_size, rounds)
+        rows = [train_row(shape) for shape in TRAIN]
     else:
         sys.exit(f"unknown mode {mode!r}: choose decode or train")
+    write(mode, rows)
 
 
 if __name__ == "__main__":

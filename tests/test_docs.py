@@ -1,23 +1,62 @@
-"""The documents link to files that exist, and the scripts of results/ use names that exist."""
+"""The documents: links and commands name what exists, figures are those of results/, and the worked
+change of docs/variant.md does what its page says."""
 import ast
 import importlib
+import importlib.util
+import json
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from test_repo import PROGRAMS
+
+from model import SETTINGS_OF
+from nanogqa.configurator import build, choices_of, parse
+
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/running.md", "docs/scale.md",
-             "results/README.md"]
+PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES, "results/README.md"]
 SCRIPTS = sorted(path.name for path in (ROOT / "results").glob("*.py"))
 LOCAL = {"model", "train", "sample", "bench", "compare", "convert"}
 
 
+def script(name):
+    """The module docs/NAME.py."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / f"docs/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+figures = script("figures")
+
+
+# -- links and names -------------------------------------------------------------------------------
+
+def anchors(path):
+    """The anchors that GitHub gives the headings of a document."""
+    found = set()
+    for heading in re.findall(r"^#+ (.*)$", path.read_text(), re.M):
+        words = re.sub(r"[^\w\- ]", "", heading.lower())
+        found.add(words.replace(" ", "-"))
+    return found
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_links_name_files_that_exist(name):
+def test_links_name_files_and_headings_that_exist(name):
     path = ROOT / name
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
-        assert (path.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", path.read_text()):
+        linked = path
+        if target:
+            linked = path.parent / target
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in anchors(linked), f"{target}#{anchor}"
 
 
 def is_local(module):
@@ -51,3 +90,301 @@ def test_contributing_names_files_that_exist():
     for target in re.findall(r"`((?:\w+/)*\w+\.py)`", (ROOT / "CONTRIBUTING.md").read_text()):
         if not target.startswith(("data/NAME", "config/NAME")):
             assert (ROOT / target).exists(), target
+
+
+def test_the_map_of_files_is_complete():
+    """Every program, module and folder stands in the README's map of files, and nothing else."""
+    [listed] = re.findall(r"```\n(model\.py .*?)```", (ROOT / "README.md").read_text(), re.S)
+    names = re.findall(r"^ *(\S+)", listed, re.M)
+    files = [path.name for path in [*ROOT.glob("*.py"), *ROOT.glob("nanogqa/[a-z]*.py")]]
+    folders = ["nanogqa/", "config/", "data/", "docs/", "results/", "tests/"]
+    assert sorted(names) == sorted(files + folders)
+
+
+# -- commands --------------------------------------------------------------------------------------
+
+def commands(name):
+    """The lines of the sh blocks of a document, split at &&, each as a list of words."""
+    found = []
+    for block in re.findall(r"```sh\n(.*?)```", (ROOT / name).read_text(), re.S):
+        for line in block.splitlines():
+            found += [shlex.split(part, comments=True) for part in line.split("&&")]
+    return [words for words in found if words]
+
+
+def check_command(words):
+    """Reads the settings of a command of this repository as the program would. Returns its name,
+    None for other commands."""
+    if words[0] not in ("python", "torchrun"):
+        return None
+    if words[1] == "-m" or words[1].startswith("tests/"):
+        return None
+    at = [word.endswith(".py") for word in words].index(True)
+    program, args = words[at], words[at + 1:]
+    if program.startswith(("results/", "docs/")):
+        assert (ROOT / program).exists(), program
+        return None
+    if program == "convert.py":
+        program, args = f"{program} {args[0]}", args[1:]
+    assert program in PROGRAMS, words
+    axes = program in ("bench.py", "compare.py")
+    given = parse(PROGRAMS[program], args, "", axes=axes)
+    for values in choices_of(given, SETTINGS_OF):
+        build(PROGRAMS[program], values)
+    return program
+
+
+@pytest.fixture
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_commands_name_what_exists(at_root):
+    """Every command of the front page and of docs/: its program, settings and values. Those of
+    docs/variant.md need its diff: see test_the_variant."""
+    seen = set()
+    for name in DOCUMENTS:
+        if name != "docs/variant.md":
+            for words in commands(name):
+                seen.add(check_command(words))
+    assert seen - {None} == set(PROGRAMS)
+
+
+@pytest.mark.parametrize("command", [
+    "python train.py --n_kv_heads=2", "python nothing.py", "python bench.py --n_kv_head=3,4",
+    "python results/nothing.py", "torchrun --standalone train.py config/none.py"])
+def test_a_wrong_command_is_found(command, at_root):
+    with pytest.raises((AssertionError, Exception)):
+        check_command(command.split())
+
+
+def prose(text):
+    """A document without its code blocks, tables and comments."""
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.S)
+    return "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+
+
+def test_the_front_page_is_short():
+    words = prose((ROOT / "README.md").read_text()).split()
+    assert len(words) <= 1300
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+UNIT = ("ms|s|min|seconds|minutes|hours|nats|bits|bytes|KiB|MiB|GiB|KB|MB|GB|GFLOP/s|tokens|times|"
+        "parameters|steps|%|million|billion")
+FIGURE = re.compile(rf"[-+]?\d[\d.,e-]*(?: ±| to| x)*(?: [\d.,]+)*[ -](?:{UNIT})(?!\w)")
+
+# what is not measured: settings of the commands beside them, definitions, and what tests assert
+DEFINITIONS = {
+    "README.md": ("a context of 4,096 tokens", "from 124 million to 8 billion parameters"),
+    "docs/training.md": ("a trace of 5 steps",),
+    "docs/data.md": ("A 20 GB data set opens in less than a second and 300 MB of memory (tested)",),
+    "docs/bench.md": ("contexts of 1,024 tokens or more",),
+    "docs/comparing.md": ("its 95 % interval", "183 million parameters, 25 billion tokens",
+                          "16 texts of 4,096 tokens"),
+    "docs/converting.md": ("after 5 % of the steps",),
+    "docs/variant.md": ("in parts of 7 tokens", "a token takes 2,048 bytes"),
+}
+
+
+def quoted(name, values):
+    """The sentences of a document with their figures."""
+    return [sentence.format(**values) for sentence in figures.SENTENCES.get(name, ())]
+
+
+def unsupported(name, text, values):
+    """Figures in the prose of a document that neither SENTENCES nor DEFINITIONS explain."""
+    text = prose(text)
+    for known in [*quoted(name, values), *DEFINITIONS.get(name, ())]:
+        text = text.replace(known, "")
+    return FIGURE.findall(text)
+
+
+@pytest.fixture(scope="module")
+def values():
+    return figures.values()
+
+
+@pytest.mark.parametrize("name", figures.DOCUMENTS)
+def test_tables_are_those_of_results(name):
+    text = (ROOT / name).read_text()
+    assert figures.with_tables(text) == text, "run python docs/figures.py"
+
+
+def test_every_table_is_used():
+    text = "".join((ROOT / name).read_text() for name in figures.DOCUMENTS)
+    assert set(re.findall(r"<!-- figures: (\w+) -->", text)) == set(figures.TABLES)
+
+
+@pytest.mark.parametrize("name", figures.SENTENCES)
+def test_sentences_quote_results(name, values):
+    text = prose((ROOT / name).read_text())
+    for sentence in quoted(name, values):
+        assert sentence in text
+
+
+@pytest.mark.parametrize("name", ["README.md", *sorted(DEFINITIONS)[1:], "docs/sampling.md"])
+def test_no_figure_is_without_a_source(name, values):
+    text = (ROOT / name).read_text()
+    assert unsupported(name, text, values) == []
+    for known in DEFINITIONS.get(name, ()):
+        assert known in text, "not in the text any more"
+
+
+@pytest.mark.parametrize("words", ["takes 3.4 ms", "14.9 to 23.1 ms", "a third, 33 % more",
+                                   "-0.125 nats", "0.5 GB of memory", "1.4 to 2.5 times as long"])
+def test_a_figure_without_a_source_is_found(words, values):
+    text = (ROOT / "README.md").read_text() + f"\nIt {words}.\n"
+    assert len(unsupported("README.md", text, values)) == 1
+
+
+def test_a_changed_figure_is_found(values):
+    """One digit changed, in a table and in a sentence."""
+    text = (ROOT / "README.md").read_text()
+    assert figures.with_tables(text.replace("| 2,048 |", "| 2,049 |")) == text
+    changed = text.replace(values["macos"], "9.9 GB")
+    assert not all(sentence in changed for sentence in quoted("README.md", values))
+
+
+def test_the_log_and_the_text_of_the_front_page_were_printed():
+    """The excerpts are lines of results/first_run, which the commands beside them wrote."""
+    text = (ROOT / "README.md").read_text()
+    log = (ROOT / "results/first_run/log.txt").read_text().splitlines()
+    [excerpt] = re.findall(r"```\n(model: .*?)```", text, re.S)
+    for line in excerpt.splitlines():
+        assert line == "..." or line in log
+    [sampled] = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert sampled in (ROOT / "results/first_run/sample.txt").read_text()
+
+
+# -- the picture at the top ------------------------------------------------------------------------
+
+def test_the_picture_is_drawn_from_results():
+    head = script("head")
+    results = json.loads(head.RESULTS.read_text())
+    assert head.PICTURE.read_text() == head.picture(results), "run python docs/head.py"
+    results["speed"]["MQA-n_ff352"]["decode"][-1]["step_ms"] += 1
+    assert head.PICTURE.read_text() != head.picture(results)
+
+
+# -- docs/variant.md -------------------------------------------------------------------------------
+
+# runs in a copy of the repository with the diff applied; the arguments are those of toy_run
+VARIANT = r"""
+import contextlib
+import io
+import re
+import sys
+
+import pytest
+import torch
+
+import compare
+import convert
+import sample
+import test_docs
+import train
+from compare import CompareConfig
+from conftest import load_model, toy_config, toy_ids, toy_model
+from model import GPT, Context, KVCache, apply_rope, rope_cos_sin, rope_frequencies
+from nanogqa.configurator import UserError, parse
+
+out_dir = [arg for arg in sys.argv[1:] if arg.startswith("--out_dir=")][0].split("=")[1]
+page = open("docs/variant.md").read()
+
+# the commands of the page
+seen = {test_docs.check_command(words) for words in test_docs.commands("docs/variant.md")}
+assert seen == {None, "train.py", "sample.py", "bench.py", "compare.py"}
+
+# the program on the page
+[program] = re.findall(r"```python\n(.*?)```", page, re.S)
+with contextlib.redirect_stdout(io.StringIO()) as printed:
+    exec(program)
+difference, size = re.findall(r": (\S+)", printed.getvalue())
+assert float(difference) < 1e-4 and int(size) == 2048
+
+# cached = full for larger weights, GQA and MQA, in one pass, in parts and token by token; static
+# and ragged caches are those of the other variants
+for n_kv_head in (4, 2, 1):
+    model, idx = toy_model(kv_tied=True, n_kv_head=n_kv_head), toy_ids()
+    assert "v_proj" not in " ".join(model.state_dict())
+    with torch.inference_mode():
+        full = model(idx)[0]
+        for size in (48, 7, 1):
+            cache = KVCache(model.config, 2, 48)
+            parts = [model(part, cache=cache)[0] for part in idx.split(size, dim=1)]
+            torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-4, rtol=1e-4)
+        untied = KVCache(toy_config(n_kv_head=n_kv_head), 2, 48)
+        assert 2 * cache.nbytes == untied.nbytes
+
+# the formula of the page, with explicit rotations: sum over s of a(t, s) R(s - t) k(s)
+def rotated(x, positions):
+    positions = torch.as_tensor(positions).reshape(1, -1)
+    return apply_rope(x, *rope_cos_sin(positions, rope_frequencies(config)))
+
+config = toy_config(kv_tied=True, n_kv_head=2, qk_norm=False, block_size=9)
+layer = GPT(config).layers[0].attn
+x = torch.randn(1, 9, 32)
+with torch.inference_mode():
+    q = layer.q_proj(x).view(1, 9, 4, 8).transpose(1, 2)
+    k = layer.k_proj(x).view(1, 9, 2, 8).transpose(1, 2).repeat_interleave(2, dim=1)
+    rows = []
+    for t in range(9):
+        relative = rotated(k[:, :, :t + 1], torch.arange(t + 1) - t)        # R(s - t) k(s)
+        weights = (q[:, :, t:t + 1] @ relative.mT * 8**-0.5).softmax(-1)
+        rows.append(weights @ relative)
+    wanted = layer.o_proj(torch.cat(rows, dim=2).transpose(1, 2).reshape(1, 9, 32))
+    for shift in (0, 100):
+        positions = torch.arange(9)[None] + shift
+        context = Context(*rope_cos_sin(positions, rope_frequencies(config)), None, None)
+        torch.testing.assert_close(layer(x, context), wanted, atol=1e-4, rtol=1e-4)
+
+# a setting that is off changes nothing
+for name, weight in GPT(toy_config()).state_dict().items():
+    assert torch.equal(weight, GPT(toy_config(kv_tied=False)).state_dict()[name])
+with pytest.raises(ValueError, match="kv_tied=True is for attention=gqa"):
+    toy_config(attention="mla", kv_tied=True)
+
+# it trains, samples, and convert.py refuses it by name
+train.main([*sys.argv[1:], "--max_steps=4", "--kv_tied=True"])
+assert load_model(out_dir).config.kv_tied
+texts = []
+for kv_cache in (True, False):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        sample.main([f"--out_dir={out_dir}", "--prompt=the ", "--temperature=0", "--device=cpu",
+                     "--max_new_tokens=20", f"--kv_cache={kv_cache}"])
+    texts.append(printed.getvalue())
+assert texts[0] == texts[1]
+with pytest.raises(UserError, match="kv_tied=True cannot be exported"):
+    convert.model_type_of(load_model(out_dir).config)
+
+# the plan of the comparison on the page, at toy size
+[words] = [words for words in test_docs.commands("docs/variant.md") if "compare.py" in words]
+toy = [arg for arg in sys.argv[1:] if not arg.startswith("--n_kv_head")]
+given = parse(CompareConfig, [*toy, *words[2:]], "", axes=True)
+variants = compare.plan(given)[2]
+assert [variant.name for variant in variants] == ["kv_tied=False", "kv_tied=True"] * 2
+plain, tied, _, matched = [variant.facts for variant in variants]
+assert 2 * tied["kv_bytes_per_token"] == plain["kv_bytes_per_token"]
+assert tied["params"] < 0.98 * plain["params"] < 0.99 * matched["params"]
+"""
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "out", "hf", "wandb", "*.bin", "*.part",
+                                  "__pycache__", ".pytest_cache", "*.egg-info")
+
+
+def test_the_variant(toy_run, tmp_path):
+    """docs/kv_tied.diff applies to this tree, and what docs/variant.md says of it holds."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
+    subprocess.run(["git", "apply", "docs/kv_tied.diff"], cwd=copy, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = ['.', 'tests']\n{VARIANT}", *toy_run],
+        cwd=copy, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_variant_is_as_long_as_its_page_says():
+    changed = re.findall(r"^[-+](?![-+])", (ROOT / "docs/kv_tied.diff").read_text(), re.M)
+    assert len(changed) <= 22

@@ -1,11 +1,12 @@
 """The repository as a whole: its configs, its settings, its README and the direction of its imports."""
 import ast
 import re
-import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from bench import SIZES, BenchConfig
 from compare import CompareConfig
 from convert import COMMANDS
 from nanogqa.batches import batch_shape
-from nanogqa.configurator import build, choices_of, help_text, parse, subset
+from nanogqa.configurator import build, help_text, kinds_of, parse, subset
 from nanogqa.costs import num_params
 from nanogqa.writer import PrepareConfig
-from model import GPT, SETTINGS_OF, GPTConfig
+from model import GPT, GPTConfig
 from sample import SampleConfig
 from train import TrainConfig
 
@@ -91,6 +92,28 @@ def test_every_setting_is_in_the_help_and_is_read(cls):
                 case ast.Attribute(value=ast.Name(id="config" | "c" | "base") | ast.Attribute(attr="config"), attr=attr, ctx=ast.Load()):
                     read.add(attr)
     assert set(keys_of(cls)) <= read
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig, BenchConfig, CompareConfig], ids=lambda cls: cls.__name__)
+def test_help_is_under_headings_and_shows_choices(cls):
+    """The program's own settings come first, then the model's; all choices of a Literal are in its line."""
+    lines = help_text(cls, "doc").splitlines()
+    headings = [line for line in lines[3:] if line.endswith(":") and not line.startswith(" ")]
+    first = [line for line in lines[3:] if line.strip()][0]
+    assert first == headings[0] != "model:" and len(headings) >= 2
+    for field in fields(cls):
+        choices = [str(choice) for kind in kinds_of(cls, field.name) for choice in get_args(kind)]
+        [line] = [line for line in lines if line.startswith(f"  --{field.name}=")]
+        text = line.split(maxsplit=1)[1]
+        for choice in choices:
+            assert re.search(rf"\b{choice}\b", text), (field.name, choice)
+
+
+def test_help_lists_choices_unless_the_text_explains_each():
+    lines = help_text(BenchConfig, "doc").splitlines() + help_text(TrainConfig, "doc").splitlines()
+    ends = {line.split("=")[0].strip(): line for line in lines if line.startswith("  --")}
+    assert ends["--schedule"].endswith("(cosine, wsd)") and ends["--compile"].endswith("(auto, True, False)")
+    assert not ends["--mode"].endswith("(decode, train, scale)") and not ends["--parallel"].endswith("(ddp, fsdp)")
 
 
 PROGRAM_ORDER = ["model", "train", "sample", "bench", "compare", "convert"]
@@ -169,25 +192,9 @@ def test_readme_opens_with_two_commands_of_their_own():
         assert command == f"python3 -m venv .venv && . .venv/bin/activate && pip install -q -r requirements.txt && {end}"
 
 
-def test_readme_commands_name_what_exists():
-    seen = set()
-    for command in readme_commands()[2:]:
-        words = [word for word in shlex.split(command, comments=True) if "=" not in word or word.startswith("--")]
-        if words[0] not in ("python", "torchrun"):
-            continue
-        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        program, args = words[at], words[at + 1:]
-        if program == "convert.py":
-            program, args = f"{program} {args[0]}", args[1:]
-        assert program in PROGRAMS, command
-        build(PROGRAMS[program], choices_of(parse(PROGRAMS[program], args, "", axes=program in ("bench.py", "compare.py")), SETTINGS_OF)[0])
-        seen.add(program)
-    assert seen == set(PROGRAMS)
-
-
-def test_readme_links_name_what_exists():
-    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / target).exists(), target
+def test_readme_names_the_pinned_torch():
+    [version] = re.findall(r"torch==([\d.]+)", (ROOT / "README.md").read_text())
+    assert f"torch=={version} " in (ROOT / "requirements.txt").read_text()
 
 
 def test_requirements_pin_what_pyproject_allows():

@@ -1,0 +1,385 @@
+"""The figures that README.md, docs/ and results/README.md quote, from the files of results/.
+
+    python docs/figures.py         writes the tables of the documents again
+
+A table below a comment <!-- figures: NAME --> is what TABLES[NAME] returns. SENTENCES lists the
+sentences with figures; {name} stands for a value of values(). tests/test_docs.py compares both
+with the documents, and finds figures that are in neither.
+"""
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from nanogqa.report import summarize, table
+
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+             "results/README.md"]
+NAMES = {"MHA": "MHA", "GQA-2": "GQA, 2 heads", "MQA": "MQA", "MLA": "MLA"}  # of the variants
+
+
+def read(name):
+    """The content of a JSON file of results/."""
+    return json.loads((ROOT / "results" / name).read_text())
+
+
+def signed(estimate, digits=3):
+    """An Estimate of nanogqa/report.py as a difference with half its interval."""
+    return f"{estimate.mean:+.{digits}f} ± {estimate.error:.{digits}f}"
+
+
+# -- results/compare -------------------------------------------------------------------------------
+
+def variants(match):
+    """The Summary of each variant, in the order of NAMES."""
+    by_name = {}
+    for summary in summarize(read("compare/results.json")):
+        if summary.match == match:
+            by_name[summary.name] = summary
+    return [by_name[name] for name in NAMES]
+
+
+def timing(shape, batch_size, prompt_len):
+    """The row of bench.py for decoding at that batch and context."""
+    for row in read("compare/results.json")["speed"][shape]["decode"]:
+        if (row["batch_size"], row["prompt_len"]) == (batch_size, prompt_len):
+            return row
+    raise ValueError(f"{shape} was not timed at {batch_size} x {prompt_len}")
+
+
+def slowest_cell(summary):
+    """The timing at the largest batch and context."""
+    return timing(summary.shape, 16, 4096)
+
+
+def attention():
+    """The four variants of attention (front page)."""
+    papers = {
+        "MHA": ("[Vaswani et al. 2017](https://arxiv.org/abs/1706.03762)", "mha", "`n_head`",
+                "a key and a value for each query head"),
+        "GQA-2": ("[Ainslie et al. 2023](https://arxiv.org/abs/2305.13245)", "gqa", "2",
+                  "a key and a value for each group of query heads"),
+        "MQA": ("[Shazeer 2019](https://arxiv.org/abs/1911.02150)", "mqa", "1",
+                "one key and one value for all query heads"),
+        "MLA": ("[DeepSeek-V2, 2024](https://arxiv.org/abs/2405.04434)", "mla", "",
+                "one compressed vector for all keys and values, and one shared rotary key"),
+    }
+    rows = []
+    for summary in variants("shape"):
+        paper, config, n_kv_head, cached = papers[summary.name]
+        size = summary.facts["kv_bytes_per_token"]
+        rows.append([f"{summary.name.removesuffix('-2')}: {paper}",
+                     f"[{config}](config/{config}.py)", n_kv_head, cached, f"{size:,}"])
+    return table(["attention", "config", "`n_kv_head`", "each layer caches, per token",
+                  "bytes per token"], rows)
+
+
+def findings():
+    """Quality, memory and time of the four variants (front page)."""
+    rows = []
+    for summary in variants("params"):
+        difference = ""
+        if not summary.is_first:
+            difference = signed(summary.difference)
+        cell = slowest_cell(summary)
+        rows.append([
+            NAMES[summary.name],
+            difference,
+            f"{cell['kv_cache_bytes'] / 1e6:,.0f}",
+            f"{cell['peak_memory_bytes'] / 1e6:,.0f}",
+            f"{cell['step_ms']:.1f}",
+            f"{cell['prefill_s']:.1f}",
+        ])
+    return table(["", "loss minus MHA's, nats per byte, 95 % interval", "cache, MB",
+                  "peak memory, MB", "decoding step, ms", "reading the prompts, s"], rows)
+
+
+def comparison():
+    """Losses and differences in both matchings (docs/comparing.md)."""
+    rows = []
+    for shape, params in zip(variants("shape"), variants("params"), strict=True):
+        row = [NAMES[shape.name], f"{shape.facts['kv_bytes_per_token']:,}"]
+        for summary in (shape, params):
+            row.append(f"{summary.loss.mean:.3f} ± {summary.loss.error:.3f}")
+            row.append("" if summary.is_first else signed(summary.difference))
+        rows.append(row)
+    return table(["", "cache, bytes per token", "shape held equal", "difference to MHA",
+                  "parameters held equal", "difference to MHA"], rows)
+
+
+def decoding_times():
+    """Decoding steps at every batch and context (docs/comparing.md)."""
+    cells = [(1, 256), (1, 1024), (1, 4096), (16, 256), (16, 1024), (16, 4096)]
+    rows = []
+    for summary in variants("shape"):
+        times = [timing(summary.shape, *cell)["step_ms"] for cell in cells]
+        rows.append([NAMES[summary.name], *(f"{ms:.2f}" for ms in times)])
+    return table(["", *(f"{batch} x {tokens:,}" for batch, tokens in cells)], rows)
+
+
+def published():
+    """Published losses minus that of MHA, in nats, with and without equal parameters."""
+    texts = {}
+    for kind, ending in (("matched", ""), ("unmatched", "_unmatched")):
+        perplexity = read("published.json")[kind]
+        for variant in ("GQA-4", "MQA", "MLA"):
+            difference = math.log(perplexity[variant] / perplexity["MHA"])
+            name = variant.lower().removesuffix("-4")
+            texts[f"published_{name}{ending}"] = f"{difference:+.3f}"
+    return texts
+
+
+# -- results/*.json --------------------------------------------------------------------------------
+
+def shakespeare():
+    """Runs on tiny Shakespeare beside nanoGPT (front page and docs/training.md)."""
+    rows = []
+    for run in read("shakespeare.json")["runs"]:
+        name = "nanoGPT's documented CPU run"
+        if run["name"] != "nanoGPT":
+            name = f"nanoGQA, run {run['name']}"
+        bits = run["val_loss"] / math.log(2)
+        rows.append([name, f"{run['params']:,}", f"{run['val_loss']:.3f}", f"{bits:.3f}",
+                     f"{run['seconds']}"])
+    return table(["tiny Shakespeare, width 128, context 64", "parameters",
+                  "validation loss, nats per byte", "bits per byte", "seconds"], rows)
+
+
+def against_nanogpt():
+    """The two rows of shakespeare() that take the same losses as their aim (front page)."""
+    return "\n".join(shakespeare().splitlines()[:4])
+
+
+BENCHED = ("MHA", "GQA, 4 heads", "MQA", "MLA, latent 256", "MLA, latent 128")
+
+
+def bench_cell(command, variant, batch_size, prompt_len):
+    for row in read("bench.json")["rows"]:
+        wanted = (command, variant, batch_size, prompt_len)
+        if wanted == (row["command"], row["variant"], row["batch_size"], row.get("prompt_len")):
+            return row
+    raise ValueError(f"results/bench.json has no row {variant}, {batch_size} x {prompt_len}")
+
+
+def bench_decode():
+    """Decoding steps of two shapes (docs/bench.md)."""
+    cells = [("12 x 768, 12 heads", "large", 1, 64), ("the same", "large", 8, 64),
+             ("the same", "large", 8, 1024), ("4 x 1024, 16 heads", "cache", 16, 256),
+             ("the same", "cache", 16, 1024), ("the same", "cache", 16, 4096)]
+    rows = []
+    for shape, command, batch_size, prompt_len in cells:
+        row = [shape, f"{batch_size}", f"{prompt_len:,}"]
+        for variant in BENCHED:
+            cell = bench_cell(command, variant, batch_size, prompt_len)
+            mbu = "" if cell["mbu"] is None else f" ({cell['mbu']:.2f})"
+            row.append(f"{cell['step_ms']:.1f}{mbu}")
+        rows.append(row)
+    return table(["shape", "batch", "context", *BENCHED], rows)
+
+
+def bench_train():
+    """Training steps of a small shape (docs/bench.md)."""
+    rows = [row for row in read("bench.json")["rows"] if row["command"] == "train"]
+    return table(["4 x 128, 4 heads, batch 12 x 64", *(row["variant"] for row in rows)],
+                 [["ms per step", *(f"{row['step_ms']:.1f}" for row in rows)]])
+
+
+def transformers_train():
+    """Training steps beside transformers (results/README.md)."""
+    rows = []
+    for row in read("transformers.json")["train"]["rows"]:
+        theirs, here = row["transformers_ms"], row["here_ms"]
+        name = ", ".join(filter(None, (row["model"], row["note"])))
+        rows.append([name, f"{row['vocab_size']:,}", row["batch"], f"{theirs:,}", f"{here:,}",
+                     f"{theirs / here:.2f}"])
+    return table(["layers x width", "vocabulary", "batch x context", "transformers, ms",
+                  "here, ms", "speedup"], rows)
+
+
+def transformers_decode():
+    """Decoding steps beside transformers (results/README.md)."""
+    rows = []
+    for row in read("transformers.json")["decode"]["rows"]:
+        theirs, here = row["transformers_ms"], row["here_ms"]
+        rows.append([f"{row['batch_size']}", f"{row['prompt_len']:,}", f"{row['n_kv_head']}",
+                     f"{theirs:.1f}", f"{here:.1f}", f"{here / theirs:.2f}"])
+    return table(["batch", "context", "key/value heads", "transformers, ms", "here, ms", "ratio"],
+                 rows)
+
+
+def slowdowns(mode):
+    """How many times as long transformers takes, in rows where both ran in one process."""
+    ratios = []
+    for row in read("transformers.json")[mode]["rows"]:
+        if not row.get("note"):
+            ratios.append(row["transformers_ms"] / row["here_ms"])
+    return ratios
+
+
+def ablation():
+    """Changes of the recipe, with three seeds each (results/README.md)."""
+    changes = [("optimizer", 2, "Muon, 3e-3"), ("optimizer", 3, "Muon, 1.2e-2"),
+               ("optimizer", 1, "AdamW, 1.2e-2"), ("qk_norm", 1, "no QK-norm"),
+               ("tied", 1, "untied head (3.9 % more parameters)")]
+    first = summarize(read("ablation/optimizer.json"))[0]
+    rows = [["none: AdamW, 3e-3, QK-norm, tied head",
+             f"{first.loss.mean:.3f} ± {first.loss.error:.3f}", ""]]
+    for name, i, change in changes:
+        summary = summarize(read(f"ablation/{name}.json"))[i]
+        rows.append([change, f"{summary.loss.mean:.3f} ± {summary.loss.error:.3f}",
+                     signed(summary.difference)])
+    return table(["change", "validation loss, nats per byte", "difference, 95 % interval"], rows)
+
+
+def muon_overhead():
+    """How much longer a step of Muon is than one of AdamW, in percent, at both learning rates."""
+    times = []
+    for modes in read("ablation/optimizer.json")["speed"].values():
+        times.append(modes["train"][0]["step_ms"])
+    adamw, other_adamw, muon, other_muon = times
+    return [100 * (muon / adamw - 1), 100 * (other_muon / other_adamw - 1)]
+
+
+def uptraining():
+    """The table of results/uptraining.md (docs/converting.md)."""
+    lines = (ROOT / "results/uptraining.md").read_text().splitlines()
+    return "\n".join(line for line in lines if line.startswith("|"))
+
+
+# -- the first run, and one that is calculated -----------------------------------------------------
+
+def first_run():
+    """What the first command of README.md printed last, as {name: text}."""
+    log = (ROOT / "results/first_run/log.txt").read_text()
+    time, loss, bits = re.search(
+        r"done in (\d+ min \d+ s): val_loss ([\d.]+), val_bpb ([\d.]+)", log).groups()
+    return dict(first_time=time, first_loss=f"{float(loss):.2f}", first_bits=f"{float(bits):.2f}")
+
+
+def llama():
+    """The cache of config/llama_8b.py in bfloat16, for a token and for 131,072 tokens."""
+    text = (ROOT / "config/llama_8b.py").read_text()
+    setting = {key: int(value) for key, value in re.findall(r"^(\w+) = (\d+)$", text, re.M)}
+    head_dim = setting["n_embd"] // setting["n_head"]
+    size = 2 * setting["n_layer"] * setting["n_kv_head"] * head_dim * 2
+    whole = size * 2**17
+    return dict(
+        llama_factors=f"{setting['n_layer']} x {setting['n_kv_head']} x {head_dim}",
+        llama=f"{size // 1024} KiB", llama_context=f"{2**17:,}", llama_all=f"{whole / 1e9:.0f} GB",
+        llama_mha=f"{whole * setting['n_head'] // setting['n_kv_head'] / 1e9:.0f} GB")
+
+
+# -- tables and sentences --------------------------------------------------------------------------
+
+TABLES = {function.__name__: function for function in (
+    attention, findings, comparison, decoding_times, shakespeare, against_nanogpt, bench_decode,
+    bench_train, transformers_train, transformers_decode, ablation, uptraining)}
+
+
+def values():
+    """{name: text} for SENTENCES."""
+    settings = read("compare/results.json")["settings"]
+    download = read("download.json")["bytes"]
+    sizes = [summary.facts["kv_bytes_per_token"] for summary in variants("shape")]
+    return dict(
+        linux=f"{download['Linux, x86-64'] / 1e9:.1f} GB",
+        macos=f"{download['macOS, arm64'] / 1e9:.1f} GB",
+        tokens=f"{settings['max_steps'] * settings['tokens_per_step'] / 1e6:.1f} million",
+        mha_cache=f"{sizes[0]:,}", gqa_cache=f"{sizes[1]:,}",
+        **first_run(), **llama(), **published(), **ratios(), **ranges())
+
+
+def ratios():
+    """Times of each variant as a share of MHA's, for the largest batch and context."""
+    cells = {summary.name: slowest_cell(summary) for summary in variants("shape")}
+    shares = {}
+    for name, cell in cells.items():
+        key = name.lower().removesuffix("-2")
+        shares[f"{key}_step"] = f"{cell['step_ms'] / cells['MHA']['step_ms']:.2f}"
+        shares[f"{key}_prefill"] = f"{cell['prefill_s'] / cells['MHA']['prefill_s']:.1f}"
+    return shares
+
+
+def ranges():
+    """The smallest and the largest of several figures, as NAME_low and NAME_high."""
+    short = [timing(summary.shape, 1, 256)["step_ms"] for summary in variants("shape")]
+    excess = []
+    for modes in read("compare/results.json")["speed"].values():
+        for row in modes["decode"]:
+            excess.append(row["peak_memory_bytes"] / row["memory_bound_bytes"])
+    texts = {}
+    for name, numbers, digits in (
+            ("short", short, 1), ("excess", excess, 1), ("muon", muon_overhead(), 0),
+            ("train", slowdowns("train"), 1), ("decode", slowdowns("decode"), 1)):
+        texts[f"{name}_low"] = f"{min(numbers):.{digits}f}"
+        texts[f"{name}_high"] = f"{max(numbers):.{digits}f}"
+    return texts
+
+
+SENTENCES = {
+    "README.md": (
+        "nothing else: {linux} on Linux, mostly PyTorch's CUDA libraries, and {macos} on macOS",
+        "Here the run took {first_time} on two CPU cores",
+        "{first_loss} nats are {first_bits} bits",
+        "in bfloat16 this is 2 x {llama_factors} x 2 bytes, or {llama}",
+        "A text of {llama_context} tokens takes {llama_all}, more than the weights",
+        "32 query heads it would take {llama_mha}",
+        "MLA is behind after these {tokens} tokens",
+        "At batch 1 and a context of 256 tokens all four take {short_low} to {short_high} ms per "
+        "step",
+        "transformers takes {decode_low} to {decode_high} times as long per decoding step",
+    ),
+    "docs/training.md": (
+        "a step takes {muon_low} to {muon_high} % longer",
+    ),
+    "docs/sampling.md": (
+        "the peak of the process is {excess_low} to {excess_high} times the calculated bound",
+    ),
+    "docs/bench.md": (
+        "transformers takes {decode_low} to {decode_high} times as long per decoding step, and "
+        "{train_low} to {train_high} times as long per training step in the same process",
+    ),
+    "docs/comparing.md": (
+        "MLA is behind after these {tokens} tokens",
+        "a loss relative to MHA of {published_gqa} nats for GQA with 4 heads, {published_mqa} for "
+        "MQA and {published_mla} for MLA",
+        "they report {published_gqa_unmatched} for GQA and {published_mqa_unmatched} for MQA",
+        "a step takes {gqa_step} of MHA's time with GQA, {mqa_step} with MQA and {mla_step} with "
+        "MLA. MLA takes {mla_prefill} times as long as MHA to read the prompts",
+    ),
+    "docs/variant.md": (
+        "says `KV cache {gqa_cache} bytes per token in float32`, where MHA has {mha_cache}",
+    ),
+    "results/README.md": (
+        "each step takes {muon_low} to {muon_high} % longer on a CPU",
+    ),
+}
+
+
+# -- the documents ---------------------------------------------------------------------------------
+
+TABLE = re.compile(r"(<!-- figures: (\w+) -->\n\n)(?:\|.*\n)*\n?")
+
+
+def with_tables(text):
+    """A document with its tables written again."""
+    def replace(match):
+        return match[1] + TABLES[match[2]]() + "\n\n"
+    return TABLE.sub(replace, text)
+
+
+def main():
+    for name in DOCUMENTS:
+        path = ROOT / name
+        before = path.read_text()
+        after = with_tables(before)
+        if after != before:
+            path.write_text(after)
+            print(f"{name}: tables written")
+
+
+if __name__ == "__main__":
+    main()
