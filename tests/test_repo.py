@@ -95,7 +95,7 @@ def test_every_setting_is_in_the_help_and_is_read(cls):
 
 PROGRAM_ORDER = ["model", "train", "sample", "bench", "compare", "convert"]
 PACKAGE_ORDER = ["configurator", "files", "schema", "distributed", "fast", "costs", "runtime", "log", "tokenizer", "prompts",
-                 "dataloader", "batches", "writer", "checkpoint", "report", "pool"]
+                 "dataloader", "batches", "writer", "checkpoint", "results", "report", "pool"]
 
 
 def imported(path):
