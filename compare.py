@@ -480,13 +480,19 @@ def plan_timings(variants, config, given):
     return timings
 
 
-def run_bench(timing):
-    """The rows of one call of bench.py."""
+def bench_command(timing):
+    """The command of bench.py."""
     command = [sys.executable, Path(__file__).with_name("bench.py"), f"--mode={timing.mode}"]
     for key, value in timing.settings.items():
         if isinstance(value, list):
             value = ",".join(map(str, value))
         command.append(f"--{key}={value}")
+    return command
+
+
+def run_bench(timing):
+    """The rows of one call of bench.py."""
+    command = bench_command(timing)
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from nanogqa.files import replacing
 
-# Differences between MHA, GQA and MQA in papers, in nats, near 124 million parameters.
+# The smallest and the largest difference in nats between MHA, GQA and MQA in Zadouri et al. 2025
+# (arXiv 2505.21487, tables 2, 12 and 18): 183 million parameters, one seed.
 PUBLISHED_SMALLEST = 0.008
-PUBLISHED_LARGEST = 0.04
+PUBLISHED_LARGEST = 0.040
 
 
 # -- statistics ------------------------------------------------------------------------------------
@@ -342,9 +343,10 @@ def resolution_text(summaries):
     else:
         conclusion = "This run cannot rank such variants; it bounds their differences."
     return (f"The intervals have a half-width of {half:.4f} nats, pooled over the variants: the "
-            "smallest difference that this run can detect. Published differences between MHA, GQA "
-            f"and MQA are {PUBLISHED_SMALLEST} to {PUBLISHED_LARGEST} nats, near 124 million "
-            f"parameters. {conclusion}")
+            "smallest difference that this run can detect. Zadouri et al. 2025 (arXiv 2505.21487) "
+            f"report differences of {PUBLISHED_SMALLEST:.3f} to {PUBLISHED_LARGEST:.3f} nats "
+            "between MHA, GQA and MQA, with 183 million parameters and one seed. "
+            f"{conclusion}")
 
 
 def speed_tables(speed, summaries):
