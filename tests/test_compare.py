@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load
+from conftest import kept_in_memory, load
 from tqdm import tqdm
 
 import bench
@@ -87,15 +87,15 @@ def stop(*args):
     raise Stop
 
 
-def kept_in_memory(function):
-    """function, whose first answer is kept for all further calls."""
-    answers = []
-
-    def first_answer(*args):
-        if not answers:
-            answers.append(function(*args))
-        return answers[0]
-    return first_answer
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Products of these sizes are no faster with two threads, and much slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -271,13 +271,15 @@ def test_two_runs_of_one_variant_and_seed_give_one_curve(toy_data, tmp_path, com
     assert curve(tmp_path / "again") == curve(comparison[0] / "runs" / variant.run_name(1337))
 
 
-def test_a_timing_is_a_process_of_bench():
+def test_a_timing_is_a_process_of_bench(monkeypatch):
     settings = {"device": "cpu", "n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 16,
                 "batch_size": 2, "block_size": 8, "steps": 1}
     (row,) = run_bench(Timing("toy", "train", settings))
     assert row["batch_size"] == 2 and row["step_ms"] > 0
-    with pytest.raises(UserError, match=r"bench.py failed for toy \(.*does not divide"):
-        run_bench(Timing("toy", "train", dict(settings, n_kv_head=3)))
+    done = subprocess.CompletedProcess([], 2, "", "a warning\nbench.py: no memory\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: done)
+    with pytest.raises(UserError, match=r"bench.py failed for toy \(bench.py: no memory\)"):
+        run_bench(Timing("toy", "train", settings))
 
 
 # -- what is read back -----------------------------------------------------------------------------
@@ -465,8 +467,9 @@ def losses_of(records):
     return [(x["match"], x["variant"], x["seed"], x["val_loss"], x["curve"]) for x in records]
 
 
-def test_damaged_logs_never_change_a_result(quick, capsys):
+def test_damaged_logs_never_change_a_result(quick, monkeypatch, capsys):
     folder, args = quick
+    monkeypatch.setattr(compare, "write_report", lambda *args: None)
     run = sorted((folder / "runs").iterdir())[2]
     path = run / "metrics.jsonl"
     good = path.read_text(encoding="utf-8")
@@ -480,6 +483,19 @@ def test_damaged_logs_never_change_a_result(quick, capsys):
         assert losses_of(results_of(folder)["records"]) == expected
         restored += path.read_text(encoding="utf-8") == good != text
     assert restored > 20
+
+
+def test_the_files_are_utf8_on_a_terminal_that_knows_ascii_alone(comparison, tmp_path):
+    folder = tmp_path / "Größe"
+    folder.mkdir()
+    shutil.copy(comparison[0] / "results.json", folder)
+    plain = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0",
+             "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, ROOT / "compare.py", "--report_only=True",
+                    f"--out_dir={folder}"], env={**os.environ, **plain}, capture_output=True,
+                   timeout=200)
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert text == (comparison[0] / "report.md").read_text(encoding="utf-8") and " ± " in text
 
 
 def test_committed_results_match_the_schema():
