@@ -65,8 +65,10 @@ def check_writable(folder):
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         probe = Path(folder) / f".probe{os.getpid()}"
-        probe.write_text("x", encoding="utf-8")
-        probe.unlink()
+        try:
+            probe.write_text("x", encoding="utf-8")
+        finally:  # a full disk takes the name, but not the content
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"cannot write to {folder} ({error.strerror}): choose another --out_dir"
