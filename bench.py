@@ -130,8 +130,7 @@ def reset_peak(runtime):
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):  # glibc: returns what the previous row has freed
             libc.malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_memory(runtime):

@@ -25,13 +25,14 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from bench import heads_of
+from bench import BenchConfig, heads_of
 from model import GPT, SETTINGS_OF, GPTConfig
 from nanogqa import checkpoint, costs
 from nanogqa.configurator import (
     UserError,
     build,
     choices_of,
+    combinations,
     in_range,
     one_line,
     parse,
@@ -39,9 +40,10 @@ from nanogqa.configurator import (
     subset,
 )
 from nanogqa.dataloader import Dataset, bits_per_byte, prepare_default
-from nanogqa.files import check_writable, write_json
+from nanogqa.files import created, write_json
 from nanogqa.log import read_rows
 from nanogqa.report import write_report
+from nanogqa.results import load_results, quantity, shape_of
 from nanogqa.runtime import pick_runtime
 from train import TrainConfig
 
@@ -101,7 +103,7 @@ class Variant:
     @property
     def shape(self):
         """The name of its model: both matchings share timings and runs where n_ff is equal."""
-        return f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', self.name)}-n_ff{self.config.n_ff}"
+        return shape_of(self.name, self.config.n_ff)
 
     def run_name(self, seed):
         """The folder of its run with this seed."""
@@ -111,7 +113,8 @@ class Variant:
 def plan(given):
     """(CompareConfig, Runtime, variants) of the given settings.
 
-    The others of a matching are compared to its first variant.
+    The others of a matching are compared to its first variant. Raises UserError if one of the runs
+    or timings cannot work; nothing is written.
     """
     for key in SHARED:
         if isinstance(given.get(key), list):
@@ -126,7 +129,18 @@ def plan(given):
     variants = []
     for match in matches:
         variants += match_variants(choices, match, runtime)
+    check_plan(config, variants, given)
     return config, runtime, variants
+
+
+def check_plan(config, variants, given):
+    """Raises UserError if one of the runs or timings cannot work."""
+    dataset = Dataset(config.dataset)
+    for variant in variants:
+        checkpoint.check_run(GPT, GPTConfig, variant.config, dataset, ranks_of(config))
+    for timing in plan_timings(variants, config, given):
+        for values in combinations(timing.settings):
+            build(BenchConfig, {"mode": timing.mode, **values})
 
 
 def first_config(given):
@@ -279,7 +293,7 @@ def match_variants(choices, match, runtime):
 
 def facts_of(config, runtime):
     """Heads, sizes and costs of a model, for the records."""
-    model = checkpoint.new_model(GPT, subset(GPTConfig, config))
+    model = checkpoint.new_model(model_without_values, subset(GPTConfig, config))
     heads = [f"n_head {config.n_head}"]
     for name, value in heads_of(config).items():
         if value is not None and name != "attention":
@@ -293,6 +307,13 @@ def facts_of(config, runtime):
         flops_per_token=costs.flops_per_token(model),
         kv_bytes_per_token=costs.kv_bytes_per_token(config, runtime.dtype),
     )
+
+
+def model_without_values(config, seed):
+    """A GPT on the meta device, which makes it in no time. RuntimeError if it does not fit here."""
+    with torch.device("meta"):
+        model = GPT(config)
+    return model.to_empty(device="cpu")
 
 
 def matching_n_ff(config, params, wanted):
@@ -332,39 +353,22 @@ def identity(config, given, variants, dataset):
 def open_results(config, runtime, wanted):
     """The results in out_dir, or new ones; wanted is the identity of this comparison.
 
-    Raises UserError where out_dir holds another comparison, unless overwrite is set.
+    Raises UserError where out_dir holds another comparison, unless overwrite is set. Nothing is
+    written.
     """
     out_dir = Path(config.out_dir)
     path = out_dir / "results.json"
     runs = out_dir / "runs"
-    results = None
     if not config.overwrite:
         if path.exists():
-            results = load_results(path)
+            results = load_results(path, CompareConfig)
             check_same_comparison(results, wanted, out_dir)
-        elif runs.exists():
+            return results
+        if runs.exists():
             raise UserError(f"{runs} holds runs, but there is no {path} with their settings: "
                             "choose another --out_dir, or replace them with --overwrite=True")
-    check_writable(out_dir)
-    if config.overwrite:
-        shutil.rmtree(runs, ignore_errors=True)
-    if results is None:
-        results = dict(wanted, machine=describe_machine(runtime),
-                       date=datetime.date.today().isoformat(), speed={}, records=[])
-        write_json(path, results)
-    return results
-
-
-def load_results(path):
-    """The content of a results.json. Raises UserError where it is something else."""
-    try:
-        results = json.loads(path.read_text())
-        if not {"settings", "variants", "records", "speed", "machine"} <= results.keys():
-            raise ValueError
-        return results
-    except (ValueError, AttributeError, RecursionError):
-        raise UserError(f"{path} is not a results file of compare.py: move it away, or choose "
-                        "another --out_dir") from None
+    return dict(wanted, machine=describe_machine(runtime), date=datetime.date.today().isoformat(),
+                speed={}, records=[])
 
 
 def check_same_comparison(results, wanted, out_dir):
@@ -406,15 +410,28 @@ def defaults_of(cls):
 def describe_machine(runtime):
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        names = re.findall(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M)
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        names = re.findall(r"^model name\s*: (.*)", text, re.M)
         if names:
             cpu = names[0]
     gpu = None
+    cache_bytes = cpu_cache_bytes()
     if runtime.device.type == "cuda":
         gpu = torch.cuda.get_device_name(runtime.device)
+        cache_bytes = torch.cuda.get_device_properties(runtime.device).L2_cache_size
     return dict(cpu=cpu, threads=torch.get_num_threads(), gpu=gpu, gpus=torch.cuda.device_count(),
-                torch=torch.__version__, python=platform.python_version(),
+                cache_bytes=cache_bytes, torch=torch.__version__, python=platform.python_version(),
                 system=platform.system(), **runtime.describe())
+
+
+def cpu_cache_bytes():
+    """The size of the processor's largest cache; None where Linux does not tell."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        size = re.match(r"(\d+)K", path.read_text(encoding="utf-8"))
+        if size:
+            sizes.append(int(size[1]) * 1024)
+    return max(sizes, default=None)
 
 
 # -- speed -----------------------------------------------------------------------------------------
@@ -464,14 +481,20 @@ def plan_timings(variants, config, given):
     return timings
 
 
-def run_bench(timing):
-    """The rows of one call of bench.py."""
+def bench_command(timing):
+    """The command of bench.py."""
     command = [sys.executable, Path(__file__).with_name("bench.py"), f"--mode={timing.mode}"]
     for key, value in timing.settings.items():
         if isinstance(value, list):
             value = ",".join(map(str, value))
         command.append(f"--{key}={value}")
-    done = subprocess.run(command, capture_output=True, text=True)
+    return command
+
+
+def run_bench(timing):
+    """The rows of one call of bench.py."""
+    command = bench_command(timing)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise UserError(f"bench.py failed for {timing.shape} ({one_line(lines[-1])}): run it alone "
@@ -501,12 +524,56 @@ class Run:
     shape: str
     seed: int
     folder: Path
+    steps: int = 0                # done so far: see look
+    finished: bool = False
+    damage: str = ""              # why it cannot be resumed and starts again; empty: it can
 
-    def steps_done(self):
+    def rows(self):
         rows = read_rows(self.folder / "metrics.jsonl")
-        if not rows:
-            return 0
-        return rows[-1]["step"]
+        return [row for row in rows if row["step"] <= self.config.max_steps]
+
+    def look(self, dataset):
+        """Reads from its folder how far it has got.
+
+        It counts as finished if its checkpoint is that of the last step, and if metrics.jsonl holds
+        all evaluations up to it, the last with the loss of the checkpoint. Raises UserError if the
+        folder holds another run.
+        """
+        self.steps, self.finished, self.damage = 0, False, ""
+        if not checkpoint.exists(self.folder):
+            return
+        try:
+            state = checkpoint.load(self.folder, GPTConfig)
+        except UserError:
+            self.damage = "its checkpoint is damaged"
+            return
+        model = asdict(subset(GPTConfig, self.config))
+        mine = (model, self.seed, dataset.meta["sha256"])
+        if (state["config"], state["settings"].get("seed"), state["dataset_sha256"]) != mine:
+            raise UserError(f"{self.folder} holds another run: move it away, and run the same "
+                            "command again")
+        self.damage = damage_of(self.rows(), state, self.config)
+        if not self.damage:
+            self.steps = state["step"]
+            evaluated = state["val_loss"] is not None
+            self.finished = evaluated and self.steps == self.config.max_steps
+
+
+def damage_of(rows, state, config):
+    """Why rows, of metrics.jsonl, do not fit the checkpoint state, as text; empty if they do."""
+    done = [row for row in rows if row["step"] <= state["step"]]
+    evaluations = [row for row in done if row.get("val_loss") is not None]
+    wanted = list(range(0, state["step"] + 1, config.eval_interval))
+    if state["val_loss"] is not None and state["step"] not in wanted:
+        wanted.append(state["step"])
+    if [row["step"] for row in evaluations] != wanted:
+        return "its metrics.jsonl does not hold each evaluation once"
+    for row in evaluations:
+        if not all(map(quantity, metrics_of(row).values())):
+            return "its metrics.jsonl holds impossible values"
+    if state["val_loss"] not in (None, evaluations[-1]["val_loss"]):
+        return "its metrics.jsonl and its checkpoint hold different losses"
+    return ""
 
 
 def seeds_of(config):
@@ -526,15 +593,23 @@ def plan_runs(variants, config):
 
 def train_runs(runs, config, speed, dataset):
     """Trains every run that is not finished, with one progress bar for all of them."""
-    done = [run.steps_done() for run in runs]
+    for run in runs:
+        if run.damage:
+            print(f"{run.folder.name} starts again: {run.damage}")
+    finished = [run for run in runs if run.finished]
     minutes = remaining_seconds(runs, config, speed, dataset) / 60
-    print(f"{len(runs)} runs of {config.max_steps:,} steps, {done.count(config.max_steps)} of them "
-          f"finished; the rest takes about {minutes:.0f} minutes here", flush=True)
+    print(f"{len(runs)} runs of {config.max_steps:,} steps, {len(finished)} of them finished; the "
+          f"rest takes about {minutes:.0f} minutes here", flush=True)
+    done = sum(run.steps for run in runs)
     total = len(runs) * config.max_steps
-    with tqdm(total=total, initial=sum(done), unit="step", desc="training", disable=None) as bar:
+    with tqdm(total=total, initial=done, unit="step", desc="training", disable=None) as bar:
         for run in runs:
-            if run.steps_done() < config.max_steps:
+            if not run.finished:
                 run_training(run, bar)
+                run.look(dataset)
+            if not run.finished:
+                raise UserError(f"training {run.folder.name} ended at step {run.steps}: run the "
+                                f"same command again, and see {run.folder / 'train.log'}")
 
 
 def remaining_seconds(runs, config, speed, dataset):
@@ -544,7 +619,7 @@ def remaining_seconds(runs, config, speed, dataset):
     tokens_of_run = config.max_steps * config.tokens_per_step + evaluations * eval_tokens / 3
     seconds = 0.0
     for run in runs:
-        share_left = max(0, config.max_steps - run.steps_done()) / config.max_steps
+        share_left = max(0, config.max_steps - run.steps) / config.max_steps
         seconds += share_left * tokens_of_run / speed[run.shape]["train"][0]["tok_s"]
     return seconds
 
@@ -552,13 +627,13 @@ def remaining_seconds(runs, config, speed, dataset):
 def run_training(run, bar):
     """Trains or resumes one run with train.py and moves bar by its steps."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    start = run.steps_done()
+    start = run.steps
     bar_start = bar.n
     last_line = "no output"
     with (
-        open(run.folder / "train.log", "a") as log,
+        open(run.folder / "train.log", "a", encoding="utf-8") as log,
         subprocess.Popen(train_command(run), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         text=True, errors="replace") as process,
+                         encoding="utf-8", errors="replace") as process,
     ):
         for line in process.stdout:
             log.write(line)
@@ -572,16 +647,26 @@ def run_training(run, bar):
                         "command again to resume")
 
 
+def ranks_of(config):
+    """The number of ranks of a run: one for each GPU."""
+    if config.device in ("auto", "cuda"):
+        return max(1, torch.cuda.device_count())
+    return 1
+
+
 def train_command(run):
     """The command of train.py, under torchrun where there are several GPUs."""
     command = [sys.executable]
-    if run.config.device in ("auto", "cuda") and torch.cuda.device_count() > 1:
+    if ranks_of(run.config) > 1:
         command += ["-m", "torch.distributed.run", "--standalone",
-                    f"--nproc_per_node={torch.cuda.device_count()}"]
+                    f"--nproc_per_node={ranks_of(run.config)}"]
     command.append(Path(__file__).with_name("train.py"))
     log_interval = max(1, run.config.max_steps // 50)
     config = replace(run.config, seed=run.seed, out_dir=str(run.folder), init_from="auto",
                      log_interval=log_interval)
+    if run.damage:
+        config.init_from = "scratch"
+        config.overwrite = True
     for key, value in asdict(config).items():
         command.append(f"--{key}={value}")
     return command
@@ -589,25 +674,24 @@ def train_command(run):
 
 # -- records ---------------------------------------------------------------------------------------
 
-def collect_records(variants, config, dataset):
+def collect_records(variants, runs, config, dataset):
     """A record for each variant and seed: what the report is made of."""
+    rows = {run.folder.name: run.rows() for run in runs}
     records = []
     for variant in variants:
         for seed in seeds_of(config):
-            folder = Path(config.out_dir) / "runs" / variant.run_name(seed)
-            rows = read_rows(folder / "metrics.jsonl")
-            records.append(record_of(variant, seed, rows, dataset.val))
+            records.append(record_of(variant, seed, rows[variant.run_name(seed)], dataset.val))
     return records
 
 
 def record_of(variant, seed, rows, split):
     """The record of a run with these rows of metrics.jsonl, evaluated on split."""
-    last = rows[-1]
     curve = []
     speeds = []
     for row in rows:
-        speeds.append(row["tokens_per_sec"] or 0.0)
-        if row["val_loss"] is not None:
+        speeds.append(row.get("tokens_per_sec") or 0.0)
+        if row.get("val_loss") is not None:
+            last = row
             curve.append([row["step"], row["val_loss"]])
     return dict(
         variant=variant.name, match=variant.match, seed=seed, **variant.facts,
@@ -633,7 +717,7 @@ def report_again(config):
     if not path.exists():
         raise UserError(f"there is no {path} to report: run the comparison first, without "
                         "report_only")
-    results = load_results(path)
+    results = load_results(path, CompareConfig)
     if not results["records"] or not results["speed"]:
         raise UserError(f"{path} belongs to an unfinished comparison: leave report_only out to "
                         "finish it")
@@ -658,18 +742,24 @@ def main(argv):
     config, runtime, variants = plan(given)
     dataset = Dataset(config.dataset)
     results = open_results(config, runtime, identity(config, given, variants, dataset))
-    path = Path(config.out_dir) / "results.json"
+    runs = plan_runs(variants, config)
+    if not config.overwrite:
+        for run in runs:
+            run.look(dataset)
     print_variants(variants)
 
-    if not results["speed"]:
-        results["speed"] = measure_speed(variants, config, given)
+    out_dir = Path(config.out_dir)
+    path = out_dir / "results.json"
+    with created(out_dir):  # if a timing fails, nothing is left
+        if not results["speed"]:
+            results["speed"] = measure_speed(variants, config, given)
+            if config.overwrite:
+                shutil.rmtree(out_dir / "runs", ignore_errors=True)
+            write_json(path, results)
+        train_runs(runs, config, results["speed"], dataset)
+        results["records"] = collect_records(variants, runs, config, dataset)
         write_json(path, results)
-
-    train_runs(plan_runs(variants, config), config, results["speed"], dataset)
-
-    results["records"] = collect_records(variants, config, dataset)
-    write_json(path, results)
-    write_report(results, Path(config.out_dir))
+        write_report(results, out_dir)
 
 
 if __name__ == "__main__":

@@ -225,7 +225,7 @@ def write(folder, state):
 def read_json(path):
     """The JSON object in a file. Raises UserError if there is none."""
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"cannot read {path} ({error.strerror}): name a Hugging Face folder with --hf_dir"
@@ -479,7 +479,7 @@ def check_tokenizer(encoding, folder):
         scripts += chr(code)
         if code % 7 == 0:
             scripts += " "
-    program_text = Path(__file__).read_text()
+    program_text = Path(__file__).read_text(encoding="utf-8")
     for text in (program_text, f"it's 1234567 \n\n  DON'T\t{EOT} \r\n x", scripts):
         ids = encoding.encode(text, allowed_special="all")
         same_ids = theirs(text, add_special_tokens=False)["input_ids"] == ids

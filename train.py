@@ -225,8 +225,7 @@ def train(given, stack):
     dataset = Dataset(config.dataset)
     config.vocab_size = config.vocab_size or dataset.meta["vocab_size"]
     checkpoint.check_data(config, state, dataset.meta)
-    distributed.check_parallel(config)
-    dataset.check(config)
+    checkpoint.check_run(GPT, GPTConfig, config, dataset, distributed.world()[1])
     runtime = pick_runtime(config.device, config.dtype, config.compile)
     batches = Batches(dataset, config, runtime)
     if not config.eval_only:

@@ -23,7 +23,7 @@ NAMES = {"MHA": "MHA", "GQA-2": "GQA, 2 heads", "MQA": "MQA", "MLA": "MLA"}  # o
 
 def read(name):
     """The content of a JSON file of results/."""
-    return json.loads((ROOT / "results" / name).read_text())
+    return json.loads((ROOT / "results" / name).read_text(encoding="utf-8"))
 
 
 def signed(estimate, digits=3):
@@ -245,7 +245,7 @@ def muon_overhead():
 
 def uptraining():
     """The table of results/uptraining.md (docs/converting.md)."""
-    lines = (ROOT / "results/uptraining.md").read_text().splitlines()
+    lines = (ROOT / "results/uptraining.md").read_text(encoding="utf-8").splitlines()
     return "\n".join(line for line in lines if line.startswith("|"))
 
 
@@ -253,7 +253,7 @@ def uptraining():
 
 def first_run():
     """What the first command of README.md printed last, as {name: text}."""
-    log = (ROOT / "results/first_run/log.txt").read_text()
+    log = (ROOT / "results/first_run/log.txt").read_text(encoding="utf-8")
     time, loss, bits = re.search(
         r"done in (\d+ min \d+ s): val_loss ([\d.]+), val_bpb ([\d.]+)", log).groups()
     return dict(first_time=time, first_loss=f"{float(loss):.2f}", first_bits=f"{float(bits):.2f}")
@@ -261,7 +261,7 @@ def first_run():
 
 def llama():
     """The cache of config/llama_8b.py in bfloat16, for a token and for 131,072 tokens."""
-    text = (ROOT / "config/llama_8b.py").read_text()
+    text = (ROOT / "config/llama_8b.py").read_text(encoding="utf-8")
     setting = {key: int(value) for key, value in re.findall(r"^(\w+) = (\d+)$", text, re.M)}
     head_dim = setting["n_embd"] // setting["n_head"]
     size = 2 * setting["n_layer"] * setting["n_kv_head"] * head_dim * 2
@@ -374,10 +374,10 @@ def with_tables(text):
 def main():
     for name in DOCUMENTS:
         path = ROOT / name
-        before = path.read_text()
+        before = path.read_text(encoding="utf-8")
         after = with_tables(before)
         if after != before:
-            path.write_text(after)
+            path.write_text(after, encoding="utf-8")
             print(f"{name}: tables written")
 
 

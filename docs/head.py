@@ -170,7 +170,8 @@ def picture(results):
 
 
 def main():
-    PICTURE.write_text(picture(json.loads(RESULTS.read_text())))
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    PICTURE.write_text(picture(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

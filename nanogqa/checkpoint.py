@@ -18,8 +18,9 @@ import filelock  # torch depends on it
 import torch
 import torch.distributed.checkpoint as dcp
 
-from nanogqa.configurator import UserError, build, check_key, convert, one_line
-from nanogqa.distributed import barrier, placed, whole, world
+from nanogqa.batches import batch_shape
+from nanogqa.configurator import UserError, build, check_key, convert, one_line, subset
+from nanogqa.distributed import barrier, check_parallel, placed, whole, world
 from nanogqa.files import check_writable, replacing, sync, write_json
 from nanogqa.tokenizer import copy_tokenizer
 
@@ -301,7 +302,7 @@ def read_tensors(path):
 
 def read_plain(path):
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{path} is damaged: restore it from a copy, or train again with "
                         "--overwrite=True") from None
@@ -546,6 +547,19 @@ def check_data(config, state, meta):
         raise UserError(
             f"data set {config.dataset!r} is not the one that the run in {source} was trained on "
             "(another sha256): prepare that one again, or start another run with another --out_dir")
+
+
+def check_run(GPT, GPTConfig, config, dataset, ranks):
+    """Raises UserError if a run of config on that many ranks cannot work.
+
+    train.py calls it before it writes anything, compare.py before the first of its runs.
+    """
+    check_parallel(config, ranks)
+    dataset.check(config)
+    batch_shape(config, ranks)
+    if config.trainable:
+        with torch.device("meta"):
+            freeze(GPT(subset(GPTConfig, config)), config.trainable)
 
 
 def run_settings(config, GPTConfig):

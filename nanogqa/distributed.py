@@ -185,14 +185,14 @@ def synchronizing(model, wanted):
 
 # -- models split over ranks (FSDP2) ---------------------------------------------------------------
 
-def check_parallel(config):
-    """Raises UserError if --parallel=fsdp cannot work."""
+def check_parallel(config, ranks):
+    """Raises UserError if --parallel=fsdp cannot work on that many ranks."""
     if config.parallel != "fsdp":
         return
     if config.optimizer == "muon":
         raise UserError("parallel=fsdp splits the matrices, but Muon needs whole ones: choose "
                         "--optimizer=adamw or --parallel=ddp")
-    if world()[1] == 1:
+    if ranks == 1:
         raise UserError("parallel=fsdp splits a model over ranks, but there is one rank: start "
                         "with torchrun, or choose --parallel=ddp")
     if importlib.util.find_spec("safetensors") is None:

@@ -14,7 +14,7 @@ def sync(file):
 
 
 @contextlib.contextmanager
-def replacing(path, mode="w"):
+def replacing(path, mode="w", errors=None):
     """Opens a temporary file beside path that takes its name on success and is deleted on error.
 
     The content reaches the disk before the name changes, so a crash leaves either the old file or
@@ -22,8 +22,11 @@ def replacing(path, mode="w"):
     """
     part = Path(f"{path}.part")
     part.unlink(missing_ok=True)  # a symbolic link there would be followed
+    encoding = None
+    if "b" not in mode:
+        encoding = "utf-8"
     try:
-        with open(part, mode) as file:
+        with open(part, mode, encoding=encoding, errors=errors) as file:
             yield file
             sync(file)
         os.replace(part, path)
@@ -37,13 +40,35 @@ def write_json(path, content):
         json.dump(content, file, indent=1)
 
 
+@contextlib.contextmanager
+def created(folder):
+    """Creates folder and its parents. At the end, those that it has created and that are still
+    empty are removed. Raises UserError if files cannot be created in folder."""
+    folder = Path(folder)
+    new = []
+    for path in (folder, *folder.parents):
+        if not path.exists():
+            new.append(path)
+    try:
+        check_writable(folder)
+        yield
+    finally:
+        for path in new:
+            try:
+                path.rmdir()
+            except OSError:  # it holds files
+                break
+
+
 def check_writable(folder):
     """Creates folder if it does not exist. Raises UserError if files cannot be created in it."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         probe = Path(folder) / f".probe{os.getpid()}"
-        probe.write_text("x")
-        probe.unlink()
+        try:
+            probe.write_text("x", encoding="utf-8")
+        finally:  # a full disk takes the name, but not the content
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"cannot write to {folder} ({error.strerror}): choose another --out_dir"

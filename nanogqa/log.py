@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from nanogqa import schema
 from nanogqa.configurator import UserError, off_default, one_line
 from nanogqa.costs import kv_bytes_per_token, kv_cache_bytes, num_params
 from nanogqa.distributed import world
@@ -20,21 +21,29 @@ FORMATS = {"lr": ".2e", "grad_norm": ".2f", "tokens_per_sec": ",.0f", "mfu": ".1
 NOT_SHOWN = ("step", "tokens", "skipped")
 
 
+def entry(value):
+    """A finite number, or None where a step has none."""
+    return value is None or schema.number(value)
+
+
+ROW = {"step": schema.count, str: entry}  # a line of metrics.jsonl
+
+
 def read_rows(path):
-    """The rows of a metrics.jsonl, as dicts with a whole number "step"; [] where there is no file.
+    """The rows of a metrics.jsonl, dicts that match ROW; [] where there is no file.
 
     A line that is anything else, such as the last line of a killed run, is skipped.
     """
     if not Path(path).exists():
         return []
     rows = []
-    for line in Path(path).read_text(errors="replace").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
+            schema.check(row, ROW)
         except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
+        rows.append(row)
     return rows
 
 
@@ -80,7 +89,7 @@ class Log:
         if self.bar is None:
             return
         row = {key: finite(value) for key, value in row.items()}
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         known = {key: value for key, value in row.items() if value is not None}
         if self.wandb:

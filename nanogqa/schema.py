@@ -61,7 +61,9 @@ def count(value):
 
 def number(value):
     """A finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+    if type(value) is int:
+        return abs(value) < 2**63
+    return type(value) is float and math.isfinite(value)
 
 
 def base_name(value):

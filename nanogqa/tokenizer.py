@@ -164,7 +164,7 @@ def read_special_tokens(path):
     """
     config = {}
     if path.exists():
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     tokens = {}
     for key in ("eos_token", "bos_token"):
         token = config.get(key) or ""

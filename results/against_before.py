@@ -71,7 +71,8 @@ def cells():
 
 def step_ms(tree, flags):
     command = [sys.executable, "bench.py", "--device=cpu", "--dtype=float32", "--compile=False"]
-    done = subprocess.run([*command, *flags], cwd=tree, capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, *flags], cwd=tree, capture_output=True, encoding="utf-8",
+                          check=True)
     return json.loads(done.stdout.splitlines()[-1])["step_ms"]
 
 
@@ -106,7 +107,7 @@ def main():
             print(f"round {number + 1}: {cell.name}: {cell.before[-1]:.2f} before, "
                   f"{cell.now[-1]:.2f} now, {cell.plain[-1]:.2f} plain", flush=True)
         text = table(measured, number + 1)
-        (ROOT / "results" / "against_before.md").write_text(text)
+        (ROOT / "results" / "against_before.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -141,7 +141,7 @@ def train_row(shape):
 
 def write(mode, rows):
     """Replaces the measurement of this mode in transformers.json."""
-    results = json.loads(RESULTS.read_text())
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
     before = results[mode]
     noted = [row for row in before["rows"] if row.get("note")]
     results[mode] = dict(
@@ -149,7 +149,7 @@ def write(mode, rows):
         f"{torch.get_num_threads()} threads", torch=torch.__version__,
         python=platform.python_version(), transformers=transformers.__version__,
         date=datetime.date.today().isoformat(), rows=rows + noted)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def main(mode):

@@ -148,7 +148,7 @@ def report(runs):
     table.append("")
     table.append(f"GQA, {BEST} for 5 % of the steps, minus MHA: {gaps} nats.")
     text = "\n".join(table) + "\n"
-    (ROOT / "results/uptraining.md").write_text(text)
+    (ROOT / "results/uptraining.md").write_text(text, encoding="utf-8")
     print(text, end="")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import peak_allocated, toy_config, toy_ids, toy_model
+from conftest import kept_in_memory, peak_allocated, toy_config, toy_ids, toy_model
 from torch import nn
 
 import bench
@@ -25,6 +25,23 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SHAPE = ["--device=cpu", "--n_layer=2", "--n_head=4", "--n_embd=32", "--vocab_size=65",
          "--new_tokens=6", "--repeats=2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_once():
+    """The bandwidth of this machine: half a gigabyte and a second each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "bandwidth", kept_in_memory(bench.bandwidth))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Products of these sizes are no faster with two threads, and much slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def result(capsys, *args):
@@ -148,13 +165,15 @@ def test_decode_times_a_checkpoint(capsys, toy_run, tmp_path):
     (["--mode=scale"], "and no other setting: leave the rest out"),
     (["--mode=train,scale"], "and no other setting"),
 ])
-def test_bad_settings_of_bench(capsys, args, words):
+def test_bad_settings_of_bench(capsys, tmp_path, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
         bench.main([*SHAPE, *args])
     error = capsys.readouterr().err.strip()
     assert exit.value.code == 2
     assert words in error
     assert "\n" not in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_help_names_what_bench_does_with_vocab_size(capsys):
@@ -216,6 +235,7 @@ def test_a_prompt_read_in_chunks_gives_the_same_text(monkeypatch, n_kv_head):
 def test_prefill_takes_no_more_than_the_formula_says(
         shape, batch, length, static, padded, fast_modules):
     """Counted by torch's allocator. The resident size of a process is asserted below."""
+    torch.set_num_threads(2)  # attention has buffers for each thread
     places = 2 * length if static else length
     sizes = dict(block_size=places, n_head=8, n_embd=64, n_ff=96, vocab_size=300)
     config = toy_config(**{**sizes, **shape})
@@ -240,7 +260,7 @@ def test_decoding_holds_the_weights_once(tmp_path):
             "--batch_size=4", "--prompt_len=300", "--new_tokens=4", "--repeats=1", "--device=cpu",
             "--dtype=float32"]
     out = subprocess.run([sys.executable, ROOT / "bench.py", *args], capture_output=True, text=True,
-                         check=True).stdout
+                         check=True, timeout=250).stdout
     row = json.loads(out.splitlines()[-1])
     assert row["memory_bound_bytes"] > 250 * 2**20
     if sys.platform == "linux":
@@ -461,6 +481,6 @@ def test_the_document_of_scale_is_the_committed_one(capsys):
         words = [f"{tokens} billion tokens", f"{hours} GPU-hours", f"{ddp} GB"]
         if name == "llama_8b":
             words += [f"{fsdp} GB", f"{recomputing} GB"]
-        said = " ".join((ROOT / f"config/{name}.py").read_text().split())
+        said = " ".join((ROOT / f"config/{name}.py").read_text(encoding="utf-8").split())
         assert name == "gpt2_124m" or all(word in said for word in [*words, "not measured"]), name
     assert re.findall(r"^\| \[(.+?)\]", text, re.M) == list(bench.SIZES)

@@ -1,22 +1,43 @@
 """compare.py and nanogqa/report.py: what is held equal, what resumes, what the report says."""
+import contextlib
 import copy
+import io
 import json
 import math
+import os
 import random
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import kept_in_memory, load
 from tqdm import tqdm
 
+import bench
 import compare
-from compare import Run, matching_n_ff, plan, run_training
-from nanogqa.configurator import parse
+import train
+from compare import CompareConfig, Run, Timing, matching_n_ff, plan, run_bench, run_training
+from nanogqa.configurator import UserError, parse
 from nanogqa.log import read_rows
-from nanogqa.report import paired, report, steps_to, student_t, summarize, verdict
+from nanogqa.report import (
+    apart,
+    bandwidth_beyond_cache,
+    paired,
+    paired_curves,
+    report,
+    steps_to,
+    student_t,
+    summarize,
+    table,
+    verdict,
+)
+from nanogqa.results import load_results
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ["--device=cpu", "--n_layer=1", "--n_head=4", "--n_embd=32", "--block_size=32",
@@ -43,6 +64,40 @@ def state_of(folder):
     return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
+def bench_here(timing):
+    """run_bench in this process, which has loaded torch already."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        bench.main(compare.bench_command(timing)[2:])
+    result = json.loads(out.getvalue().splitlines()[-1])
+    return result.get("rows", [result])
+
+
+def train_here(run, bar):
+    """run_training in this process."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main([str(word) for word in compare.train_command(run)[2:]])
+
+
+class Stop(Exception):
+    """Ends a comparison in the middle."""
+
+
+def stop(*args):
+    raise Stop
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Products of these sizes are no faster with two threads, and much slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def comparison(toy_data, tmp_path_factory):
     """A comparison, killed after its first run and then resumed.
@@ -52,22 +107,53 @@ def comparison(toy_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     args = [f"--dataset={toy_data}", f"--out_dir={folder}", *TOY, "--n_kv_head=4,1", "--seeds=2",
             "--match=params"]
-    command = [sys.executable, ROOT / "compare.py", *args]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    first = folder / "runs" / "MHA-n_ff96-seed1337"
-    deadline = time.time() + 200
-    while True:
-        rows = rows_of(first)
-        if rows and rows[-1]["step"] >= 12 and len(list(folder.glob("runs/*"))) >= 2:
-            break
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.05)
-    process.kill()
-    process.wait(timeout=60)
-    time.sleep(1)  # the orphaned training ends at its next line, since nobody reads its output
+    with pytest.MonkeyPatch.context() as patch:  # the timings, and nothing more
+        patch.setattr(compare, "run_bench", bench_here)
+        patch.setattr(bench, "bandwidth", kept_in_memory(bench.bandwidth))
+        patch.setattr(compare, "train_runs", stop)
+        with pytest.raises(Stop):
+            compare.main(args)
+
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "compare.py", *args], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        first = folder / "runs" / "MHA-n_ff96-seed1337"
+        deadline = time.time() + 200
+        while True:
+            rows = rows_of(first)
+            if rows and rows[-1]["step"] >= 12 and len(list(folder.glob("runs/*"))) >= 2:
+                break
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # with its training
+        process.wait()
     before = state_of(first)
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return folder, args, before, out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "run_training", train_here)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            compare.main(args)
+    return folder, args, before, out.getvalue()
+
+
+@pytest.fixture
+def again(comparison, tmp_path, monkeypatch):
+    """(folder, arguments) of a copy of the comparison, whose runs train in this process."""
+    folder = tmp_path / "again"
+    shutil.copytree(comparison[0], folder)
+    monkeypatch.setattr(compare, "run_training", train_here)
+    return folder, [*comparison[1], f"--out_dir={folder}"]
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def contents(folder):
+    """{path: content} of every file below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # -- a comparison and its report -------------------------------------------------------------------
@@ -76,7 +162,7 @@ def test_a_killed_comparison_resumes_without_repeating_finished_runs(comparison)
     folder, _, before, out = comparison
     assert state_of(folder / "runs" / "MHA-n_ff96-seed1337") == before
     assert re.search(r"^4 runs of 12 steps, 1 of them finished", out, re.M)
-    records = json.loads((folder / "results.json").read_text())["records"]
+    records = json.loads((folder / "results.json").read_text(encoding="utf-8"))["records"]
     assert [(r["variant"], r["seed"]) for r in records] == [
         ("MHA", 1337), ("MHA", 1338), ("MQA", 1337), ("MQA", 1338)]
     for record in records:
@@ -90,8 +176,8 @@ def test_a_killed_comparison_resumes_without_repeating_finished_runs(comparison)
 
 def test_the_report_shows_the_numbers_of_results_json(comparison):
     folder, args, *_ = comparison
-    results = json.loads((folder / "results.json").read_text())
-    text = (folder / "report.md").read_text()
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    text = (folder / "report.md").read_text(encoding="utf-8")
     records = results["records"]
     losses = {"MHA": [], "MQA": []}
     for record in records:
@@ -117,12 +203,12 @@ def test_the_report_shows_the_numbers_of_results_json(comparison):
     assert mha == 4 * mqa == 2 * 32 * 4
     (folder / "report.md").unlink()
     compare.main([*args, "--report_only=True"])
-    assert (folder / "report.md").read_text() == text
+    assert (folder / "report.md").read_text(encoding="utf-8") == text
 
 
 def test_records_and_report_have_every_metric(comparison):
     folder, *_ = comparison
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     for record in results["records"]:
         expected = {key: record[key] for key in ("val_loss", "val_bpb")}
         assert record["metrics"] == expected
@@ -164,15 +250,15 @@ def test_results_of_other_settings_are_refused(comparison, capsys):
 def test_results_without_newer_settings_are_resumed(comparison, capsys):
     folder, args, *_ = comparison
     path = folder / "results.json"
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     old = json.loads(text)
     for values in (old["settings"], *old["variants"]):
         for key in ("attention", "kv_lora_rank", "rope_head_dim"):
             del values[key]
-    path.write_text(json.dumps(old))
+    path.write_text(json.dumps(old), encoding="utf-8")
     compare.main(args)
     assert "4 of them finished" in capsys.readouterr().out
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def test_two_runs_of_one_variant_and_seed_give_one_curve(toy_data, tmp_path, comparison):
@@ -183,6 +269,238 @@ def test_two_runs_of_one_variant_and_seed_give_one_curve(toy_data, tmp_path, com
         keys = ("step", "train_loss", "val_loss", "grad_norm")
         return [[row[key] for key in keys] for row in rows_of(folder)]
     assert curve(tmp_path / "again") == curve(comparison[0] / "runs" / variant.run_name(1337))
+
+
+def test_a_timing_is_a_process_of_bench(monkeypatch):
+    settings = {"device": "cpu", "n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 16,
+                "batch_size": 2, "block_size": 8, "steps": 1}
+    (row,) = run_bench(Timing("toy", "train", settings))
+    assert row["batch_size"] == 2 and row["step_ms"] > 0
+    done = subprocess.CompletedProcess([], 2, "", "a warning\nbench.py: no memory\n")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: done)
+    with pytest.raises(UserError, match=r"bench.py failed for toy \(bench.py: no memory\)"):
+        run_bench(Timing("toy", "train", settings))
+
+
+# -- what is read back -----------------------------------------------------------------------------
+
+def cut(rows, count):
+    return "".join(json.dumps(row) + "\n" for row in rows[:count])
+
+
+def other_loss(rows, step):
+    """The text of rows where the loss at that step is another one."""
+    rows = copy.deepcopy(rows)
+    for row in rows:
+        if row["step"] == step:
+            row["val_loss"] += 0.25
+    return cut(rows, None)
+
+
+DAMAGES = {
+    "cut at step 8": lambda rows: cut(rows, 9),
+    "the last row cut short": lambda rows: cut(rows, None)[:-9],
+    "a list": lambda rows: "[]\n",
+    "a dict": lambda rows: "{}",
+    "empty": lambda rows: "",
+    "another loss at the end": lambda rows: other_loss(rows, 12),
+    "an evaluation twice": lambda rows: cut(rows, 5) + cut(rows, None),
+    "an impossible loss": lambda rows: cut(rows, None).replace(
+        f'"val_loss": {rows[4]["val_loss"]}', '"val_loss": 1e300'),
+}
+
+
+@pytest.mark.parametrize("names", [list(DAMAGES)[:4], list(DAMAGES)[4:]], ids=str)
+def test_a_run_with_a_damaged_log_starts_again(again, comparison, capsys, names):
+    """A log cut at step 300 of 400 gave the loss of step 300; most others were tracebacks."""
+    folder, args = again
+    runs = sorted((folder / "runs").iterdir())
+    for run, name in zip(runs, names, strict=True):
+        text = DAMAGES[name](rows_of(run))
+        assert text != (run / "metrics.jsonl").read_text(encoding="utf-8"), name
+        (run / "metrics.jsonl").write_text(text, encoding="utf-8")
+    compare.main(args)
+    out = capsys.readouterr().out
+    assert out.count(" starts again: its metrics.jsonl") == 4 and ", 0 of them finished" in out
+    for record, expected in zip(results_of(folder)["records"], results_of(comparison[0])["records"],
+                                strict=True):
+        assert record["curve"] == expected["curve"]
+        assert record["metrics"] == expected["metrics"]
+
+
+def test_a_run_counts_as_finished_by_its_checkpoint(again, comparison, capsys):
+    """Its log alone does not say that: the checkpoint may be missing, damaged or an older one."""
+    folder, args = again
+    missing, damaged, older, _ = sorted((folder / "runs").iterdir())
+    (missing / "ckpt.pt").unlink()
+    content = (damaged / "ckpt.pt").read_bytes()
+    (damaged / "ckpt.pt").write_bytes(content[:len(content) // 2])
+    state = load(older)
+    torch.save(dict(state, step=8, val_loss=rows_of(older)[8]["val_loss"]), older / "ckpt.pt")
+    compare.main(args)
+    out = capsys.readouterr().out
+    assert out.count(f"{damaged.name} starts again: its checkpoint is damaged") == 1
+    assert ", 1 of them finished" in out
+    for record, expected in zip(results_of(folder)["records"], results_of(comparison[0])["records"],
+                                strict=True):
+        same = 3 if record["run"] == older.name else 4
+        assert record["curve"][:same] == expected["curve"][:same] and len(record["curve"]) == 4
+
+
+def test_a_run_of_another_variant_is_refused(again, capsys):
+    folder, args = again
+    mha, _, mqa, _ = sorted((folder / "runs").iterdir())
+    for name in ("ckpt.pt", "metrics.jsonl"):
+        shutil.copy(mha / name, mqa / name)
+    before = contents(folder)
+    with pytest.raises(SystemExit) as exit:
+        compare.main(args)
+    error = capsys.readouterr().err.strip()
+    assert exit.value.code == 2 and error.endswith(
+        f"{mqa} holds another run: move it away, and run the same command again")
+    assert contents(folder) == before
+
+
+BAD = [None, True, -1, 0, 2**62, 10**400, 0.5, 1e308, math.nan, math.inf, "", "x", "\ud800", "a\0b",
+       [], {}, [[]], {"a": {}}]
+
+
+def places(value, at=()):
+    """The keys that lead to every value inside value."""
+    inside = ()
+    if isinstance(value, dict):
+        inside = value.items()
+    elif isinstance(value, list):
+        inside = enumerate(value)
+    for key, inner in inside:
+        yield (*at, key)
+        yield from places(inner, (*at, key))
+
+
+def mutations(value, count):
+    """Copies of a JSON value, each damaged at one random place."""
+    rng = random.Random(0)
+    everywhere = list(places(value))
+    for _ in range(count):
+        changed = copy.deepcopy(value)
+        *way, key = rng.choice(everywhere)
+        parent = changed
+        for step in way:
+            parent = parent[step]
+        match rng.randrange(8):
+            case 0:
+                del parent[key]
+            case 1:
+                parent[key] = [parent[key]]
+            case 2:
+                parent[key] = str(parent[key])
+            case 3 if isinstance(parent, list):
+                parent.append(parent[key])
+            case 4:
+                for _ in range(rng.choice((20, 700))):
+                    parent[key] = [parent[key]]
+            case _:
+                parent[key] = rng.choice(BAD)
+        yield changed
+
+
+def damaged_texts(text, count):
+    """Copies of a text with an end cut off or a character replaced."""
+    rng = random.Random(1)
+    for _ in range(count):
+        at = rng.randrange(len(text))
+        tail = rng.choice(("", rng.choice('[]{}",:0x\0\u2028') + text[at + 1:]))
+        yield text[:at] + tail
+
+
+@pytest.fixture
+def quick(again, comparison, monkeypatch):
+    """again, where nothing is planned, timed, trained or saved as a picture a second time."""
+    folder, args = again
+    original = comparison[0]
+    speed = results_of(original)["speed"]
+
+    def restore(run, bar):
+        shutil.rmtree(run.folder)
+        shutil.copytree(original / "runs" / run.folder.name, run.folder)
+    monkeypatch.setattr(compare, "run_training", restore)
+    monkeypatch.setattr(compare, "measure_speed", lambda *args: copy.deepcopy(speed))
+    monkeypatch.setattr(compare, "plan", kept_in_memory(plan))
+    with contextlib.suppress(ImportError):
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)
+    return folder, args
+
+
+def answer(args, folder, capsys):
+    """Runs a comparison: True, or False after one sentence that has changed nothing."""
+    before = contents(folder)
+    try:
+        compare.main(args)
+        return True
+    except SystemExit as exit:
+        error = capsys.readouterr().err.strip()
+        assert exit.code == 2 and error and "\n" not in error, error
+        assert contents(folder) == before
+        return False
+
+
+def test_damaged_results_are_a_sentence_or_change_nothing(quick, comparison, capsys):
+    """4 of 60 such changes were tracebacks."""
+    folder, args = quick
+    path = folder / "results.json"
+    good = path.read_text(encoding="utf-8")
+    expected = results_of(folder)["records"]
+    texts = [json.dumps(changed) for changed in mutations(json.loads(good), 160)]
+    texts += damaged_texts(good, 40)
+    refused = 0
+    for i, text in enumerate(texts):
+        path.write_text(text, encoding="utf-8")
+        if answer([*args, f"--report_only={i % 2 == 0}"], folder, capsys):
+            if i % 2:
+                assert losses_of(results_of(folder)["records"]) == losses_of(expected)
+        else:
+            refused += 1
+    assert refused > 100, "most changes are noticed"
+
+
+def losses_of(records):
+    return [(x["match"], x["variant"], x["seed"], x["val_loss"], x["curve"]) for x in records]
+
+
+def test_damaged_logs_never_change_a_result(quick, monkeypatch, capsys):
+    folder, args = quick
+    monkeypatch.setattr(compare, "write_report", lambda *args: None)
+    run = sorted((folder / "runs").iterdir())[2]
+    path = run / "metrics.jsonl"
+    good = path.read_text(encoding="utf-8")
+    expected = losses_of(results_of(folder)["records"])
+    texts = [cut(rows, None) for rows in mutations(rows_of(run), 60)]
+    texts += damaged_texts(good, 20)
+    restored = 0
+    for text in texts:
+        path.write_text(text, encoding="utf-8")
+        assert answer(args, folder, capsys)
+        assert losses_of(results_of(folder)["records"]) == expected
+        restored += path.read_text(encoding="utf-8") == good != text
+    assert restored > 20
+
+
+def test_the_files_are_utf8_on_a_terminal_that_knows_ascii_alone(comparison, tmp_path):
+    folder = tmp_path / "Größe"
+    folder.mkdir()
+    shutil.copy(comparison[0] / "results.json", folder)
+    plain = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0",
+             "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, ROOT / "compare.py", "--report_only=True",
+                    f"--out_dir={folder}"], env={**os.environ, **plain}, capture_output=True,
+                   timeout=200)
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert text == (comparison[0] / "report.md").read_text(encoding="utf-8") and " ± " in text
+
+
+def test_committed_results_match_the_schema():
+    for path in (ROOT / "results/compare/results.json", *ROOT.glob("results/ablation/*.json")):
+        assert load_results(path, CompareConfig)["records"], path
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -287,6 +605,70 @@ def test_verdicts():
         "better", "worse", "not distinguishable", "not distinguishable", "one seed: no error bar"]
 
 
+# -- tables and pictures ---------------------------------------------------------------------------
+
+def test_tables_hold_any_name():
+    assert table(["a|b"], [["x|y"]]) == "| a\\|b |\n|---|\n| x\\|y |"
+
+
+def test_curves_are_paired_by_seed(comparison):
+    mha, mqa = summarize(results_of(comparison[0]))
+    points = paired_curves(mqa, mha, 4)
+    assert [step for step, _ in points] == [4, 8, 12]
+    by_hand = [b - a for a, b in zip((c[-1][1] for c in mha.curves),
+                                     (c[-1][1] for c in mqa.curves), strict=True)]
+    assert points[-1][1] == by_hand and len(by_hand) == 2
+    assert sum(by_hand) / 2 == pytest.approx(mqa.difference.mean)
+
+
+def test_names_on_lines_do_not_overlap():
+    assert apart([0.1, 0.5, 0.9], 0.1) == pytest.approx([0.1, 0.5, 0.9])
+    assert apart([0.3, 0.3, 0.9], 0.1) == pytest.approx([0.25, 0.35, 0.9])
+    assert apart([0.3, 0.3, 0.36, 0.5], 0.1) == pytest.approx([0.215, 0.315, 0.415, 0.515])
+
+
+def test_pictures_show_what_they_claim(comparison, tmp_path, monkeypatch):
+    figure_module = pytest.importorskip("matplotlib.figure")
+    seen = {}
+
+    def watched(figure, path, **kwargs):
+        seen[path.stem] = figure
+        return save(figure, path, **kwargs)
+    save = figure_module.Figure.savefig
+    monkeypatch.setattr(figure_module.Figure, "savefig", watched)
+    results = json.loads((ROOT / "results/compare/results.json").read_text(encoding="utf-8"))
+    for record in results["records"]:
+        if record["variant"] == "MLA":
+            record["variant"] = "$\\bad$ $x"  # no formula
+    compare.write_report(results, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "curves.png", "decode.png", "quality.png", "report.md"]
+    for name, words in {"quality": ("paired by seed", "95 % intervals", "dots are the 4 seeds"),
+                        "curves": ("paired by seed",),
+                        "decode": ("AMD EPYC", "float32", "random weights")}.items():
+        assert all(word in seen[name].get_suptitle() for word in words)
+        left, right = seen[name].axes
+        assert left.get_ylim() == right.get_ylim()
+    assert "nats per token" in seen["quality"].axes[0].get_xlabel()
+    assert "minus MHA,\nnats per token" in seen["curves"].axes[0].get_ylabel()
+    assert "after the warm-up of 100 steps" in seen["curves"].axes[0].get_xlabel()
+    assert all("log scale" in text for text in (
+        seen["decode"].axes[0].get_xlabel(), seen["decode"].axes[0].get_ylabel()))
+    dots = [line for line in seen["quality"].axes[0].lines if len(line.get_xdata()) == 4]
+    assert len(dots) == 3, "a dot for each seed of each variant but the first"
+
+
+def test_the_floor_of_decoding_has_one_bandwidth():
+    def row(bytes_per_step, step_ms, mbu):
+        return dict(bytes_per_step=bytes_per_step, step_ms=step_ms, mbu=mbu)
+    speed = {"a": {"decode": [row(1e8, 10, 0.5)]}, "b": {"decode": [row(1e9, 100, 0.4)]}}
+    results = {"speed": speed, "machine": {"cache_bytes": 2**25}}
+    assert bandwidth_beyond_cache(results) == (1e9 / 0.1 / 0.4, 2**25)
+    assert bandwidth_beyond_cache({"speed": speed, "machine": {}}) is None
+    speed["a"]["decode"][0]["mbu"] = speed["b"]["decode"][0]["mbu"] = None
+    assert bandwidth_beyond_cache(results) is None
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("args,words", [
@@ -300,26 +682,71 @@ def test_verdicts():
     (["--report_only=True"], "there is no"),
     (["--decode_batch_size=0"], "decode_batch_size must be at least 1"),
     (["--n_embd=32,256"], "no n_ff reduces"),
+    # what only a run or a timing would find
+    (["--vocab_size=200"], "has 257 token ids, more than vocab_size=200"),
+    (["--trainable=q_proj,nothing"], "no parameter matches trainable='nothing'"),
+    (["--parallel=ddp,fsdp"], "parallel=fsdp splits a model over ranks, but there is one rank"),
+    (["--optimizer=adamw,muon", "--parallel=fsdp"], "parallel=fsdp"),
+    (["--batch_size=1,3"], "batch_size 3 x 1 ranks x block_size 32 = 96"),
+    (["--block_size=65536", "--tokens_per_step=65536"], "block_size=65536 needs 65537 tokens"),
+    (["--decode_batch_size=1,0"], "batch_size must be at least 1"),
+    (["--decode_prompt_len=8,-1"], "prompt_len must be at least 1"),
+    (["--vocab_size=1000000000000"], "a model of this size cannot be created here"),
 ])
-def test_bad_settings_of_compare(toy_data, tmp_path, capsys, args, words):
-    out_dir = tmp_path / "out"
+def test_bad_settings_of_compare(toy_data, tmp_path, monkeypatch, capsys, args, words):
+    """Those that only a run could find were refused after minutes of timing, and the results.json
+    that was written before blocked the corrected command."""
+    monkeypatch.setattr(compare, "measure_speed", stop)
+    out_dir = tmp_path / "new" / "out"
     with pytest.raises(SystemExit) as exit:
         compare.main([f"--dataset={toy_data}", f"--out_dir={out_dir}", *TOY, *args])
     error = capsys.readouterr().err.strip()
-    assert exit.value.code == 2 and words in error and "\n" not in error and not out_dir.exists()
+    assert exit.value.code == 2 and words in error and "\n" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_timing_leaves_things_as_they_were(again, tmp_path, monkeypatch, capsys):
+    def no_memory(*args):
+        raise UserError("bench.py failed")
+    monkeypatch.setattr(compare, "run_bench", no_memory)
+    folder, args = again
+    before = contents(folder)
+    new = tmp_path / "new" / "out"
+    for more in ("--overwrite=True", f"--out_dir={new}"):
+        with pytest.raises(SystemExit) as exit:
+            compare.main([*args, more])
+        assert exit.value.code == 2 and "bench.py failed" in capsys.readouterr().err
+    assert contents(folder) == before and not (tmp_path / "new").exists()
+
+
+def test_overwrite_replaces_all_runs(again, monkeypatch, capsys):
+    folder, args = again
+    monkeypatch.setattr(compare, "measure_speed", lambda *args: results_of(folder)["speed"])
+    (folder / "runs/old").mkdir()
+    compare.main([*args, "--overwrite=True"])
+    assert "4 runs of 12 steps, 0 of them finished" in capsys.readouterr().out
+    assert len(list((folder / "runs").iterdir())) == 4
+
+
+def test_a_new_out_dir_cannot_be_written(again, tmp_path, capsys):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(SystemExit) as exit:
+        compare.main([*again[1], f"--out_dir={tmp_path / 'file' / 'out'}"])
+    assert exit.value.code == 2 and "choose another --out_dir" in capsys.readouterr().err
+    assert (tmp_path / "file").is_file()
 
 
 def test_a_foreign_results_file_is_refused(toy_data, tmp_path, capsys):
     args = [f"--dataset={toy_data}", f"--out_dir={tmp_path}", *TOY]
     path = tmp_path / "results.json"
     for text in ("{}", "[1]", "{", '{"records": []}'):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         for more in ([], ["--report_only=True"]):
             with pytest.raises(SystemExit) as exit:
                 compare.main([*args, *more])
             assert exit.value.code == 2
             assert "is not a results file of compare.py" in capsys.readouterr().err
-        assert path.read_text() == text
+        assert path.read_text(encoding="utf-8") == text
     path.unlink()
     (tmp_path / "runs").mkdir()
     with pytest.raises(SystemExit) as exit:

@@ -87,7 +87,7 @@ def test_every_setting_is_in_the_help_and_is_read(cls):
         assert re.search(rf"^  --{key}={re.escape(str(getattr(cls, key)))} +\S", text, re.M), key
     read = set()
     for path in [*ROOT.glob("*.py"), *ROOT.glob("nanogqa/*.py"), *ROOT.glob("data/*/prepare.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             match node:  # config.n_head, c.n_head, model.config.n_head
                 case ast.Attribute(value=ast.Name(id="config" | "c" | "base") | ast.Attribute(attr="config"), attr=attr, ctx=ast.Load()):
                     read.add(attr)
@@ -118,13 +118,13 @@ def test_help_lists_choices_unless_the_text_explains_each():
 
 PROGRAM_ORDER = ["model", "train", "sample", "bench", "compare", "convert"]
 PACKAGE_ORDER = ["configurator", "files", "schema", "distributed", "fast", "costs", "runtime", "log", "tokenizer", "prompts",
-                 "dataloader", "batches", "writer", "checkpoint", "report", "pool"]
+                 "dataloader", "batches", "writer", "checkpoint", "results", "report", "pool"]
 
 
 def imported(path):
     """The modules that a file imports anywhere, as dotted names."""
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module == "nanogqa":
@@ -151,6 +151,50 @@ def test_the_package_imports_one_way_and_never_a_program():
 def test_the_model_imports_torch_alone():
     standard = {"copy", "hashlib", "math", "dataclasses", "typing"}
     assert {name.split(".")[0] for name in imported(ROOT / "model.py")} == {"torch"} | standard
+
+
+def without_encoding(path):
+    """Lines of a file that open a text file, or read a process as text, in the encoding of the terminal."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", None))
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
+        where = ast.unparse(node.func)
+        if name in ("run", "Popen", "check_output"):
+            text = "text" in given or "universal_newlines" in given
+        elif name == "open" and where in ("os.open", "tokenize.open", "Image.open"):
+            text = False
+        elif name in ("open", "fdopen"):
+            at = 0 if name == "open" and isinstance(node.func, ast.Attribute) else 1  # Path.open(mode)
+            mode = given.get("mode", node.args[at] if len(node.args) > at else None)
+            text = not (isinstance(mode, ast.Constant) and "b" in str(mode.value))
+        else:
+            # functions of this project that are called read_text take a path
+            text = name in ("read_text", "write_text", "TextIOWrapper") and isinstance(node.func, ast.Attribute)
+        if text and "encoding" not in given:
+            yield f"{path.relative_to(ROOT)}:{node.lineno}"
+
+
+def test_every_text_file_is_utf8_whatever_the_terminal_is():
+    """Under LC_ALL=C, text beyond ASCII could not be written, or was read as something else."""
+    found = []
+    for folder in (".", "nanogqa", "data/*", "docs", "results"):
+        for path in ROOT.glob(f"{folder}/*.py"):
+            found += without_encoding(path)
+    assert found == []
+
+
+def test_the_encoding_of_each_way_to_open_a_file_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "a.py"
+    bad = ("open(p)", "open(p, 'w')", "path.open()", "path.open('a')", "path.read_text(errors='replace')",
+           "path.write_text(t)", "subprocess.run(c, text=True)", "os.fdopen(3, 'w')", "open(p, mode)")
+    good = ("open(p, 'rb')", "open(p, mode, encoding=e)", "path.open('wb')", "path.read_text(encoding='utf-8')",
+            "os.open(p, 1)", "subprocess.run(c)", "read_text(p)")
+    for text in bad + good:
+        path.write_text(text, encoding="utf-8")
+        assert bool(list(without_encoding(path))) == (text in bad), text
 
 
 ALONE = """
@@ -182,7 +226,7 @@ def test_the_model_trains_and_decodes_alone(tmp_path):
 
 
 def readme_commands():
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
 
 
@@ -193,13 +237,13 @@ def test_readme_opens_with_two_commands_of_their_own():
 
 
 def test_readme_names_the_pinned_torch():
-    [version] = re.findall(r"torch==([\d.]+)", (ROOT / "README.md").read_text())
-    assert f"torch=={version} " in (ROOT / "requirements.txt").read_text()
+    [version] = re.findall(r"CPU build of torch ([\d.]+\d)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert f"torch=={version} " in (ROOT / "requirements.txt").read_text(encoding="utf-8")
 
 
 def test_requirements_pin_what_pyproject_allows():
-    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M))
-    ranges = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M))
+    ranges = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8")))
     assert ranges.keys() - {"matplotlib", "transformers", "safetensors", "pyarrow", "huggingface_hub", "ruff"} == pins.keys() >= {"torch", "numpy", "tiktoken", "tqdm", "wandb"}  # extras apart
     for name, pin in pins.items():
         assert [int(n) for n in pin.split(".")] >= [int(n) for n in ranges[name].split(".")]
