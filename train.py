@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from model import GPT, GPTConfig, initial_weight
-from nanogqa import checkpoint, distributed, log
+from nanogqa import checkpoint, distributed, dropout, log
 from nanogqa.batches import Batches, check_multiple
 from nanogqa.configurator import UserError, check_pattern, in_range, parse, program, subset
 from nanogqa.costs import mfu
@@ -97,6 +97,7 @@ def make_model(config, state, runtime):
         model = checkpoint.load_model(GPT, gpt_config, state)
     if config.fast:
         accelerate(model)
+    dropout.by_sequence(model)
     if config.parallel == "fsdp":
         def weight_of(name, shape):  # None: sharded, load_optimizers reads it
             return state["model"].get(name) if state else initial_weight(name, shape, config.seed)
@@ -150,8 +151,8 @@ def backward(forward, batches, runtime):
     n_targets = (n_targets.clamp(min=1) / runtime.ranks).to(runtime.device)  # DDP and FSDP average
     loss = torch.zeros((), device=runtime.device)
     for batch in batches:
-        if batch.seed is not None:
-            torch.manual_seed(batch.seed)
+        if batch.seeds is not None:
+            dropout.use(runtime.tensor(batch.seeds))
         x, y = runtime.tensor(batch.x), runtime.tensor(batch.y)
         with distributed.synchronizing(forward, batch is batches[-1]):
             with runtime.autocast():
