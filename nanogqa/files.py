@@ -22,8 +22,11 @@ def replacing(path, mode="w"):
     """
     part = Path(f"{path}.part")
     part.unlink(missing_ok=True)  # a symbolic link there would be followed
+    encoding = None
+    if "b" not in mode:
+        encoding = "utf-8"
     try:
-        with open(part, mode) as file:
+        with open(part, mode, encoding=encoding) as file:
             yield file
             sync(file)
         os.replace(part, path)
@@ -37,13 +40,46 @@ def write_json(path, content):
         json.dump(content, file, indent=1)
 
 
+def append(path, text):
+    """Appends text to a file: all of it or, after an OSError, nothing."""
+    data = text.encode("utf-8")
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while data:  # a disk with little room takes a part
+                data = data[file.write(data):]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+@contextlib.contextmanager
+def created(folder):
+    """Creates folder and its parents. At the end, those that it has created and that are still
+    empty are removed. Raises UserError if files cannot be created in folder."""
+    folder = Path(folder)
+    new = []
+    for path in (folder, *folder.parents):
+        if not path.exists():
+            new.append(path)
+    try:
+        check_writable(folder)
+        yield
+    finally:
+        for path in new:
+            try:
+                path.rmdir()
+            except OSError:  # it holds files
+                break
+
+
 def check_writable(folder):
     """Creates folder if it does not exist. Raises UserError if files cannot be created in it."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         probe = Path(folder) / f".probe{os.getpid()}"
         probe.write_text("x")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another rank may have removed what killed runs have left
     except OSError as error:
         raise UserError(
             f"cannot write to {folder} ({error.strerror}): choose another --out_dir"
