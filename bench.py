@@ -25,7 +25,7 @@ import torch
 
 from model import GPT, SETTINGS_OF, GPTConfig, KVCache
 from nanogqa import checkpoint, costs
-from nanogqa.batches import MicroBatch
+from nanogqa.batches import MicroBatch, dropout_seeds
 from nanogqa.configurator import UserError, build, choices_of, in_range, parse, program, subset
 from nanogqa.fast import keep_freed_memory, packs, prepare_for_decoding
 from nanogqa.runtime import compile_for_decoding, compile_model, pick_runtime
@@ -273,7 +273,7 @@ def train(config, runtime):
 
     def add_gradient(forward):
         x, y = rng.integers(config.vocab_size, size=(2, B, T))
-        backward(forward, [MicroBatch(x, y, seed=None)], runtime)
+        backward(forward, [MicroBatch(x, y, dropout_seeds(settings, 0, B))], runtime)
 
     def time_step():
         start = clock(runtime)

@@ -401,11 +401,12 @@ class Block(nn.Module):
         self.attn = ATTENTION[config.attention](config, layer)
         self.mlp_norm = norm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.attn_dropout = nn.Dropout(config.dropout)
+        self.mlp_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, context):
-        x = x + self.dropout(self.attn(self.attn_norm(x), context))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = x + self.attn_dropout(self.attn(self.attn_norm(x), context))
+        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)))
 
 
 class HeadLoss(nn.Module):
@@ -433,8 +434,7 @@ def initial_weight(name, shape, seed):
 class GPT(nn.Module):
     def __init__(self, config, seed=1337):
         super().__init__()
-        if config.vocab_size is None:
-            raise ValueError("vocab_size is None: set it to the tokenizer's number of ids")
+        require(config.vocab_size, "vocab_size is None: set it to the tokenizer's number of ids")
         self.config = config
         self.recompute = False  # True: keep only the input of each block for the backward pass
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)

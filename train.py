@@ -3,9 +3,9 @@
     python train.py [config.py ...] [--key=value ...]        later settings win
     torchrun --standalone --nproc_per_node=4 train.py config/gpt2_124m.py config/gqa.py
 """
-import contextlib
 import math
 import signal
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from model import GPT, GPTConfig, initial_weight
-from nanogqa import checkpoint, distributed, log
+from nanogqa import checkpoint, distributed, dropout, log
 from nanogqa.batches import Batches, check_multiple
 from nanogqa.configurator import UserError, check_pattern, in_range, parse, program, subset
 from nanogqa.costs import mfu
@@ -97,6 +97,7 @@ def make_model(config, state, runtime):
         model = checkpoint.load_model(GPT, gpt_config, state)
     if config.fast:
         accelerate(model)
+    dropout.by_sequence(model)
     if config.parallel == "fsdp":
         def weight_of(name, shape):  # None: sharded, load_optimizers reads it
             return state["model"].get(name) if state else initial_weight(name, shape, config.seed)
@@ -150,8 +151,8 @@ def backward(forward, batches, runtime):
     n_targets = (n_targets.clamp(min=1) / runtime.ranks).to(runtime.device)  # DDP and FSDP average
     loss = torch.zeros((), device=runtime.device)
     for batch in batches:
-        if batch.seed is not None:
-            torch.manual_seed(batch.seed)
+        if batch.seeds is not None:
+            dropout.use(runtime.tensor(batch.seeds))
         x, y = runtime.tensor(batch.x), runtime.tensor(batch.y)
         with distributed.synchronizing(forward, batch is batches[-1]):
             with runtime.autocast():
@@ -197,8 +198,8 @@ def check_finite(finite, what, step, config, runtime):
     """Raises UserError unless finite, so that invalid weights are never saved."""
     if not finite:
         lr, dtype = learning_rate(max(0, step - 1), config), runtime.describe()["dtype"]
-        raise UserError(f"the {what} at step {step} is not finite (lr {lr:.2e}, {dtype}): lower "
-                        "learning_rate and continue with --init_from=resume")
+        raise UserError(f"the {what} at step {step} is not finite (lr {lr:.2e}, {dtype}): "
+                        f"{checkpoint.way_back(config.out_dir, step)}")
 
 
 # -- the run ---------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ def check_finite(finite, what, step, config, runtime):
 @program
 def main(argv):
     given = parse(TrainConfig, argv, __doc__)
-    with distributed.joined(), distributed.explained(), contextlib.ExitStack() as stack:
+    with log.lasting_output(), distributed.joined(), distributed.explained(), ExitStack() as stack:
         train(given, stack)
 
 
@@ -259,7 +260,6 @@ def train(given, stack):
     saver = checkpoint.make_saver(config, runtime.rank)
     stop = stack.enter_context(StopSignal())
     logger = stack.enter_context(log.Log(config, start if resumed and not redo else start - 1))
-    trace = stack.enter_context(log.profiler(config))
     times, rate = log.Times(runtime), log.Rate(config.tokens_per_step, start)
     loss = grad_norm = None
     skipped = 0  # steps since the last log line whose gradient was not finite
@@ -316,11 +316,12 @@ def train(given, stack):
         what = f"gradient ({SKIPS} steps in a row)"
         check_finite(in_a_row < SKIPS, what, step + 1, config, runtime)
         times.lap("optimizer")
-        trace.step()
+        logger.advance(step + 1)
 
     saver.wait()
     if saver.failed:
         raise UserError(f"{saver.failed}: continue with --init_from=auto")
+    logger.check_written()
     if stopping and not last:
         logger.print(f"stopped by {signal.Signals(stopping).name} after step {step} and saved: the "
                      "same command with --init_from=resume continues")
@@ -330,8 +331,7 @@ def train(given, stack):
         metrics = dict(val_loss=val_loss, val_bpb=bits_per_byte(val_loss, dataset.val))
     logger.print(f"done in {rate.elapsed()}: {log.result(metrics)}")
     logger.print(f"time: {times}")
-    prompt = "def " if dataset.meta.get("python") else ""
-    logger.print(f'now try: python sample.py --out_dir={config.out_dir} --prompt="{prompt}"')
+    logger.print(log.sampling_command(config, dataset))
 
 
 if __name__ == "__main__":

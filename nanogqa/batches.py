@@ -12,7 +12,7 @@ class MicroBatch:
     """The sequences of one forward pass."""
     x: np.ndarray  # (batch_size, block_size) int64 token ids
     y: np.ndarray  # their targets, -1 where there is none
-    seed: int | None  # of dropout
+    seeds: np.ndarray | None  # of dropout, (batch_size,) int64; None: there is no dropout
 
 
 class Batches:
@@ -38,8 +38,8 @@ class Batches:
             first = (step * self.micro_steps * self.ranks + place) * self.batch_size
             x, y = train_batch(
                 self.dataset.train, config.seed, first, self.batch_size, config.block_size)
-            seed = keyed(config.seed, step, place) if config.dropout else None
-            batches.append(MicroBatch(x, y, seed))
+            seeds = dropout_seeds(config, first, self.batch_size)
+            batches.append(MicroBatch(x, y, seeds))
         return batches
 
     def validation(self):
@@ -51,6 +51,14 @@ class Batches:
             first += self.rank * self.batch_size
             chosen = starts[first:first + self.batch_size]
             yield val_batch(val, chosen, self.batch_size, block_size)
+
+
+def dropout_seeds(config, first, count):
+    """The seeds of sequences first to first + count - 1 of a run for nanogqa/dropout.py, (count,)
+    int64; None where there is no dropout."""
+    if config.dropout == 0:
+        return None
+    return np.array([keyed(config.seed, first + i, "dropout") for i in range(count)])
 
 
 def batch_shape(config, ranks):

@@ -4,6 +4,7 @@ The classes GPT and GPTConfig, which this package does not import, are passed in
 """
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -20,9 +21,9 @@ import torch.distributed.checkpoint as dcp
 
 from nanogqa.batches import batch_shape
 from nanogqa.configurator import UserError, build, check_key, convert, one_line, subset
-from nanogqa.distributed import barrier, check_parallel, placed, whole, world
-from nanogqa.files import check_writable, replacing, sync, write_json
-from nanogqa.tokenizer import copy_tokenizer
+from nanogqa.distributed import barrier, check_parallel, placed, total, whole, world
+from nanogqa.files import check_writable, created, replacing, sync, write_json
+from nanogqa.tokenizer import HF_CONFIG, HF_TOKENIZER, copy_tokenizer
 
 NAME = "ckpt.pt"      # the newest checkpoint
 BEST = "ckpt_best.pt"  # the one with the lowest validation loss
@@ -90,10 +91,13 @@ class Saver:
     last keep ones. A failed write prints a warning; .failed holds it until one succeeds.
     """
 
-    def __init__(self, out_dir, keep, rank=0):
-        self.out_dir = Path(out_dir)
-        self.keep = keep
+    def __init__(self, config, rank=0):
+        self.out_dir = Path(config.out_dir)
+        self.keep = config.keep_checkpoints
         self.rank = rank
+        self.kept = []  # steps of the ckpt_STEP.pt that this run has written
+        if config.init_from == "resume":
+            self.kept = numbered(self.out_dir, "ckpt_", ".pt")
         self.thread = None
         self.failed = None
 
@@ -114,18 +118,28 @@ class Saver:
         try:
             save(self.out_dir, state, also)
             self.failed = None
-            self.remove_old()
+            self.remove_old(state["step"])
         except OSError as error:
-            size = sum(x.nbytes for x in tensors(state)) / 2**20
+            size = math.ceil(sum(x.nbytes for x in tensors(state)) / 2**20)
             self.fail(f"cannot save step {state['step']} to {self.out_dir} ({error.strerror}): "
-                      f"make {size:,.0f} MiB of room; the previous checkpoint is whole")
+                      f"make {size:,} MiB of room; {self.previous()}")
 
-    def remove_old(self):
-        """Keeps the last ckpt_STEP.pt files only."""
+    def previous(self):
+        """What is left after a failed write, as text."""
+        if (self.out_dir / NAME).exists():
+            return "the previous checkpoint is whole"
+        return "nothing is saved yet"
+
+    def remove_old(self, step):
+        """Keeps the last ckpt_STEP.pt files of this run only; step is the newest."""
         if self.keep:
-            steps = [path.stem[5:] for path in self.out_dir.glob("ckpt_*.pt")]
-            for step in sorted(int(s) for s in steps if s.isdecimal())[:-self.keep]:
-                (self.out_dir / f"ckpt_{step}.pt").unlink()
+            # a killed run may have kept later steps: they are old once this one has passed them
+            self.kept = sorted({step, *self.kept})
+            passed = self.kept[:self.kept.index(step) + 1]
+            for old in passed[:-self.keep]:
+                with contextlib.suppress(OSError):  # the checkpoint is saved all the same
+                    (self.out_dir / f"ckpt_{old}.pt").unlink()
+                self.kept.remove(old)
 
     def fail(self, message):
         self.failed = message
@@ -182,11 +196,16 @@ class ShardedSaver(Saver):
                 dcp.save(parts, storage_writer=writer)
             if self.rank == 0:
                 write_json(folder / "state.json", plain)  # last: it marks the folder as complete
+            failed = None
+        except (dcp.api.CheckpointException, OSError) as error:
+            failed = (f"cannot save step {state['step']} to {folder} ({one_line(error)}): make "
+                      "room")
+        # a rank may fail alone, but the next attempt is one of all ranks
+        if total(float(failed is not None)):
+            self.fail(failed or "another rank cannot save its part")
+        else:
             self.failed = None
             clear_sharded(self.out_dir, self.rank, keep=folder)
-        except (dcp.api.CheckpointException, OSError) as error:
-            self.fail(f"cannot save step {state['step']} to {folder} ({one_line(error)}): make "
-                      "room")
 
 
 def split(state):
@@ -203,7 +222,8 @@ def split(state):
 def clear_sharded(out_dir, rank, keep=None):
     """Removes the sharded checkpoints in out_dir, except the folder keep."""
     if rank == 0:
-        for folder in Path(out_dir).glob(f"{SHARDED}*"):
+        for step in numbered(out_dir, SHARDED):
+            folder = Path(out_dir) / f"{SHARDED}{step}"
             if folder != keep:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -213,14 +233,39 @@ def make_saver(config, rank):
     if config.init_from != "resume":
         clear_sharded(config.out_dir, rank)
     kind = ShardedSaver if config.parallel == "fsdp" else Saver
-    return kind(config.out_dir, config.keep_checkpoints, rank)
+    return kind(config, rank)
 
 
 # -- the folder ------------------------------------------------------------------------------------
 
+# what opening the folder of a run creates in it
+OPENED = {".lock", HF_TOKENIZER, HF_CONFIG}
+# what a killed run may leave
+LEFT = re.compile(r"(ckpt(_best|_\d+)?\.pt|metrics\.jsonl|trace\.json|wandb\.json)\.part|"
+                  r"\.probe\d+")
+
+
+def numbered(out_dir, before, after=""):
+    """The numbers N of the files and folders BEFORE N AFTER in out_dir, in order.
+
+    Other names, such as ckpt_007.pt or sharded_backup, are not of a run.
+    """
+    name = re.compile(re.escape(before) + r"(0|[1-9]\d{0,17})" + re.escape(after))
+    found = []
+    for path in Path(out_dir).iterdir():
+        match = name.fullmatch(path.name)
+        if match:
+            found.append(int(match[1]))
+    return sorted(found)
+
+
 @contextlib.contextmanager
 def lock(out_dir, patience=60):
-    """While it is open, no other process holds lock(out_dir). UserError after patience seconds."""
+    """While it is open, no other process holds lock(out_dir). UserError after patience seconds.
+
+    If nothing but OPENED was added to the folder in the end, that is removed.
+    """
+    before = set(os.listdir(out_dir))
     held = filelock.FileLock(Path(out_dir) / ".lock")  # released with the process, however it ends
     try:
         held.acquire(timeout=patience, poll_interval=0.2)
@@ -230,6 +275,11 @@ def lock(out_dir, patience=60):
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):  # someone has removed the folder
+            added = set(os.listdir(out_dir)) - before
+            if added <= OPENED:
+                for name in added:
+                    (Path(out_dir) / name).unlink()
         held.release()
 
 
@@ -242,10 +292,21 @@ def own(out_dir, stack):
 
 def open_folder(out_dir, dataset, locked, stack):
     """Creates and locks the folder of a run, and copies the data set's tokenizer into it."""
-    check_writable(out_dir)
+    if world()[0] == 0:
+        stack.enter_context(created(out_dir))
     if not locked:
         own(out_dir, stack)
+    if world()[0] == 0:
+        remove_left(out_dir)
+    check_writable(out_dir)
     copy_tokenizer(dataset.meta["tokenizer"], dataset.folder, out_dir)
+
+
+def remove_left(out_dir):
+    """Removes what killed runs have left. The folder is locked."""
+    for path in Path(out_dir).iterdir():
+        if LEFT.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)  # another rank removes its own probe
 
 
 def path_of(out_dir):
@@ -256,12 +317,25 @@ def path_of(out_dir):
 
 def find_sharded(out_dir):
     """The folder of the newest complete sharded checkpoint in out_dir, or None."""
-    complete = [path.parent for path in Path(out_dir).glob(f"{SHARDED}*/state.json")]
-    return max(complete, key=lambda path: int(path.name.removeprefix(SHARDED)), default=None)
+    if Path(out_dir).is_dir():
+        for step in reversed(numbered(out_dir, SHARDED)):
+            folder = Path(out_dir) / f"{SHARDED}{step}"
+            if (folder / "state.json").exists():
+                return folder
+    return None
 
 
 def exists(out_dir):
     return path_of(out_dir).exists() or find_sharded(out_dir) is not None
+
+
+def way_back(out_dir, step):
+    """What to do about a run whose numbers are not finite at that step, as the end of a message."""
+    if step == 0:
+        return "the model is so before its first step: choose --dtype=float32 or another model"
+    if exists(out_dir):
+        return "lower learning_rate and continue with --init_from=resume"
+    return "lower learning_rate and start again"
 
 
 # -- reading ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ trailing comments the text of --help. Later settings win. A config file holds as
 literals and constant arithmetic; it is parsed, never executed.
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -37,19 +38,45 @@ def program(main):
     """
     @functools.wraps(main)
     def run(argv=None):
-        if hasattr(sys.stdout, "reconfigure"):  # file names that the terminal cannot show
-            sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            return main(sys.argv[1:] if argv is None else list(argv))
+            open_output()
+            result = main(sys.argv[1:] if argv is None else list(argv))
+            sys.stdout.flush()  # a full disk is noticed here, not after the program
+            return result
         except BrokenPipeError:  # the reader closed the pipe, as in `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise SystemExit(141) from None
         except (UserError, OSError) as error:
             report(error, os.path.basename(sys.modules[main.__module__].__file__))
             raise SystemExit(2) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
+        finally:
+            drop_output()
     return run
+
+
+def open_output():
+    """Makes standard output and error fit for printing: closed ones (`>&-`) discard what is
+    printed, and characters that the encoding of the terminal lacks become question marks."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:  # otherwise the next file that is opened would get the number
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def drop_output():
+    """Discards what standard output and error do not accept. Python would fail on it at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):  # of a stream that is closed
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def report(error, name):
@@ -58,11 +85,14 @@ def report(error, name):
     if isinstance(error, OSError):  # those with a better remedy became UserErrors earlier
         text = (f"cannot use {str(error.filename)[:100]!r} ({error.strerror}): check the path, its "
                 "permissions and the disk")
+        if error.filename is None:
+            text = f"cannot write ({error.strerror}): check the disk, and where the output goes"
     # torchrun ends every rank as soon as one exits. The others wait, so that rank 0 prints the
     # error, once; a rank with an error of its own (a missing disk) prints it after the wait.
     if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
         time.sleep(10)
-    print(f"{name}: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(f"{name}: {one_line(text, 1000)}", file=sys.stderr, flush=True)
 
 
 # -- from the command line to settings -------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nanogqa.configurator import UserError
+from nanogqa.configurator import UserError, drop_output
 
 
 def world():
@@ -110,7 +110,8 @@ def run(main):
         # hold the interpreter's lock while it waits for a thread of gloo that waits for this lock.
         end(error.code or 0)
     except BaseException:
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         end(1)
     end(0)
 
@@ -118,16 +119,26 @@ def run(main):
 def end(code):
     """Ends the process. With several ranks nothing is freed first: threads of the process group
     outlive destroy_process_group and can abort a finalizing interpreter."""
+    drop_output()
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(code)
-    sys.stdout.flush()
     os._exit(code)
 
 
 # -- stop signals ----------------------------------------------------------------------------------
 
+def stopping_signals():
+    """The signals that stop a run. SIGHUP comes when a terminal closes; nohup ignores it. torchrun
+    passes it on to its ranks even so, and would kill ranks that ignore it."""
+    by_agent = "TORCHELASTIC_RUN_ID" in os.environ
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and not by_agent:
+        return [signal.SIGINT, signal.SIGTERM]
+    return [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
 class StopSignal:
-    """While it is open, Ctrl-C and SIGTERM set .number, and the loop stops at the next step.
+    """While it is open, Ctrl-C, SIGTERM and SIGHUP set .number, and the loop stops at the next
+    step.
 
     A second Ctrl-C ends the program at once.
     """
@@ -136,7 +147,7 @@ class StopSignal:
         self.number = 0
         self.parent = os.getppid()
         self.before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stopping_signals():
             self.before[number] = signal.signal(number, self.catch)
         return self
 

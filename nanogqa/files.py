@@ -40,6 +40,19 @@ def write_json(path, content):
         json.dump(content, file, indent=1)
 
 
+def append(path, text):
+    """Appends text to a file: all of it or, after an OSError, nothing."""
+    data = text.encode("utf-8")
+    with open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while data:  # a disk with little room takes a part
+                data = data[file.write(data):]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
 @contextlib.contextmanager
 def created(folder):
     """Creates folder and its parents. At the end, those that it has created and that are still
@@ -67,7 +80,7 @@ def check_writable(folder):
         probe = Path(folder) / f".probe{os.getpid()}"
         try:
             probe.write_text("x", encoding="utf-8")
-        finally:  # a full disk takes the name, but not the content
+        finally:  # a full disk takes the name, but not the content; another rank may remove it
             probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(

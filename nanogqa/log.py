@@ -1,7 +1,10 @@
 """What a run reports: metrics.jsonl, the terminal, wandb, and where its time goes."""
 import contextlib
+import errno
 import json
 import math
+import os
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -11,10 +14,10 @@ import torch
 from tqdm import tqdm
 
 from nanogqa import schema
-from nanogqa.configurator import UserError, off_default, one_line
+from nanogqa.configurator import UserError, drop_output, off_default, one_line
 from nanogqa.costs import kv_bytes_per_token, kv_cache_bytes, num_params
 from nanogqa.distributed import world
-from nanogqa.files import replacing
+from nanogqa.files import append, replacing, write_json
 
 # how the terminal shows a number of a row, others with four digits
 FORMATS = {"lr": ".2e", "grad_norm": ".2f", "tokens_per_sec": ",.0f", "mfu": ".1%"}
@@ -64,37 +67,137 @@ def say(text):
         print(text, flush=True)
 
 
+def warn(text):
+    """Prints a warning to standard error on rank 0."""
+    if master():
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+# -- where rows and text go ------------------------------------------------------------------------
+
+class Lasting:
+    """A text stream that drops what it cannot write: a full disk or a closed terminal does not end
+    a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+@contextlib.contextmanager
+def lasting_output():
+    """While it is open, standard output and error are Lasting."""
+    out, err = Lasting(sys.stdout), Lasting(sys.stderr)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    finally:
+        drop_output()
+
+
+class Backlog:
+    """Rows on their way to a file or a service. While that fails they are kept, and each new row
+    tries again to write all of them."""
+
+    def __init__(self, name, write):
+        self.name = name
+        self.write = write  # a function of a list of rows, which raises an exception if it fails
+        self.rows = []
+        self.failed = None  # why the last attempt has failed
+
+    def add(self, row):
+        self.rows.append(row)
+        self.flush()
+
+    def flush(self):
+        """Tries to write the rows."""
+        try:
+            self.write(self.rows)
+        except Exception as error:  # a full disk; wandb fails in many ways
+            if self.failed is None:
+                warn(f"cannot write to {self.name} ({reason(error)}): its rows are kept, and the "
+                     "next row tries again")
+            self.failed = reason(error)
+        else:
+            self.rows, self.failed = [], None
+
+
+def reason(error):
+    """Why an exception was raised, as a few words."""
+    return getattr(error, "strerror", None) or one_line(error, 100)
+
+
+class RowFile:
+    """The file metrics.jsonl. It starts with the rows up to step start (-1: none), since a killed
+    run may have logged later ones."""
+
+    def __init__(self, path, start):
+        self.path = path
+        self.kept = [row for row in read_rows(path) if row["step"] <= start]
+
+    def write(self, rows):
+        if self.kept is not None:
+            with replacing(self.path) as file:
+                file.write(lines(self.kept))
+            self.kept = None
+        append(self.path, lines(rows))
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 class Log:
-    """metrics.jsonl, lines on the terminal above a progress bar, and wandb. Rank 0 writes; on
-    other ranks nothing happens."""
+    """metrics.jsonl, lines on the terminal above a progress bar, wandb, and the trace of
+    config.profile. Rank 0 writes; on other ranks nothing happens."""
 
     def __init__(self, config, start):
-        """Keeps the rows up to step start (-1: none): a killed run may have logged later ones."""
+        """Keeps the rows up to step start."""
         self.bar = self.wandb = None
+        self.backlogs = []
+        self.trace = profiler(config)
         if not master():
             return
+        path = Path(config.out_dir) / "metrics.jsonl"
+        self.backlogs = [Backlog(path, RowFile(path, start).write)]
         if config.wandb_log:
             self.wandb = start_wandb(config)
-        self.path = Path(config.out_dir) / "metrics.jsonl"
-        kept = [row for row in read_rows(self.path) if row["step"] <= start]
-        with replacing(self.path) as file:
-            for row in kept:
-                file.write(json.dumps(row) + "\n")
+            self.backlogs.append(Backlog("wandb", self.write_wandb))
+        for backlog in self.backlogs:
+            backlog.flush()
         # tqdm's disable=None: no bar where the output is not a terminal
         self.bar = tqdm(total=config.max_steps, initial=max(0, start), desc=config.out_dir,
                         unit="step", disable=None)
+
+    def write_wandb(self, rows):
+        for row in rows:
+            self.wandb.log(without_none(row), step=row["step"])
+
+    def advance(self, step):
+        """The run has done that many steps: called after each one."""
+        self.trace.step()
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
 
     def row(self, **row):
         """Logs one row: a dict of numbers, None where there is none at this step."""
         if self.bar is None:
             return
         row = {key: finite(value) for key, value in row.items()}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        known = {key: value for key, value in row.items() if value is not None}
-        if self.wandb:
-            self.wandb.log(known, step=row["step"])
-        self.bar.update(row["step"] - self.bar.n)
+        for backlog in self.backlogs:
+            backlog.add(row)
+        known = without_none(row)
         text = f"step {row['step']:>6}"
         for key, value in known.items():
             if key not in NOT_SHOWN:
@@ -108,25 +211,73 @@ class Log:
             self.bar.write(text)
             sys.stdout.flush()
 
+    def check_written(self):
+        """Tries once more to write the rows that are kept. Raises UserError if that fails."""
+        for backlog in self.backlogs:
+            backlog.flush()
+            if backlog.failed:
+                raise UserError(
+                    f"{count(len(backlog.rows), 'row')} could not be written to {backlog.name} "
+                    f"({backlog.failed}): make room before the next run; the checkpoint is saved")
+
     def __enter__(self):
+        self.trace.__enter__()
         return self
 
     def __exit__(self, *error):
+        self.trace.__exit__(*error)
+        for backlog in self.backlogs:
+            if backlog.failed:
+                backlog.flush()
         if self.bar is not None:
             self.bar.close()
         if self.wandb:
-            self.wandb.finish()
+            try:
+                self.wandb.finish()
+            except Exception as error:  # the run is complete without it
+                warn(f"wandb did not finish ({reason(error)})")
+
+
+def without_none(row):
+    return {key: value for key, value in row.items() if value is not None}
+
+
+# -- wandb and the profiler ------------------------------------------------------------------------
+
+def wandb_id(value):
+    """An id of a run on wandb."""
+    return isinstance(value, str) and re.fullmatch(r"[\w-]{1,128}", value) is not None
+
+
+WANDB = {"id": wandb_id}  # wandb.json in out_dir
 
 
 def start_wandb(config):
+    """The wandb run of config. A resumed run continues the one whose id is in out_dir."""
+    path = Path(config.out_dir) / "wandb.json"
+    known = resume = None
+    if config.init_from == "resume" and path.exists():
+        try:
+            known = schema.read_json(path, WANDB)["id"]
+            resume = "allow"
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} does not hold the id of a wandb run ({one_line(error)}): "
+                            "delete it, and wandb starts a new run") from None
     try:
         import wandb
-        return wandb.init(project=config.wandb_project, dir=config.out_dir, config=asdict(config),
-                          name=config.wandb_run_name or config.out_dir)
+        run = wandb.init(project=config.wandb_project, config=asdict(config), id=known,
+                         dir=os.environ.get("WANDB_DIR") or config.out_dir, resume=resume,
+                         name=config.wandb_run_name or config.out_dir)
     except Exception as error:  # not installed, not logged in, no network
         raise UserError(
             f"wandb does not start ({one_line(error)}): log in with wandb login, set "
             "WANDB_MODE=offline, or leave wandb_log out") from None
+    try:
+        write_json(path, {"id": run.id})
+    except OSError as error:
+        warn(f"cannot write {path} ({reason(error)}): resumed, this run would start a new one on "
+             "wandb")
+    return run
 
 
 class Rate:
@@ -208,10 +359,26 @@ def profiler(config):
         return NoTrace()
 
     def write(trace):
-        trace.export_chrome_trace(f"{config.out_dir}/trace.json")
+        path = Path(config.out_dir) / "trace.json"
+        try:
+            with replacing(path) as file:
+                trace.export_chrome_trace(file.name)
+                check_trace(file.name)
+        except (OSError, RuntimeError) as error:
+            warn(f"cannot write {path} ({reason(error)}): the run goes on without it")
     schedule = torch.profiler.schedule(wait=4, warmup=1, active=5, repeat=1)
     return torch.profiler.profile(schedule=schedule, with_stack=True, on_trace_ready=write)
 
+
+def check_trace(path):
+    """Raises OSError unless path ends as a trace does: the profiler ignores a full disk."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 10))
+        if not file.read().rstrip().endswith(b"}"):
+            raise OSError(errno.ENOSPC, "it is incomplete")
+
+
+# -- what a run prints -----------------------------------------------------------------------------
 
 def count(n, noun):
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
@@ -247,6 +414,14 @@ def announce_resume(state, settings, runtime):
     if changed:
         text += f", changed: {', '.join(changed)}"
     say(text)
+
+
+def sampling_command(config, dataset):
+    """The command that samples from the run, as text."""
+    prompt = ""
+    if dataset.meta.get("python"):
+        prompt = "def "
+    return f'now try: python sample.py --out_dir={config.out_dir} --prompt="{prompt}"'
 
 
 def announce_sampling(config, gpt_config, runtime, step, ids):

@@ -70,8 +70,6 @@ class Output:
         self.began = time.perf_counter()
         self.count = 0  # tokens
         self.stream = len(self.prompts) == 1 and not jsonl
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # for terminals that are not UTF-8
         if self.stream:
             print(self.prompts[0], end="", flush=True)
 

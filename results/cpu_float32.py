@@ -44,7 +44,7 @@ def main():
     fast_optimizers = make_optimizers(fast, config)
     runtime = pick_runtime("cpu", "float32", False)
     ids = torch.randint(256, (BATCH_SIZE, config.block_size)).numpy()
-    batches = [MicroBatch(ids, ids, seed=None)]
+    batches = [MicroBatch(ids, ids, seeds=None)]
     plain_seconds = []
     fast_seconds = []
     for _ in range(STEPS):

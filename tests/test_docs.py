@@ -59,6 +59,18 @@ def test_links_name_files_and_headings_that_exist(name):
             assert anchor in anchors(linked), f"{target}#{anchor}"
 
 
+def test_promises_name_tests_that_exist():
+    text = (ROOT / "docs/running.md").read_text()
+    table = text.partition("\n## What a run promises\n")[2]
+    lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) > 10
+    for line in lines:
+        named = re.findall(r"(test_\w+\.py)::(test_\w+)", line)
+        assert named, line
+        for file, test in named:
+            assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(), test
+
+
 def is_local(module):
     return module.split(".")[0] in LOCAL | {"nanogqa"}
 

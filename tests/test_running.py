@@ -1,0 +1,417 @@
+"""What a run endures: full disks, lost terminals, signals, foreign files, what killed runs leave."""
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import load
+from test_inputs import fails
+from test_train import ROOT, equal, out, rows, weights
+
+import bench
+import compare
+import convert
+import sample
+import train
+from nanogqa import checkpoint, distributed, files, log
+from nanogqa.configurator import program
+
+SHORT = ["--max_steps=2", "--eval_interval=10", "--log_interval=1"]
+
+
+def at_steps(monkeypatch, actions):
+    """Calls actions[step]() at the beginning of that step of a run from scratch."""
+    class At(distributed.StopSignal):
+        calls = 0
+
+        def agreed(self, runtime):
+            self.calls += 1
+            actions.get(self.calls - 1, int)()
+            return super().agreed(runtime)
+    monkeypatch.setattr(train, "StopSignal", At)
+
+
+# -- a full disk -----------------------------------------------------------------------------------
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 4 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount")
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(folder):
+    """Writes until no byte fits on the disk."""
+    with open(folder / "filler", "wb", buffering=0) as file:
+        for size in (2**16, 1):
+            while True:
+                try:
+                    file.write(bytes(size))
+                except OSError:
+                    break
+
+
+DISK = ["--max_steps=28", "--eval_interval=8", "--log_interval=1"]
+
+
+def test_a_full_disk_that_is_freed_costs_nothing(toy_run, tmp_path, small_disk, monkeypatch, capsys):
+    """While not even one byte fits: five kB of rows, and checkpoints."""
+    train.main(out([*toy_run, *DISK], tmp_path / "whole"))
+    capsys.readouterr()
+    at_steps(monkeypatch, {3: lambda: fill(small_disk),
+                           26: lambda: os.unlink(small_disk / "filler")})
+    train.main(out([*toy_run, *DISK], small_disk / "run"))
+    error = capsys.readouterr().err
+    assert error.count("metrics.jsonl (No space left on device): its rows are kept") == 1, error
+    assert "warning: cannot save step 8" in error and "make 1 MiB of room" in error
+    assert equal(weights(tmp_path / "whole"), weights(small_disk / "run"))
+    assert rows(tmp_path / "whole") == rows(small_disk / "run")
+
+
+def test_a_disk_that_stays_full_costs_the_steps_since_the_checkpoint(
+        toy_run, small_disk, monkeypatch, capsys):
+    args = out([*toy_run, *DISK, "--init_from=auto"], small_disk / "run")
+    with monkeypatch.context() as patch:
+        at_steps(patch, {19: lambda: fill(small_disk)})
+        with pytest.raises(SystemExit) as exit:
+            train.main(args)
+    error = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and "cannot save step 28" in error[-1]
+    assert all(line.startswith("warning: ") for line in error[:-1]), "no traceback"
+    assert load(small_disk / "run")["step"] == 16
+    os.unlink(small_disk / "filler")
+    train.main(args)
+    assert [row["step"] for row in rows(small_disk / "run")] == list(range(29))
+
+
+def test_a_rank_that_has_saved_tries_again_with_one_that_has_not(tmp_path, monkeypatch):
+    """Otherwise the other rank would wait for it forever."""
+    saver = checkpoint.ShardedSaver(train.TrainConfig(out_dir=str(tmp_path)), rank=1)
+    monkeypatch.setattr(checkpoint.dcp, "save", lambda *args, **kwargs: None)
+    state = dict(step=1, model={}, optimizer=dict(state={}))
+    for failed in (1.0, 0.0):
+        monkeypatch.setattr(checkpoint, "total", lambda mine, failed=failed: mine + failed)
+        saver.save(state)
+        assert bool(saver.failed) == bool(failed)
+
+
+def full(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["append", "replacing"])
+def test_rows_wait_for_room(toy_run, tmp_path, monkeypatch, capsys, name):
+    """The rows that are added, and those that a resumed run writes again when it starts."""
+    train.main([*toy_run, "--max_steps=6", "--log_interval=1"])
+    whole = getattr(log, name)
+    monkeypatch.setattr(log, name, full)
+    at_steps(monkeypatch, {8: lambda: monkeypatch.setattr(log, name, whole)})
+    train.main([*toy_run, "--log_interval=1", "--init_from=resume"])
+    assert capsys.readouterr().err.count("its rows are kept") == 1
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(21))
+    monkeypatch.setattr(log, name, full)
+    error = fails_last(train.main, [*toy_run, "--init_from=resume", "--max_steps=25"], capsys)
+    assert "1 row could not be written to" in error or "0 rows" in error
+    assert load(tmp_path / "run")["step"] == 25
+
+
+def fails_last(main, args, capsys):
+    """Like fails, after warnings."""
+    with pytest.raises(SystemExit) as exit:
+        main(args)
+    error = capsys.readouterr().err.strip().splitlines()
+    assert exit.value.code == 2 and all(line.startswith("warning: ") for line in error[:-1]), error
+    return error[-1]
+
+
+def test_text_is_appended_whole_or_not_at_all(tmp_path):
+    """Half of the text fits: RLIMIT_FSIZE stands in for a full disk."""
+    import resource
+    path = tmp_path / "file"
+    files.append(path, "a" * 50)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (70, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            files.append(path, "b" * 40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "a" * 50
+    files.append(path, "c")
+    assert path.read_text() == "a" * 50 + "c"
+
+
+@pytest.mark.parametrize("text", ["", '{"traceEvents": [{"na'])
+def test_a_trace_that_does_not_fit_is_left_out(toy_run, tmp_path, monkeypatch, capsys, text):
+    """The profiler ignores a full disk and leaves a part."""
+    import torch
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace",
+                        lambda self, path: Path(path).write_text(text))
+    train.main([*toy_run, "--profile=True"])
+    assert "trace.json (it is incomplete): the run goes on" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("trace*")) and load(tmp_path / "run")["step"] == 20
+
+
+# -- a lost terminal -------------------------------------------------------------------------------
+
+def lost():
+    """A stream whose reader is gone, as a terminal that was closed or `| head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w")
+
+
+def full_device():
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    return open("/dev/full", "w")
+
+
+@pytest.mark.parametrize("stream", [lost, full_device])
+def test_a_run_does_not_need_its_terminal(toy_run, tmp_path, monkeypatch, stream):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream())
+    train.main([*toy_run, *SHORT])
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2]
+    with pytest.raises(SystemExit) as exit:
+        train.main([*toy_run, *SHORT])
+    assert exit.value.code == 2, "the refusal is not printed, but is one"
+
+
+def test_a_process_without_output_ends_as_any_other(toy_run, tmp_path):
+    """Python itself would end with exit code 120 where its last flush fails."""
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full")
+    command = [sys.executable, "train.py", *toy_run, "--max_steps=1", "--eval_interval=1"]
+    shell = ["sh", "-c", 'exec "$@" >&- 2>/dev/full', "sh", *command]
+    done = subprocess.run(shell, cwd=ROOT, timeout=100)
+    assert done.returncode == 0 and load(tmp_path / "run")["step"] == 1
+    assert len(rows(tmp_path / "run")) == 2, "metrics.jsonl holds rows and nothing that was printed"
+
+
+MAINS = [train.main, sample.main, bench.main, compare.main, convert.main]
+
+
+@pytest.mark.parametrize("main", MAINS, ids=lambda main: main.__module__)
+def test_programs_without_output_end_as_they_would_with_it(monkeypatch, main):
+    for args, code in ((["--help"], 0), (["--no_such=1"], 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", None)
+            patch.setattr(sys, "stderr", None)
+            try:
+                assert main(args) is None and code == 0
+            except SystemExit as exit:
+                assert exit.code == code
+
+
+def test_all_programs_have_the_rules_of_program():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*/prepare.py")]:
+        text = path.read_text()
+        if "\ndef main(" in text:
+            assert "@program\ndef main(argv):" in text, path
+
+
+def printing(*texts):
+    """A program that prints."""
+    @program
+    def main(argv):
+        for text in texts:
+            print(text)
+    return main
+
+
+def test_a_terminal_of_another_encoding_gets_question_marks(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    printing("élan", "\udc80")([])
+    stream.seek(0)
+    assert stream.read() == "?lan\n?\n"
+
+
+def test_results_that_cannot_be_printed_are_an_error(monkeypatch, capsys):
+    class Full(io.StringIO):
+        def flush(self):
+            full()
+    monkeypatch.setattr(sys, "stdout", Full())
+    monkeypatch.setattr(os, "dup2", lambda *args: None)
+    error = fails(printing("text"), [], capsys)
+    assert "cannot write (No space left on device): check the disk, and where" in error
+
+
+# -- signals ---------------------------------------------------------------------------------------
+
+def test_a_closed_terminal_stops_a_run_as_sigterm_does(toy_run, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_steps(patch, {7: lambda: os.kill(os.getpid(), signal.SIGHUP)})
+        with pytest.raises(SystemExit) as exit:
+            train.main(toy_run)
+    assert exit.value.code == 128 + signal.SIGHUP and load(tmp_path / "run")["step"] == 7
+    assert "stopped by SIGHUP after step 7 and saved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("agent,code", [(None, None), ("a", 129)])
+def test_nohup_is_respected_except_where_torchrun_passes_the_signal_on(
+        toy_run, tmp_path, monkeypatch, agent, code):
+    if agent:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", agent)
+    at_steps(monkeypatch, {1: lambda: os.kill(os.getpid(), signal.SIGHUP)})
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        train.main([*toy_run, *SHORT])
+        assert code is None and load(tmp_path / "run")["step"] == 2
+    except SystemExit as exit:
+        assert exit.code == code and load(tmp_path / "run")["step"] == 1
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# -- foreign files, and what is left behind --------------------------------------------------------
+
+def test_foreign_files_are_left_alone(toy_run, tmp_path):
+    folder = tmp_path / "run"
+    names = ["ckpt_007.pt", "ckpt_copy.pt", "ckpt_1 (2).pt", "ckpt_5000.pt", "ckpt_²°.pt",
+             "notes.part", "sharded_backup/state.json", "sharded_007/state.json", "sharded_/x"]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("foreign")
+    args = [*toy_run, "--eval_interval=2", "--keep_checkpoints=1"]
+    train.main([*args, "--max_steps=6"])
+    train.main([*args, "--max_steps=8", "--init_from=resume"])
+    sample.main([f"--out_dir={folder}", "--max_new_tokens=1", "--device=cpu"])
+    assert all((folder / name).read_text() == "foreign" for name in names)
+    kept = [path.name for path in folder.glob("ckpt_*.pt") if path.name not in names]
+    assert sorted(kept) == ["ckpt_8.pt", "ckpt_best.pt"]
+
+
+def test_a_new_run_keeps_its_own_checkpoints_beside_later_ones_of_another(toy_run, tmp_path):
+    args = [*toy_run, "--keep_checkpoints=2"]
+    train.main([*args, "--max_steps=20"])
+    train.main([*args, "--max_steps=10", "--overwrite=True", "--eval_interval=5"])
+    steps = [load(path)["step"] for path in sorted((tmp_path / "run").glob("ckpt_[0-9]*.pt"))]
+    assert {5, 10} <= set(steps)
+
+
+def test_parts_of_killed_runs_are_removed(toy_run, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    left = ["ckpt.pt.part", "ckpt_best.pt.part", "ckpt_20.pt.part", "metrics.jsonl.part",
+            "trace.json.part", "wandb.json.part", ".probe4242"]
+    for name in [*left, "mine.part", ".probes"]:
+        (folder / name).write_text("x")
+    train.main([*toy_run, *SHORT])
+    names = {path.name for path in folder.iterdir()}
+    assert not names & set(left) and {"mine.part", ".probes"} <= names
+
+
+@pytest.mark.parametrize("args", [["--vocab_size=17592186044416"], ["--n_head=5"],
+                                  ["--trainable=no_such"]])
+@pytest.mark.parametrize("state", ["missing", "empty", "used"])
+def test_a_refusal_leaves_the_folder_as_it_was(toy_run, tmp_path, capsys, args, state):
+    folder = tmp_path / "a/b/run"
+    if state != "missing":
+        folder.mkdir(parents=True)
+    if state == "used":
+        (folder / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    fails(train.main, [*toy_run, f"--out_dir={folder}", *args], capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("step,words", [
+    (0, "so before its first step: choose --dtype=float32 or another model"),
+    (10, "lower learning_rate and continue with --init_from=resume")])
+def test_the_remedy_fits_what_is_there(toy_run, tmp_path, monkeypatch, capsys, step, words):
+    losses = iter([1.0] * (step // 10) + [float("nan")])
+    monkeypatch.setattr(train, "evaluate", lambda *args: dict(val_loss=next(losses), val_bpb=1.0))
+    error = fails(train.main, toy_run, capsys)
+    assert f"at step {step} is not finite" in error and error.endswith(words)
+    assert checkpoint.exists(tmp_path / "run") == (step > 0)
+
+
+# -- wandb and the progress bar --------------------------------------------------------------------
+
+class WandbRun:
+    """Stands in for a run of wandb."""
+
+    def __init__(self, **kwargs):
+        self.given, self.logged, self.broken = kwargs, [], False
+        self.id = kwargs["id"] or f"run{len(RUNS)}"
+        RUNS.append(self)
+
+    def log(self, row, step):
+        if self.broken:
+            raise RuntimeError("the service is gone")
+        self.logged.append(step)
+
+    def finish(self):
+        if self.broken:
+            raise RuntimeError("the service is gone")
+
+
+RUNS = []
+
+
+@pytest.fixture
+def wandb_runs(monkeypatch):
+    """The WandbRuns that are started."""
+    import wandb
+    monkeypatch.setattr(wandb, "init", WandbRun)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    RUNS.clear()
+    return RUNS
+
+
+def test_a_resumed_run_continues_its_wandb_run(toy_run, tmp_path, wandb_runs, monkeypatch, capsys):
+    args = [*toy_run, "--wandb_log=True"]
+    train.main([*args, "--max_steps=1"])
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    train.main([*args, "--max_steps=2", "--init_from=resume"])
+    train.main([*args, "--max_steps=1", "--overwrite=True"])
+    assert [run.id for run in wandb_runs] == ["run0", "run0", "run2"]
+    assert [run.given["resume"] for run in wandb_runs] == [None, "allow", None]
+    folders = [run.given["dir"] for run in wandb_runs]
+    assert folders == [str(tmp_path / "run"), *[str(tmp_path / "elsewhere")] * 2]
+    for text in ("{", "[]", '{"id": 3}', '{"id": "../x"}', '{"id": ""}'):
+        (tmp_path / "run/wandb.json").write_text(text)
+        error = fails(train.main, [*args, "--init_from=resume"], capsys)
+        assert "wandb.json does not hold the id of a wandb run" in error
+    assert len(wandb_runs) == 3
+
+
+def test_a_lost_wandb_does_not_end_a_run(toy_run, tmp_path, wandb_runs, monkeypatch, capsys):
+    def service(works):
+        wandb_runs[0].broken = not works
+    at_steps(monkeypatch, {4: lambda: service(False), 12: lambda: service(True)})
+    train.main([*toy_run, "--wandb_log=True"])
+    assert capsys.readouterr().err.count("cannot write to wandb (the service is gone)") == 1
+    assert wandb_runs[0].logged == [0, 5, 10, 15, 20]
+    at_steps(monkeypatch, {1: lambda: setattr(wandb_runs[1], "broken", True)})
+    args = [*toy_run, *SHORT, "--wandb_log=True", "--overwrite=True"]
+    assert "rows could not be written to wandb" in fails_last(train.main, args, capsys)
+    assert json.loads((tmp_path / "run/wandb.json").read_text()) == {"id": "run1"}
+
+
+def test_the_progress_bar_moves_at_every_step(toy_run, monkeypatch):
+    seen = []
+
+    class Bar(log.tqdm):
+        def update(self, n=1):
+            self.n += n
+            seen.append(self.n)
+    monkeypatch.setattr(log, "tqdm", Bar)
+    train.main([*toy_run, "--max_steps=7"])
+    train.main([*toy_run, "--max_steps=9", "--init_from=resume"])
+    assert seen == list(range(1, 10))
