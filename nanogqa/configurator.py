@@ -7,6 +7,7 @@ literals and constant arithmetic; it is parsed, never executed.
 import ast
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import itertools
@@ -25,16 +26,38 @@ class UserError(Exception):
 
 
 def one_line(error, length=200):
-    """The text of an exception on one line of at most length characters."""
-    text = str(error).strip() or type(error).__name__
-    return " ".join(text.split())[:length]
+    """The text of an exception on one line of at most length characters; control characters, which
+    could come from a file and change the terminal, are escaped."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text[:length])
 
 
-def program(main):
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+# torch reports a failed allocation on a CPU, and sizes beyond 64 bits, as an ordinary RuntimeError
+NO_MEMORY = re.compile("allocate memory|not enough memory|out of memory|bad_alloc|Invalid buffer "
+                       "size|[Ss]torage size calculation overflowed|multiplication overflow")
+
+
+def out_of_memory(error):
+    """Whether an exception says that memory could not be allocated: torch's, numpy's, Python's."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+
+
+def program(main=None, remedy="use a machine with more of it"):
     """Decorates main(argv): a UserError becomes one line on standard error and exit code 2.
 
-    argv defaults to that of the shell.
+    So does memory that cannot be allocated; remedy is the end of that sentence. argv defaults to
+    that of the shell.
     """
+    if main is None:
+        return functools.partial(program, remedy=remedy)
+
     @functools.wraps(main)
     def run(argv=None):
         if hasattr(sys.stdout, "reconfigure"):  # file names that the terminal cannot show
@@ -44,7 +67,11 @@ def program(main):
         except BrokenPipeError:  # the reader closed the pipe, as in `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise SystemExit(141) from None
-        except (UserError, OSError) as error:
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            if out_of_memory(error):
+                error = UserError(f"there is not enough memory: {remedy}")
+            if not isinstance(error, (UserError, OSError)):
+                raise
             report(error, os.path.basename(sys.modules[main.__module__].__file__))
             raise SystemExit(2) from None
         except KeyboardInterrupt:
@@ -62,7 +89,7 @@ def report(error, name):
     # error, once; a rank with an error of its own (a missing disk) prints it after the wait.
     if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
         time.sleep(10)
-    print(f"{name}: {text}", file=sys.stderr, flush=True)
+    print(f"{name}: {one_line(text, 1000)}", file=sys.stderr, flush=True)
 
 
 # -- from the command line to settings -------------------------------------------------------------
@@ -179,9 +206,9 @@ def check_pattern(settings, name, example):
     value = getattr(settings, name)
     try:
         re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{name}={value!r} is not a regular expression ({error}): write one like "
-                         f"{example}") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{name}={value!r:.100} is not a regular expression ({error}): write one "
+                         f"like {example}") from None
 
 
 # -- config files ----------------------------------------------------------------------------------
@@ -279,6 +306,8 @@ def convert(cls, key, value, where):
     kinds = kinds_of(cls, key)
     if types.NoneType in kinds and value in (None, "None"):
         return None
+    if value == "" and str in kinds and getattr(cls, key) != "":  # most are paths or names
+        raise UserError(f"{where[:100]}: {key} must not be empty: leave it out, or give a value")
     for kind in kinds:
         converted = as_kind(kind, value)
         if converted is not None:
