@@ -30,7 +30,13 @@ BEST = "ckpt_best.pt"  # the one with the lowest validation loss
 # sharded_STEP is a folder of safetensors; state.json in it is written last
 SHARDED = "sharded_"
 REQUIRED = object()
-PLAIN = (str, int, float, bool, type(None))
+
+
+def plain_value(value):
+    """Text, a number that fits into 64 bits, True, False or None."""
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return value is None or isinstance(value, (str, float))
 
 
 def dense_float_tensor(value):
@@ -59,15 +65,15 @@ def short_text(value):
 # what a checkpoint holds: the schema of each entry, and its value where an older file lacks it
 KEYS = {
     "model": ({str: dense_float_tensor}, REQUIRED),  # the model's state dict
-    "config": ({str: PLAIN}, REQUIRED),        # of GPTConfig
-    "optimizer": (dict, REQUIRED),             # "state": moments by the name of their parameter
-    "settings": ({str: PLAIN}, REQUIRED),      # of train.py except the model's; auto stays auto
-    "runtime": ({str: PLAIN}, REQUIRED),       # the resolved device, dtype, compile, ranks
-    "step": (schema.count, REQUIRED),          # optimizer steps done
-    "val_loss": (loss, None),                  # nats per token, if this step was evaluated
-    "best_val_loss": (loss, None),             # the lowest of the run so far
-    "tokenizer": (short_text, REQUIRED),       # a name for tokenizer.get_tokenizer
-    "dataset_sha256": (short_text, REQUIRED),  # of meta.json; empty: not trained here
+    "config": ({str: plain_value}, REQUIRED),        # of GPTConfig
+    "optimizer": (dict, REQUIRED),                   # "state": moments by the parameter's name
+    "settings": ({str: plain_value}, REQUIRED),      # of train.py except the model's; not resolved
+    "runtime": ({str: plain_value}, REQUIRED),       # the resolved device, dtype, compile, ranks
+    "step": (schema.count, REQUIRED),                # optimizer steps done
+    "val_loss": (loss, None),                        # nats per token, if this step was evaluated
+    "best_val_loss": (loss, None),                   # the lowest of the run so far
+    "tokenizer": (short_text, REQUIRED),             # a name for tokenizer.get_tokenizer
+    "dataset_sha256": (short_text, REQUIRED),        # of meta.json; empty: not trained here
 }
 
 # the moments that an optimizer keeps of a parameter: True where they have its shape
@@ -478,8 +484,14 @@ def check_moments(saved, parameter, kinds, steps):
             raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}")
         if x.isnan().any() or (name == "exp_avg_sq" and (x < 0).any()):
             raise ValueError(f"{name} has values that no step can give")
-    if "step" in saved and not 0 <= saved["step"].item() <= steps:
-        raise ValueError(f"the optimizer is at step {saved['step'].item()}, the run at {steps}")
+    if "step" in saved:
+        check_count(saved["step"].item(), steps, "it")
+
+
+def check_count(count, steps, name):
+    """Raises ValueError if an optimizer cannot have done count steps in a run that did steps."""
+    if not 0 <= count <= steps:
+        raise ValueError(f"{name} is at step {count}, the run at {steps}")
 
 
 def load_sharded(out_dir, model, optimizers, state):
@@ -489,6 +501,8 @@ def load_sharded(out_dir, model, optimizers, state):
     steps = state["optimizer"]
     try:
         schema.check(steps, {str: schema.number}, "optimizer")
+        for name, count in steps.items():
+            check_count(count, state["step"], name)
     except ValueError as error:
         raise UserError(f"{folder / 'state.json'} is damaged ({one_line(error)}): start again with "
                         "--overwrite=True") from None

@@ -38,7 +38,7 @@ def check_dict(value, schema, name):
         if key is str:
             for found, content in value.items():
                 check_type(found, str, f"a key of {name}")
-                check(content, inner, f"{found!r:.60}")
+                check(content, inner, f"{found!r:.60} of {name}")
             continue
         wanted = key.removesuffix("?")
         if wanted in value:
