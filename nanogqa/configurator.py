@@ -316,6 +316,10 @@ def convert(cls, key, value, where):
     raise UserError(f"{where[:100]}: {key} must be {wanted}, not {value!r:.100}")
 
 
+# what no name of a file can have: Python stands \udc80 to \udcff for bytes that are not UTF-8
+NO_TEXT = re.compile("[\\0\ud800-\udc7f\udd00-\udfff]")
+
+
 def as_kind(kind, value):
     """value as that type; None where it does not have it."""
     if typing.get_origin(kind) is typing.Literal:
@@ -326,7 +330,7 @@ def as_kind(kind, value):
         return {"true": True, "false": False}.get(str(value).lower())
     elif kind in (int, float) and not isinstance(value, bool):
         return as_number(kind, value)
-    elif kind is str and isinstance(value, str) and "\0" not in value:
+    elif kind is str and isinstance(value, str) and not NO_TEXT.search(value):
         return value
     return None
 

@@ -314,6 +314,13 @@ def test_an_empty_text_is_refused(toy_run, tmp_path, capsys, monkeypatch, name):
     assert f"{name} must not be empty" in error and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("text", ["\0", "a\ud800"])
+def test_a_text_that_no_file_can_have_as_a_name(trained, capsys, text):  # noqa: F811
+    for name in ("out_dir", "prompt", "prompts", "stop", "device"):
+        error = fails(sample.main, [f"--out_dir={trained}", f"--{name}={text}"], capsys)
+        assert f"{name} must be text" in error
+
+
 def test_an_empty_text_in_a_config_file_is_refused(toy_run, tmp_path, capsys):
     (tmp_path / "c.py").write_text('out_dir = ""\n')
     assert "out_dir must not be empty" in fails(
