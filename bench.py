@@ -28,7 +28,7 @@ from nanogqa import checkpoint, costs
 from nanogqa.batches import MicroBatch, dropout_seeds
 from nanogqa.configurator import UserError, build, choices_of, in_range, parse, program, subset
 from nanogqa.fast import keep_freed_memory, packs, prepare_for_decoding
-from nanogqa.runtime import compile_for_decoding, compile_model, pick_runtime
+from nanogqa.runtime import check_memory, compile_for_decoding, compile_model, pick_runtime
 from sample import prefill
 from train import TrainConfig, backward, make_model, make_optimizers, update
 
@@ -165,7 +165,11 @@ def decode(config, runtime, peak):
     shape, B = model.config, config.batch_size
     tokens = config.prompt_len + config.new_tokens // 2  # in the cache, the mean over a run
     bytes_per_step = costs.bytes_per_step(model, B, tokens, runtime.dtype)
-    bound = costs.decoding_bytes(model, decoding_of(config, runtime))
+    decoding = decoding_of(config, runtime)
+    bound = costs.decoding_bytes(model, decoding)
+    if runtime.device.type == "cpu":
+        lower = "batch_size, prompt_len or new_tokens"
+        check_memory(costs.decoding_floor(shape, costs.num_params(model), decoding, lower))
     if config.fast:
         prepare_for_decoding(model, B)
 
@@ -265,8 +269,10 @@ def train(config, runtime):
     reset_peak(runtime)
     B, T = config.batch_size, config.block_size
     settings = TrainConfig(
-        **asdict(subset(GPTConfig, config)), tokens_per_step=B * T, optimizer=config.optimizer,
-        seed=config.seed, fast=config.fast)
+        **asdict(subset(GPTConfig, config)), tokens_per_step=B * T, batch_size=B,
+        optimizer=config.optimizer, seed=config.seed, fast=config.fast)
+    check_memory(costs.training_floor(
+        settings, costs.count_params(GPT, settings), B * T, 1, config.steps))
     model = make_model(settings, None, runtime)
     optimizers = make_optimizers(model, settings)
     rng = np.random.default_rng(config.seed)
@@ -465,7 +471,7 @@ numbers.
 
 # -- the program -----------------------------------------------------------------------------------
 
-@program
+@program(remedy="lower batch_size, block_size, prompt_len, new_tokens or the size of the model")
 def main(argv):
     given = parse(BenchConfig, argv, __doc__, axes=True)
     configs = [build(BenchConfig, values) for values in choices_of(given, SETTINGS_OF)]

@@ -61,9 +61,12 @@ class GPTConfig:
     def __post_init__(self):
         """Sets defaults that follow from other settings. Raises ValueError if settings clash."""
         for field in fields(GPTConfig):
-            value = getattr(self, field.name)
+            name, value = field.name, getattr(self, field.name)
             if field.type in (int, int | None) and value is not None:
-                require(value >= 1, f"{field.name} must be at least 1, not {value}")
+                require(value >= 1, f"{name} must be at least 1, not {value}")
+            if field.type is float and name != "dropout":  # far from the limits of float32
+                require(1e-30 <= value <= 1e30, f"{name} must be from 1e-30 to 1e30, not {value}")
+        require(self.n_layer <= 1024, f"n_layer must be at most 1024, not {self.n_layer}")
         H, C = self.n_head, self.n_embd
         self.n_kv_head = self.n_kv_head or H
         legal = [n for n in range(1, min(H, 1024) + 1) if H % n == 0]
@@ -84,8 +87,6 @@ class GPTConfig:
         rotary = {"gqa": "head_dim", "mla": "rope_head_dim"}[self.attention]
         require(getattr(self, rotary) % 2 == 0, f"{rotary}={getattr(self, rotary)} is odd, but "
                 "RoPE rotates pairs: make it even")
-        for name in ("rope_theta", "norm_eps"):
-            require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
         require(self.rope_factor >= 1, f"rope_factor must be at least 1, not {self.rope_factor}")
         require(0 < self.rope_low_freq_factor < self.rope_high_freq_factor,
                 "rope_low_freq_factor must be above 0 and below rope_high_freq_factor")

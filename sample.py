@@ -16,8 +16,8 @@ from nanogqa.configurator import build, in_range, parse, program
 from nanogqa.costs import prefill_chunk
 from nanogqa.fast import prepare_for_decoding
 from nanogqa.log import announce_sampling
-from nanogqa.prompts import Output, encode_prompts, read_prompts
-from nanogqa.runtime import compile_for_decoding, pick_runtime
+from nanogqa.prompts import Output, drawable, encode_prompts, read_prompts
+from nanogqa.runtime import check_sampling, compile_for_decoding, pick_runtime
 from nanogqa.tokenizer import get_tokenizer, known_ids
 
 
@@ -51,7 +51,7 @@ class SampleConfig:
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Samples one id per row, (B, V) logits -> (B, 1), among the top_k most likely ids and, of
     these, the fewest whose probability reaches top_p. Temperature 0 takes the most likely id."""
-    if temperature == 0:
+    if temperature < 1e-30:  # dividing by less would overflow
         return logits.argmax(dim=-1, keepdim=True)
     k = min(top_k or logits.size(-1), logits.size(-1))
     logits, ids = logits.float().topk(k)                                # (B, k), best first
@@ -172,8 +172,7 @@ def generate(model, prompts, max_new_tokens, num_samples=1, known=None, **option
             rows = list(range(len(copies)))
             batch.select(copies)
             logits = logits[copies]
-        if known is not None:
-            logits = logits.masked_fill(~known, -torch.inf)
+        logits = drawable(logits, known)
         ids = sample_token(logits, options.temperature, options.top_k, options.top_p,
                            options.generator)[:, 0].tolist()
         for text, token in zip(batch.texts, ids, strict=True):
@@ -189,7 +188,7 @@ def generate(model, prompts, max_new_tokens, num_samples=1, known=None, **option
             rows = pick(rows, left)
 
 
-@program
+@program(remedy="lower num_samples, max_new_tokens or the number of prompts")
 def main(argv):
     config = build(SampleConfig, parse(SampleConfig, argv, __doc__))
     prompts = read_prompts(config.prompt, config.prompts)
@@ -197,11 +196,12 @@ def main(argv):
     state = checkpoint.load(config.out_dir, GPTConfig)
     encoding = get_tokenizer(state["tokenizer"], checkpoint.path_of(config.out_dir).parent)
     gpt_config = GPTConfig(**state["config"])
+    ids = encode_prompts(encoding, prompts, gpt_config.vocab_size)
     model = checkpoint.load_model(GPT, gpt_config, state).to(runtime.device, runtime.dtype).eval()
+    check_sampling(model, config, ids, runtime)
     if config.fast:
         prepare_for_decoding(model, len(prompts) * config.num_samples)
     compiled = compile_for_decoding(model, runtime) if runtime.compile else None
-    ids = encode_prompts(encoding, prompts)
     announce_sampling(config, gpt_config, runtime, state["step"], ids)
     output = Output(prompts, config.num_samples, encoding, config.stop, config.output == "jsonl")
     known = known_ids(encoding, gpt_config.vocab_size).to(runtime.device)

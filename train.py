@@ -20,7 +20,7 @@ from nanogqa.costs import mfu
 from nanogqa.dataloader import Dataset, bits_per_byte, prepare_default
 from nanogqa.distributed import StopSignal
 from nanogqa.fast import accelerate, keep_freed_memory
-from nanogqa.runtime import compile_model, pick_runtime
+from nanogqa.runtime import check_training, compile_model, pick_runtime
 
 SKIPS = 10  # consecutive steps with a non-finite gradient after which a run stops
 METRICS = ("val_loss", "val_bpb")  # keys of evaluate(); None in rows without one
@@ -204,7 +204,7 @@ def check_finite(finite, what, step, config, runtime):
 
 # -- the run ---------------------------------------------------------------------------------------
 
-@program
+@program(remedy="lower batch_size (tokens_per_step may stay) or block_size")
 def main(argv):
     given = parse(TrainConfig, argv, __doc__)
     with log.lasting_output(), distributed.joined(), distributed.explained(), ExitStack() as stack:
@@ -225,10 +225,11 @@ def train(given, stack):
     prepare_default(config.dataset, distributed.world()[2])
     dataset = Dataset(config.dataset)
     config.vocab_size = config.vocab_size or dataset.meta["vocab_size"]
-    checkpoint.check_data(config, state, dataset.meta)
+    checkpoint.check_data(config, state, dataset)
     checkpoint.check_run(GPT, GPTConfig, config, dataset, distributed.world()[1])
     runtime = pick_runtime(config.device, config.dtype, config.compile)
     batches = Batches(dataset, config, runtime)
+    check_training(GPT, config, state["step"] if resumed else 0, batches, runtime)
     if not config.eval_only:
         checkpoint.open_folder(config.out_dir, dataset, locked, stack)
 

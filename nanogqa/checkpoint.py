@@ -3,7 +3,6 @@
 The classes GPT and GPTConfig, which this package does not import, are passed in.
 """
 import contextlib
-import json
 import math
 import os
 import re
@@ -19,10 +18,21 @@ import filelock  # torch depends on it
 import torch
 import torch.distributed.checkpoint as dcp
 
+from nanogqa import schema
 from nanogqa.batches import batch_shape
-from nanogqa.configurator import UserError, build, check_key, convert, one_line, subset
-from nanogqa.distributed import barrier, check_parallel, placed, total, whole, world
+from nanogqa.configurator import (
+    UserError,
+    build,
+    check_key,
+    convert,
+    one_line,
+    out_of_memory,
+    subset,
+)
+from nanogqa.costs import SHAPE, count_params
+from nanogqa.distributed import barrier, check_parallel, local, placed, total, whole, world
 from nanogqa.files import check_writable, created, replacing, sync, write_json
+from nanogqa.runtime import check_memory
 from nanogqa.tokenizer import HF_CONFIG, HF_TOKENIZER, copy_tokenizer
 
 NAME = "ckpt.pt"      # the newest checkpoint
@@ -30,20 +40,50 @@ BEST = "ckpt_best.pt"  # the one with the lowest validation loss
 # sharded_STEP is a folder of safetensors; state.json in it is written last
 SHARDED = "sharded_"
 REQUIRED = object()
-NUMBER = (float, type(None))
 
-# what a checkpoint holds: the type of each entry, and its value where an older file lacks it
+
+def plain_value(value):
+    """Text, a number that fits into 64 bits, True, False or None."""
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return value is None or isinstance(value, (str, float))
+
+
+def dense_float_tensor(value):
+    """A tensor of ordinary numbers on the CPU that all have a place of their own in memory."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
+        return False
+    if value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    reach = 1  # numbers from the first to the last one of the dimensions so far
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return False
+        reach = max(reach, stride * (size - 1) + 1)
+    return value.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def loss(value):
+    """A finite number or None."""
+    return value is None or schema.number(value)
+
+
+def short_text(value):
+    return isinstance(value, str) and len(value) < 200 and value.isprintable()
+
+
+# what a checkpoint holds: the schema of each entry, and its value where an older file lacks it
 KEYS = {
-    "model": (dict, REQUIRED),         # the model's state dict
-    "config": (dict, REQUIRED),        # of GPTConfig
-    "optimizer": (dict, REQUIRED),     # "state": moments by the name of their parameter
-    "settings": (dict, REQUIRED),      # of train.py except the model's; auto is stored as auto
-    "runtime": (dict, REQUIRED),       # the resolved device, dtype, compile and number of ranks
-    "step": (int, REQUIRED),           # optimizer steps done
-    "val_loss": (NUMBER, None),        # nats per token, if this step was evaluated
-    "best_val_loss": (NUMBER, None),   # the lowest of the run so far
-    "tokenizer": (str, REQUIRED),      # a name for tokenizer.get_tokenizer
-    "dataset_sha256": (str, REQUIRED),
+    "model": ({str: dense_float_tensor}, REQUIRED),  # the model's state dict
+    "config": ({str: plain_value}, REQUIRED),        # of GPTConfig
+    "optimizer": (dict, REQUIRED),                   # "state": moments by the parameter's name
+    "settings": ({str: plain_value}, REQUIRED),      # of train.py except the model's; not resolved
+    "runtime": ({str: plain_value}, REQUIRED),       # the resolved device, dtype, compile, ranks
+    "step": (schema.count, REQUIRED),                # optimizer steps done
+    "val_loss": (loss, None),                        # nats per token, if this step was evaluated
+    "best_val_loss": (loss, None),                   # the lowest of the run so far
+    "tokenizer": (short_text, REQUIRED),             # a name for tokenizer.get_tokenizer
+    "dataset_sha256": (short_text, REQUIRED),        # of meta.json; empty: not trained here
 }
 
 # the moments that an optimizer keeps of a parameter: True where they have its shape
@@ -312,7 +352,9 @@ def remove_left(out_dir):
 def path_of(out_dir):
     """The path of a checkpoint: of a folder's ckpt.pt, or of a file such as ckpt_best.pt."""
     path = Path(out_dir)
-    return path if path.suffix == ".pt" else path / NAME
+    if path.is_file() or (path.suffix == ".pt" and not path.is_dir()):
+        return path
+    return path / NAME
 
 
 def find_sharded(out_dir):
@@ -360,44 +402,51 @@ def load(out_dir, GPTConfig):
 
 def read_tensors(path):
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load verifies no checksum
-            damaged = archive.testzip()
+        size = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            # torch compresses nothing, so more than the file's own size is a trap
+            if sum(entry.file_size for entry in archive.infolist()) > size:
+                raise ValueError("it unpacks to more than its size")
+            damaged = archive.testzip()  # torch.load verifies no checksum
         if damaged:
-            raise ValueError(damaged)
+            raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): check its permissions and the "
                         "disk") from None
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes
+        if out_of_memory(error):
+            raise UserError(f"{path} does not fit into memory: use a machine with more") from None
+        reason = type(error).__name__
+        if type(error) is ValueError:
+            reason = one_line(error)
         raise UserError(
-            f"{path} is damaged or not a checkpoint ({type(error).__name__}): restore it from a "
-            "copy, or train again with --overwrite=True") from None
+            f"{path} is damaged or not a checkpoint ({reason}): restore it from a copy, or train "
+            "again with --overwrite=True") from None
 
 
 def read_plain(path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise UserError(f"{path} is damaged: restore it from a copy, or train again with "
-                        "--overwrite=True") from None
+        return schema.read_json(path, dict)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}): restore it from a copy, or train "
+                        "again with --overwrite=True") from None
 
 
 def check(state, path, GPTConfig):
     """Validates and returns state, with the defaults of what an older file lacks."""
-    wrong = list(KEYS)
-    if isinstance(state, dict):
-        wrong = []
+    try:
+        schema.check(state, dict, "its content")
         for key, (kind, default) in KEYS.items():
             if default is not REQUIRED:
                 state.setdefault(key, default)
-            if not isinstance(state.get(key), kind):
-                wrong.append(key)
-    if wrong:
-        raise UserError(f"{path} is not a checkpoint of this program (no {', '.join(wrong)}): name "
-                        "another --out_dir")
+            schema.check(state, {key: kind}, "its content")
+        if state["config"].get("vocab_size") is None:
+            raise ValueError("its config has no vocab_size")
+    except ValueError as error:
+        raise UserError(f"{path} is not a checkpoint of this program ({one_line(error)}): name "
+                        "another --out_dir") from None
     state["config"] = asdict(build(GPTConfig, typed(GPTConfig, state["config"], path)))
-    if state["config"]["vocab_size"] is None or state["step"] < 0:
-        raise UserError(f"{path} has no vocab_size, or a negative step: name another --out_dir")
     return state
 
 
@@ -413,21 +462,27 @@ def typed(cls, values, path):
 def new_model(GPT, config, seed=1337):
     """GPT(config, seed). Raises UserError if the machine cannot hold it."""
     try:
+        if not torch.empty(0).is_meta:
+            check_memory({SHAPE: 4 * count_params(GPT, config)})
         return GPT(config, seed)
-    except (RuntimeError, TypeError, MemoryError, OverflowError) as error:
-        raise UserError(
-            f"a model of this size cannot be created here ({one_line(error, 100)}): lower n_layer, "
-            "n_embd, n_ff, vocab_size or the widths of heads and latents") from None
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(f"a model of this size cannot be created here ({one_line(error, 100)}): "
+                        f"lower {SHAPE}") from None
 
 
 def load_model(GPT, config, state):
     """GPT(config) with the weights of a loaded checkpoint, in float32 on the CPU."""
-    if not state["model"]:
+    weights = dict(state["model"])
+    if not weights:
         raise UserError("the checkpoint is sharded over ranks: finish its run with "
                         "--init_from=resume --parallel=fsdp, which writes a ckpt.pt")
-    model = new_model(GPT, config)
     try:
-        model.load_state_dict(state["model"])
+        held = sum(x.numel() for x in weights.values())
+        wanted = count_params(GPT, config)
+        if wanted > held:  # checked first: config could ask for more than fits into memory
+            raise ValueError(f"{held:,} numbers, not {wanted:,}")
+        model = new_model(GPT, config)
+        model.load_state_dict(weights)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"the weights in the checkpoint do not fit its config ({one_line(error)}): "
                         "it is damaged, or of another version") from None
@@ -479,18 +534,21 @@ def load_moments(model, optimizers, state):
     saved = state["optimizer"].get("state")
     wanted = list(optimized(model, optimizers))
     try:
-        if all(isinstance(key, int) for key in saved):  # older checkpoints number the parameters
+        schema.check(saved, dict, "the state")
+        if saved and all(type(key) is int for key in saved):  # older ones number the parameters
             saved = {wanted[key][0]: value for key, value in saved.items()}
-        fits = state["step"] == 0 or saved.keys() == {name for name, _, _ in wanted}
+        if state["step"] > 0 and saved.keys() != {name for name, _, _ in wanted}:
+            raise ValueError("it has moments of other parameters")
         for name, parameter, optimizer in wanted:
             if name in saved:
-                fits = fits and moments_fit(saved[name], parameter, MOMENTS[type(optimizer)])
-    except (AttributeError, TypeError, IndexError):
-        fits = False
-    if not fits:
+                kinds = MOMENTS[type(optimizer)]
+                schema.check(saved[name], dict.fromkeys(kinds, dense_float_tensor), name)
+                check_moments(saved[name], parameter, kinds, state["step"])
+    except (ValueError, IndexError) as error:
         raise UserError(
-            "the optimizer's state in the checkpoint does not fit the model: pass its folder as "
-            "--init_from, to start from its weights in another --out_dir")
+            f"the optimizer's state in the checkpoint does not fit the model ({one_line(error)}): "
+            "pass its folder as --init_from, to start from its weights in another --out_dir"
+        ) from None
     for name, parameter, optimizer in wanted:
         if name in saved:
             optimizer.state[parameter] = {
@@ -498,15 +556,25 @@ def load_moments(model, optimizers, state):
                 for key, x in saved[name].items()}
 
 
-def moments_fit(saved, parameter, kinds):
-    """Whether the moments of one parameter are those that its optimizer keeps."""
+def check_moments(saved, parameter, kinds, steps):
+    """Raises ValueError unless an optimizer that keeps kinds can have saved these moments of a
+    parameter after that many steps, some of which may have been skipped."""
     if saved.keys() != kinds.keys():
-        return False
+        raise ValueError(f"it has the moments {', '.join(map(str, saved))}")
     for name, x in saved.items():
         shape = parameter.shape if kinds[name] else ()
         if tuple(x.shape) != tuple(shape) or x.dtype != torch.float32:
-            return False
-    return True
+            raise ValueError(f"{name} is {x.dtype} of shape {tuple(x.shape)}")
+        if x.isnan().any() or (name == "exp_avg_sq" and (x < 0).any()):
+            raise ValueError(f"{name} has values that no step can give")
+    if "step" in saved:
+        check_count(saved["step"].item(), steps, "it")
+
+
+def check_count(count, steps, name):
+    """Raises ValueError if an optimizer cannot have done count steps in a run that did steps."""
+    if not 0 <= count <= steps:
+        raise ValueError(f"{name} is at step {count}, the run at {steps}")
 
 
 def load_sharded(out_dir, model, optimizers, state):
@@ -514,6 +582,13 @@ def load_sharded(out_dir, model, optimizers, state):
     checkpoint."""
     folder = find_sharded(out_dir)
     steps = state["optimizer"]
+    try:
+        schema.check(steps, {str: schema.number}, "optimizer")
+        for name, count in steps.items():
+            check_count(count, state["step"], name)
+    except ValueError as error:
+        raise UserError(f"{folder / 'state.json'} is damaged ({one_line(error)}): start again with "
+                        "--overwrite=True") from None
     wanted = list(optimized(model, optimizers))
     numbered = all(key.isdecimal() for key in steps)  # older checkpoints number the parameters
     if steps and len(steps) != len(wanted):
@@ -533,6 +608,9 @@ def load_sharded(out_dir, model, optimizers, state):
     except (dcp.api.CheckpointException, OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{folder} does not fit the model or is damaged ({one_line(error)}): start "
                         "again with --overwrite=True") from None
+    if not all(local(x).isfinite().all() for x in parts.values()):
+        raise UserError(f"the weights or moments in {folder} are not finite: start again with "
+                        "--overwrite=True")
 
 
 # -- from settings to a run ------------------------------------------------------------------------
@@ -550,6 +628,9 @@ def start(given, cls, GPTConfig):
     """
     call = per_call(given, cls)
     out_dir, init_from = call.out_dir, call.init_from
+    if out_dir.endswith(".pt") and not (call.eval_only or Path(out_dir).is_dir()):
+        raise UserError(f"out_dir={out_dir} is a folder, but .pt ends the name of a checkpoint "
+                        "file: choose another --out_dir")
     if init_from == "auto":
         init_from = "resume" if exists(out_dir) else "scratch"
     resume = init_from == "resume"
@@ -606,10 +687,13 @@ def check_resume(config, state):
                         f"max_steps={config.max_steps}: raise it")
 
 
-def check_data(config, state, meta):
-    """Raises UserError if the data set's meta does not fit the state that a run starts from."""
+def check_data(config, state, dataset):
+    """Raises UserError if the data set does not fit config or the state that a run starts from. At
+    resume its bytes are verified: by one rank of each machine, the others wait."""
+    dataset.check(config)
     if state is None:
         return
+    meta = dataset.meta
     source = config.out_dir if config.init_from == "resume" else config.init_from
     tokenizer = state["tokenizer"]
     if tokenizer not in (meta["tokenizer"], "none"):
@@ -621,6 +705,10 @@ def check_data(config, state, meta):
         raise UserError(
             f"data set {config.dataset!r} is not the one that the run in {source} was trained on "
             "(another sha256): prepare that one again, or start another run with another --out_dir")
+    if config.init_from == "resume":
+        if world()[2] == 0:
+            dataset.verify()
+        barrier()
 
 
 def check_run(GPT, GPTConfig, config, dataset, ranks):

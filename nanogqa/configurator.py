@@ -8,6 +8,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import itertools
@@ -26,16 +27,38 @@ class UserError(Exception):
 
 
 def one_line(error, length=200):
-    """The text of an exception on one line of at most length characters."""
-    text = str(error).strip() or type(error).__name__
-    return " ".join(text.split())[:length]
+    """The text of an exception on one line of at most length characters; control characters, which
+    could come from a file and change the terminal, are escaped."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text[:length])
 
 
-def program(main):
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+# torch reports a failed allocation on a CPU, and sizes beyond 64 bits, as an ordinary RuntimeError
+NO_MEMORY = re.compile("allocate memory|not enough memory|out of memory|bad_alloc|Invalid buffer "
+                       "size|[Ss]torage size calculation overflowed|multiplication overflow")
+
+
+def out_of_memory(error):
+    """Whether an exception says that memory could not be allocated: torch's, numpy's, Python's."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+
+
+def program(main=None, remedy="use a machine with more of it"):
     """Decorates main(argv): a UserError becomes one line on standard error and exit code 2.
 
-    argv defaults to that of the shell.
+    So does memory that cannot be allocated; remedy is the end of that sentence. argv defaults to
+    that of the shell.
     """
+    if main is None:
+        return functools.partial(program, remedy=remedy)
+
     @functools.wraps(main)
     def run(argv=None):
         try:
@@ -45,7 +68,11 @@ def program(main):
             return result
         except BrokenPipeError:  # the reader closed the pipe, as in `| head`
             raise SystemExit(141) from None
-        except (UserError, OSError) as error:
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            if out_of_memory(error):
+                error = UserError(f"there is not enough memory: {remedy}")
+            if not isinstance(error, (UserError, OSError)):
+                raise
             report(error, os.path.basename(sys.modules[main.__module__].__file__))
             raise SystemExit(2) from None
         except KeyboardInterrupt:
@@ -209,9 +236,9 @@ def check_pattern(settings, name, example):
     value = getattr(settings, name)
     try:
         re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{name}={value!r} is not a regular expression ({error}): write one like "
-                         f"{example}") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{name}={value!r:.100} is not a regular expression ({error}): write one "
+                         f"like {example}") from None
 
 
 # -- config files ----------------------------------------------------------------------------------
@@ -309,12 +336,18 @@ def convert(cls, key, value, where):
     kinds = kinds_of(cls, key)
     if types.NoneType in kinds and value in (None, "None"):
         return None
+    if value == "" and str in kinds and getattr(cls, key) != "":  # most are paths or names
+        raise UserError(f"{where[:100]}: {key} must not be empty: leave it out, or give a value")
     for kind in kinds:
         converted = as_kind(kind, value)
         if converted is not None:
             return converted
     wanted = " or ".join(describe(kind) for kind in kinds)
     raise UserError(f"{where[:100]}: {key} must be {wanted}, not {value!r:.100}")
+
+
+# what no name of a file can have: Python stands \udc80 to \udcff for bytes that are not UTF-8
+NO_TEXT = re.compile("[\\0\ud800-\udc7f\udd00-\udfff]")
 
 
 def as_kind(kind, value):
@@ -327,7 +360,7 @@ def as_kind(kind, value):
         return {"true": True, "false": False}.get(str(value).lower())
     elif kind in (int, float) and not isinstance(value, bool):
         return as_number(kind, value)
-    elif kind is str and isinstance(value, str) and "\0" not in value:
+    elif kind is str and isinstance(value, str) and not NO_TEXT.search(value):
         return value
     return None
 

@@ -3,9 +3,11 @@
 Sizes of the cache follow from config.cached(), the description of what each layer caches, so that
 a change of the cache is made in model.py alone.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from nanogqa.configurator import UserError, one_line
 
 # peak dense bfloat16 FLOP/s by a part of the device's name (NVIDIA's data sheets)
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
@@ -14,6 +16,8 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e1
 PEAK_BANDWIDTH = {"H200": 4.8e12, "H100 PCIe": 2.0e12, "H100": 3.35e12, "A100-SXM4-80GB": 2.04e12,
                   "A100": 1.56e12}
 GPU_MEMORY = {"H100": 80e9, "H200": 141e9}  # bytes (NVIDIA's data sheets)
+# the settings that a model's number of parameters comes from
+SHAPE = "n_layer, n_embd, n_ff, vocab_size or the widths of heads and latents"
 
 
 # -- one model -------------------------------------------------------------------------------------
@@ -27,6 +31,19 @@ def num_params(model, embedding=True):
     if model.lm_head is not None:
         total -= model.lm_head.weight.numel()
     return total
+
+
+def count_params(GPT, config):
+    """num_params(GPT(config)) without building it: all blocks are alike. Raises UserError if a size
+    does not fit into 64 bits."""
+    try:
+        with torch.device("meta"):  # shapes without values
+            one = num_params(GPT(replace(config, n_layer=1)))
+            two = num_params(GPT(replace(config, n_layer=2)))
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise UserError(f"a model of this size cannot be created anywhere ({one_line(error, 100)}):"
+                        f" lower {SHAPE}") from None
+    return one + (config.n_layer - 1) * (two - one)
 
 
 def flops_per_token(model, T=None):
@@ -152,6 +169,14 @@ def mask_bytes(config, decoding, tokens):
     return row * (decoding.batch_size if decoding.padded else 1)
 
 
+def decoding_floor(config, params, decoding, lower):
+    """Bytes that decoding holds at the same time at least, as for check_memory of runtime.py. lower
+    names the settings that its number of rows and tokens come from."""
+    row = kv_cache_bytes(config, decoding.max_length, decoding.dtype)
+    row += config.vocab_size * decoding.dtype.itemsize
+    return {SHAPE: params * decoding.dtype.itemsize, lower: decoding.batch_size * row}
+
+
 def peak_of(table, device):
     """The entry of PEAK_FLOPS or PEAK_BANDWIDTH for a CUDA device; None where it is not known."""
     if device.type == "cuda":
@@ -168,6 +193,32 @@ def mfu(tokens_per_sec, model, runtime):
     if tokens_per_sec is None or peak is None or runtime.dtype != torch.bfloat16:
         return None
     return tokens_per_sec * flops_per_token(model) / (peak * runtime.ranks)
+
+
+# -- training on one device ------------------------------------------------------------------------
+
+def training_floor(config, params, tokens, ranks, steps):
+    """Bytes that a rank of train.py holds at the same time at least, as for check_memory of
+    runtime.py: weights and the data of a step, and in each of steps on a CPU what comes with them.
+
+    That is either the input of each block for that many tokens of a forward pass, or gradients and
+    moments: Muon's are half as large, and with trainable nothing is certain.
+    """
+    if config.parallel == "fsdp":
+        params = params / ranks
+    floor = {SHAPE: 4 * params, "tokens_per_step": 8 * config.tokens_per_step / ranks}
+    if steps > 0 and not config.trainable:
+        inputs = 2 * config.n_layer * config.n_embd * tokens
+        states = 12 * params
+        if config.optimizer == "muon":
+            states = 8 * params
+        if inputs < states:
+            floor[SHAPE] += states
+        elif config.batch_size is None:
+            floor["tokens_per_step, or set batch_size"] = inputs
+        else:
+            floor["batch_size or block_size"] = inputs
+    return floor
 
 
 # -- training on many GPUs -------------------------------------------------------------------------

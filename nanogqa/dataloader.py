@@ -18,6 +18,7 @@ from nanogqa.tokenizer import HF_TOKENIZER
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 SPLITS = ("train", "val")
+SLOW = 10**9  # bytes from which verifying them is announced; about a second each
 SCANNED = 2**24  # tokens at the start of a split that are checked when it is opened
 
 
@@ -190,6 +191,35 @@ class Dataset:
                     f"split, data set {self.name!r} has one of {split.n_tokens}: lower block_size, "
                     "or use more text"
                 )
+
+    def verify(self):
+        """Raises UserError unless the files have the sha256 in meta.json. Reads all of them."""
+        files = [file for split in SPLITS for file in self.meta["splits"][split]]
+        size = sum((self.folder / file["name"]).stat().st_size for file in files)
+        if size > SLOW:
+            print(f"verifying the {size / 1e9:,.0f} GB of data set {self.name}", flush=True)
+        for file in files:
+            path = self.folder / file["name"]
+            if file_sha256(path) != file.get("sha256"):
+                raise UserError(f"{path} is damaged (its sha256 is not that in meta.json): "
+                                f"{remedy(self.folder)}")
+        if combined_sha256(self.meta["splits"]) != self.meta["sha256"]:
+            raise UserError(f"{self.folder / 'meta.json'} is damaged (its sha256 is not that of its"
+                            f" files): {remedy(self.folder)}")
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def combined_sha256(splits):
+    """The sha256 of a data set: that of the lines `sha256sum` prints for its files, train first."""
+    lines = ""
+    for split in SPLITS:
+        for file in splits[split]:
+            lines += f"{file['sha256']}  {file['name']}\n"
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def folder_of(name):

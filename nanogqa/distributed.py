@@ -88,12 +88,9 @@ def total(value):
 
 @contextlib.contextmanager
 def explained():
-    """Turns out-of-memory errors and lost ranks into UserErrors."""
+    """Turns errors that follow from lost ranks into UserErrors."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise UserError("the device is out of memory: lower batch_size (tokens_per_step may stay) "
-                        "or block_size") from None
     except RuntimeError as error:
         if world()[1] > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise UserError("another rank exited; stopping without saving: start all of them again "

@@ -4,13 +4,16 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from nanogqa.configurator import UserError
 from nanogqa.tokenizer import Text
 
 
 def read_text(path):
+    """The text of a UTF-8 file. Lines end with \\n or \\r\\n, and with no other character."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_bytes().decode("utf-8").replace("\r\n", "\n")
     except OSError as error:
         raise UserError(
             f"cannot read the prompt {path} ({error.strerror}): name a text file") from None
@@ -24,15 +27,17 @@ def read_prompts(prompt, prompts):
     prompt is a text or FILE:path. prompts, if given, is a file with a prompt on each line; in a
     .jsonl, each line is a JSON string or {"prompt": ...}.
     """
+    if prompt and prompts is not None:
+        raise UserError("prompt and prompts exclude each other: leave out one or the other")
     if prompts is None:
         if prompt.startswith("FILE:"):
             return [read_text(prompt.removeprefix("FILE:"))]
         return [prompt]
-    lines = read_text(prompts).splitlines()
+    lines = read_text(prompts).removesuffix("\n").split("\n")
+    if lines == [""]:
+        raise UserError(f"{prompts} holds no prompts: write one on each line")
     if prompts.endswith((".jsonl", ".json")):
         lines = [json_prompt(line, f"{prompts}:{i}") for i, line in enumerate(lines, 1)]
-    if not lines:
-        raise UserError(f"{prompts} holds no prompts: write one on each line")
     return lines
 
 
@@ -49,12 +54,28 @@ def json_prompt(line, where):
                     "the file .txt for plain lines")
 
 
-def encode_prompts(encoding, prompts):
-    """The ids of each prompt; end-of-text, which starts a new document, for an empty one."""
+def encode_prompts(encoding, prompts, vocab_size):
+    """The ids of each prompt; end-of-text, which starts a new document, for an empty one. Raises
+    UserError if the model has no such id."""
     ids = []
     for prompt in prompts:
         ids.append(encoding.encode(prompt, allowed_special="all") or [encoding.eot_token])
+        if max(ids[-1]) >= vocab_size:
+            raise UserError(
+                f"the prompt {prompt!r:.40} has the token id {max(ids[-1])}, but the model has "
+                f"vocab_size={vocab_size}: leave out the special token that it stands for")
     return ids
+
+
+def drawable(logits, known):
+    """(B, V) logits with -inf where known, (V,) bool or None, is False. Raises UserError if they
+    are not numbers, as then nothing can be drawn."""
+    if not logits.amax().isfinite():
+        raise UserError("the model's logits are not finite: its weights or settings are damaged, "
+                        "so go back to another checkpoint")
+    if known is None:
+        return logits
+    return logits.masked_fill(~known, -torch.inf)
 
 
 class Output:

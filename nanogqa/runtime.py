@@ -1,10 +1,13 @@
-"""Where a program runs: device, dtype and torch.compile."""
+"""Where a program runs: device, dtype, torch.compile and memory."""
+import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from nanogqa.configurator import UserError, one_line
+from nanogqa.configurator import UserError, one_line, out_of_memory
+from nanogqa.costs import Decoding, count_params, decoding_floor, num_params, training_floor
 from nanogqa.distributed import world
 
 # Decoding steps from which compiling pays off: 12 layers of width 768 took 86 s to compile on two
@@ -110,9 +113,9 @@ def compile_model(model, runtime, example):
     try:
         example(compiled)
         return compiled
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # no compiler, no Triton, an unsupported Python: many kinds
+        if out_of_memory(error):
+            raise
         warn_eager(error, runtime)
         return model
 
@@ -155,3 +158,83 @@ def warn_eager(error, runtime):
         print(f"warning: torch.compile does not work here ({reason}): going on in eager mode",
               file=sys.stderr)
     runtime.compile = False
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+TEXT = 200  # bytes of an empty text of sample.py
+
+
+def machine_memory():
+    """Bytes that a process can hold here at most: the memory of the machine or of a smaller cgroup,
+    and swap. Elsewhere than on Linux twice the memory, as macOS compresses it and grows its swap.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if sys.platform != "linux":
+        return 2 * memory
+    limits = [int(text) for text in cgroup_limits() if text.isdecimal()]  # others are "max"
+    return min([memory, *limits]) + swap_bytes()
+
+
+def cgroup_limits():
+    """The limits of this process's control groups and of their parents, as text."""
+    for group in lines_of("/proc/self/cgroup"):
+        kinds, path = group.split(":", 2)[1:]
+        files = Path("/sys/fs/cgroup", path.lstrip("/"), "memory.max")  # version 2
+        if "memory" in kinds.split(","):  # version 1
+            files = Path("/sys/fs/cgroup/memory", path.lstrip("/"), "memory.limit_in_bytes")
+        for folder in files.parents:
+            yield from lines_of(folder / files.name)
+
+
+def swap_bytes():
+    for line in lines_of("/proc/meminfo"):
+        if line.startswith("SwapTotal:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def lines_of(path):
+    """The lines of a file of the kernel; [] where there is no such file."""
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def check_memory(floor):
+    """Raises UserError if the machine has less memory than floor asks for: what is needed at the
+    same time at least, as a dict {the settings to lower: bytes}."""
+    needed, memory = sum(floor.values()), machine_memory()
+    if needed > memory:
+        largest = max(floor, key=floor.get)
+        raise UserError(f"this needs at least {gigabytes(needed)} of memory, and the machine has "
+                        f"{gigabytes(memory)}: lower {largest}")
+
+
+def gigabytes(n):
+    return f"{n / 1e9:,.1f} GB"
+
+
+def check_training(GPT, config, step, batches, runtime):
+    """Raises UserError if a run from that step on cannot fit into the machine's memory. On other
+    devices than a CPU, the weights and the data are in it first."""
+    steps = config.max_steps - step
+    if runtime.device.type != "cpu" or config.eval_only:
+        steps = 0
+    tokens = batches.batch_size * config.block_size
+    check_memory(training_floor(config, count_params(GPT, config), tokens, runtime.ranks, steps))
+
+
+def check_sampling(model, config, ids, runtime):
+    """Raises UserError if continuing prompts with these ids cannot fit into the machine's memory;
+    config is that of sample.py."""
+    texts, length = len(ids) * config.num_samples, 0
+    if config.kv_cache:
+        length = min(model.config.block_size, max(map(len, ids)) + config.max_new_tokens)
+    lower = "num_samples, max_new_tokens or the number of prompts"
+    floor = {lower: TEXT * texts}
+    if runtime.device.type == "cpu" and config.max_new_tokens:
+        decoding = Decoding(texts, 1, length, runtime.dtype)
+        floor = decoding_floor(model.config, num_params(model), decoding, lower)
+    check_memory(floor)

@@ -28,7 +28,8 @@ def check(value, schema, name="the content"):
     elif isinstance(schema, (type, tuple)):
         check_type(value, schema, name)
     elif schema(value) is not True:
-        raise ValueError(f"{name} is {value!r:.40}, which is not a {schema.__name__}")
+        wanted = schema.__name__.replace("_", " ")
+        raise ValueError(f"{name} is {shown(value)}, which is not a {wanted}")
 
 
 def check_dict(value, schema, name):
@@ -37,7 +38,7 @@ def check_dict(value, schema, name):
         if key is str:
             for found, content in value.items():
                 check_type(found, str, f"a key of {name}")
-                check(content, inner, found[:40])
+                check(content, inner, f"{found!r:.60} of {name}")
             continue
         wanted = key.removesuffix("?")
         if wanted in value:
@@ -51,7 +52,16 @@ def check_type(value, types, name):
         types = (types,)
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         wanted = " or ".join(kind.__name__ for kind in types)
-        raise ValueError(f"{name} is {value!r:.40}, not a {wanted}")
+        raise ValueError(f"{name} is {shown(value)}, not a {wanted}")
+
+
+def shown(value):
+    """value for a message if it is a plain one, otherwise its type."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "a very large number"
+    if isinstance(value, (str, int, float, type(None))):
+        return f"{value!r:.40}"
+    return f"a {type(value).__name__}"
 
 
 def count(value):

@@ -18,7 +18,15 @@ from tqdm import tqdm
 
 from nanogqa import schema
 from nanogqa.configurator import UserError, one_line
-from nanogqa.dataloader import FILES, SPLITS, Split, file_name, read_meta
+from nanogqa.dataloader import (
+    FILES,
+    SPLITS,
+    Split,
+    combined_sha256,
+    file_name,
+    file_sha256,
+    read_meta,
+)
 from nanogqa.files import sync, write_json
 from nanogqa.tokenizer import (
     HF_CONFIG,
@@ -331,20 +339,6 @@ def refuse_links(part):
     for path in (part, *part.rglob("*")):
         if path.is_symlink():
             raise UserError(f"{path} is a symbolic link: remove {part} to begin again")
-
-
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def combined_sha256(splits):
-    """The sha256 of a data set: that of the lines `sha256sum` prints for its files, train first."""
-    lines = ""
-    for split in SPLITS:
-        for file in splits[split]:
-            lines += f"{file['sha256']}  {file['name']}\n"
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def print_counts(data_dir, meta):

@@ -356,7 +356,7 @@ def test_one_graph_for_training_and_one_for_decoding():
     (dict(n_embd=30), "n_embd=30 is not a multiple of n_head=4"),
     (dict(head_dim=7), "head_dim=7 is odd"),
     (dict(dropout=1.0), "dropout must be"),
-    (dict(norm_eps=0.0), "norm_eps must be above 0"),
+    (dict(norm_eps=0.0), "norm_eps must be from 1e-30"),
 ])
 def test_impossible_shapes_are_named(changes, words):
     with pytest.raises(ValueError) as error:
