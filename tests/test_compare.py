@@ -491,9 +491,10 @@ def test_the_files_are_utf8_on_a_terminal_that_knows_ascii_alone(comparison, tmp
     shutil.copy(comparison[0] / "results.json", folder)
     plain = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0",
              "PYTHONCOERCECLOCALE": "0"}
-    subprocess.run([sys.executable, ROOT / "compare.py", "--report_only=True",
-                    f"--out_dir={folder}"], env={**os.environ, **plain}, capture_output=True,
-                   timeout=200)
+    done = subprocess.run([sys.executable, ROOT / "compare.py", "--report_only=True",
+                           f"--out_dir={folder}"], env={**os.environ, **plain},
+                          capture_output=True, timeout=200)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert text == (comparison[0] / "report.md").read_text(encoding="utf-8") and " ± " in text
 
