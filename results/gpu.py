@@ -64,6 +64,7 @@ class Row:
     settings: dict  # its arguments
     seconds: float  # estimate on an H100, with the start of a process
     target: dict = field(default_factory=dict)  # {key of the result: what it should reach}
+    beside: str = ""  # name of the row that its step is compared with
     resumes: bool = False  # a row that runs out of time goes on in the next call
 
     @property
@@ -80,8 +81,9 @@ def plan(config):
                  "compare": compare_rows}[part](config)
     if config.smoke:
         for row in rows:
-            row.seconds = 5.0
-            row.settings = toy(row.settings)
+            row.seconds = 20.0
+            if row.part != "compare":
+                row.settings = toy(row.settings)
     return [row for row in rows if config.rows in row.name]
 
 
@@ -137,24 +139,29 @@ LONG_KINDS = {"MHA": dict(n_kv_head=32), "GQA, 8 heads": dict(n_kv_head=8),
 
 
 def decode_rows(config):
-    shared = dict(device=config.device, dtype="bfloat16")
-    compiled = dict(**shared, prefill=False, compile=not config.smoke)
+    shared = dict(device=config.device, dtype="bfloat16", compile=not config.smoke)
+    decoding = dict(**shared, prefill=False)
     rows = []
 
-    def add(name, function, seconds, settings, target=None):
-        rows.append(Row("decode", name, f"gpu_speed.{function}", settings, seconds, target or {}))
-    add("Llama-7B shape", "decode", 120, {**LLAMA_7B, **compiled}, dict(mbu=0.75))
-    add("12 x 768", "decode", 50, {**SMALL, **compiled}, dict(decode_tok_s=3000))
-    add("12 x 768, eager", "decode", 25, {**SMALL, **shared, "compile": False})
+    def add(name, function, seconds, settings, **more):
+        rows.append(Row("decode", name, f"gpu_speed.{function}", settings, seconds, **more))
+    add("Llama-7B shape", "decode", 120, {**LLAMA_7B, **decoding}, target=dict(mbu=0.75),
+        beside="transformers, Llama-7B shape")
+    add("12 x 768", "decode", 50, {**SMALL, **decoding, "compile": True},
+        target=dict(decode_tok_s=3000), beside="transformers, 12 x 768")
+    add("12 x 768, eager", "decode", 25, {**SMALL, **shared, "compile": False}, beside="12 x 768")
     for kind, heads in LONG_KINDS.items():
-        long = {**LONG, **heads, **compiled}
-        add(f"4 x 4096, {kind}", "decode", 40, long)
-        add(f"4 x 4096, {kind}, eager", "decode", 25, {**long, "compile": False})
+        add(f"4 x 4096, {kind}", "decode", 40, {**LONG, **heads, **decoding},
+            beside="4 x 4096, MHA")
     add("transformers, Llama-7B shape", "transformers_decode", 120, {**LLAMA_7B, **shared})
     add("transformers, 12 x 768", "transformers_decode", 70, {**SMALL, **shared})
+    for kind, heads in LONG_KINDS.items():
+        add(f"4 x 4096, {kind}, eager", "decode", 25,
+            {**LONG, **heads, **decoding, "compile": False}, beside="4 x 4096, MHA, eager")
     for heads, folded, width in ((32, 1, 128), (8, 4, 128), (1, 32, 128), (1, 32, 576)):
-        settings = dict(batch_size=64, heads=heads, rows=folded, tokens=8192, width=width)
-        add(f"attention, {heads} heads of {width}", "attention", 20, {**shared, **settings})
+        settings = dict(device=config.device, dtype="bfloat16", batch_size=64, heads=heads,
+                        rows=folded, tokens=8192, width=width)
+        add(f"attention, {heads} heads of {width}", "attention", 20, settings)
     return rows
 
 
@@ -165,33 +172,35 @@ GPT_350M = {**GPT_124M, "n_layer": 24, "n_head": 16, "n_embd": 1024, "batch_size
 
 def train_rows(config):
     shared = dict(device=config.device, dtype="bfloat16", compile=not config.smoke)
+    plain = "124M, plain PyTorch"
     rows = []
 
-    def add(name, function, seconds, settings, target=None):
-        rows.append(Row("train", name, f"gpu_speed.{function}", settings, seconds, target or {}))
-    add("124M, AdamW", "train", 90, {**GPT_124M, **shared}, dict(mfu=0.45))
-    add("124M, plain PyTorch", "plain_train", 70, {**GPT_124M, **shared})
-    add("124M, all logits at once", "train", 90, {**GPT_124M, **shared, "chunked": False})
-    add("124M, Muon", "train", 90, {**GPT_124M, **shared, "optimizer": "muon"})
-    add("350M, AdamW", "train", 140, {**GPT_350M, **shared}, dict(mfu=0.50))
+    def add(name, function, seconds, settings, **more):
+        rows.append(Row("train", name, f"gpu_speed.{function}", settings, seconds, **more))
+    add("124M, AdamW", "train", 90, {**GPT_124M, **shared, "compile": True},
+        target=dict(mfu=0.45), beside=plain)
+    add(plain, "plain_train", 70, {**GPT_124M, **shared})
+    add("124M, all logits at once", "train", 90, {**GPT_124M, **shared, "chunked": False},
+        beside=plain)
+    add("124M, Muon", "train", 90, {**GPT_124M, **shared, "optimizer": "muon"}, beside=plain)
+    add("350M, AdamW", "train", 140, {**GPT_350M, **shared}, target=dict(mfu=0.50))
     add("first command", "first_command", 90, dict(device=config.device, toy=config.smoke))
     return rows
 
 
 def compare_rows(config):
-    settings = dict(attention="gqa,mla", seeds=2, max_steps=1500, eval_interval=300,
-                    tokens_per_step=2**14, eval_tokens=2**18)
+    settings = dict(attention="gqa,mla", seeds=2, max_steps=1500, eval_interval=300, n_layer=6,
+                    n_head=6, n_embd=384, block_size=256, tokens_per_step=2**14,
+                    eval_tokens=2**18, decode_prompt_len=256)
+    seconds = 360
     if config.smoke:
-        settings = dict(attention="mla", seeds=1, max_steps=4, eval_interval=4,
-                        tokens_per_step=2**7, eval_tokens=2**11)
-    settings.update(match="shape", n_layer=6, n_head=6, n_embd=384, block_size=256,
-                    warmup_steps=100, learning_rate=1e-3, compile=False, decode_batch_size=1,
-                    decode_prompt_len=256, folder="compare", toy=config.smoke)
-    if config.smoke:  # compare.py knows no head counts below its own
-        settings.update(block_size=32, n_head=4, n_embd=64, n_layer=1, decode_prompt_len=12)
-    settings["device"] = config.device
-    row = Row("compare", "compare.py", "gpu_speed.compare", settings, 360, resumes=True)
-    return [row]
+        settings = dict(attention="mla", seeds=1, max_steps=4, eval_interval=4, n_layer=1,
+                        n_head=4, n_embd=64, block_size=32, tokens_per_step=2**7,
+                        eval_tokens=2**11, decode_prompt_len=12)
+    settings.update(match="shape", warmup_steps=100, learning_rate=1e-3, compile=False,
+                    decode_batch_size=1, folder="compare", device=config.device,
+                    toy=config.smoke)
+    return [Row("compare", "compare.py", "gpu_speed.compare", settings, seconds, resumes=True)]
 
 
 # -- a process that measures -----------------------------------------------------------------------
@@ -267,8 +276,9 @@ def outcome_of(row):
 
 # -- gpu.json --------------------------------------------------------------------------------------
 
-MEASURED = {"part": str, "name": str, "settings": {str: object}, "device": str, "tree": str,
-            "outcome": {str: object}, "target": {str: schema.number}}
+MEASURED = {"part": str, "name": str, "settings": {}, "device": str, "tree": str,
+            "outcome": {"checks?": [{"what": str, "passed": (bool,), "limit": schema.number}]},
+            "target": {str: schema.number}, "beside": str}
 
 
 def load(path):
@@ -321,7 +331,10 @@ def tables(measured):
         rows = [row for row in measured if (row["device"], row["tree"]) == (device, tree)]
         lines += ["", f"## {device}", "", f"Programs {tree}."]
         for part in PARTS:
-            lines += part_table([row for row in rows if row["part"] == part], part)
+            of_part = [row for row in rows if row["part"] == part]
+            lines += part_table([row for row in of_part if "width" not in row["outcome"]], part)
+            lines += part_table([row for row in of_part if "width" in row["outcome"]],
+                                "attention of a decoding step, in milliseconds")
     return "\n".join(lines) + "\n"
 
 
@@ -332,13 +345,26 @@ def part_table(rows, part):
     lines = ["", f"### {part}", ""]
     columns = ["result", "figure, limit", "note"]
     if part != "check":
+        rows = [{**row, "outcome": {**row["outcome"], **ratios(row, rows)}} for row in rows]
         seen = dict.fromkeys(key for row in rows for key in row["outcome"])
         columns = [key for key in COLUMNS if key in seen]
         columns += [key for key in seen if part == "compare" and key not in ("took_s", *columns)]
     lines += [line_of(["", *columns]), "|---" * (len(columns) + 1) + "|"]
     for row in rows:
-        lines.append(line_of([row["name"], *cells(row, columns, rows)]))
+        lines.append(line_of([row["name"], *cells(row, columns)]))
     return lines
+
+
+def ratios(row, rows):
+    """A row's step and bytes over those of the row that it is compared with, where both are."""
+    for other in rows:
+        if other["name"] == row["beside"] and other is not row:
+            found = {"beside": other["name"]}
+            for name, key in (("step ratio", "step_ms"), ("bytes ratio", "bytes_per_step")):
+                if row["outcome"].get(key) and other["outcome"].get(key):
+                    found[name] = row["outcome"][key] / other["outcome"][key]
+            return found
+    return {}
 
 
 def line_of(cells):
@@ -347,16 +373,17 @@ def line_of(cells):
 
 # results that the tables show, and how
 COLUMNS = {
-    "error": "", "batch_size": ",", "prompt_len": ",", "tokens": ",", "steps": ",",
+    "error": "", "batch_size": ",", "prompt_len": ",", "rows": ",", "tokens": ",", "steps": ",",
     "seconds": ",.0f", "val_loss": ".3f", "step_ms": ",.3f", "decode_tok_s": ",.0f",
-    "tok_s": ",.0f", "mbu": ".2f", "mfu": ".2f", "bytes_per_step": ",", "step / MHA": ".2f",
-    "bytes / MHA": ".2f", "peak_memory_bytes": ",", "transformers": "", "parameters": ",",
+    "tok_s": ",.0f", "mbu": ".2f", "mfu": ".2f", "bytes_per_step": ",",
+    "peak_memory_bytes": ",", "beside": "", "step ratio": ".2f", "bytes ratio": ".2f",
+    "transformers": "", "parameters": ",",
     **{f"{name}{case}": ".3f" for name in ("cuDNN", "flash", "efficient")
        for case in ("", ", mask", ", new length")},
 }
 
 
-def cells(row, columns, rows):
+def cells(row, columns):
     """The cells of a row, as text."""
     outcome = row["outcome"]
     if row["part"] == "check":
@@ -429,7 +456,7 @@ def main(argv):
                 continue
             measured = [other for other in measured if other is not found]
             measured.append(dict(part=row.part, name=row.name, settings=row.settings, **place,
-                                 outcome=outcome, target=row.target))
+                                 outcome=outcome, target=row.target, beside=row.beside))
             write_json(out / "gpu.json", {"rows": measured})
             write_tables(measured, out)
     finally:
