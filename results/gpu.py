@@ -27,7 +27,9 @@ from typing import Literal
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+from gpu_tables import COLUMNS, check_cells, has_failed, tables
+
 from nanogqa import schema
 from nanogqa.configurator import UserError, build, in_range, one_line, parse, program
 from nanogqa.files import check_writable, replacing, write_json
@@ -208,10 +210,10 @@ def compare_rows(config):
 class Worker:
     """A process that measures one row at a time, so that a crash or a hang ends nothing else."""
 
-    def __init__(self, out, name, backend):
+    def __init__(self, out, tree, name, backend):
         self.name = name
-        folder = out / "work"  # where rows keep files that a later call goes on with
-        folder.mkdir(exist_ok=True)
+        folder = out / "work" / tree  # where rows keep files that a later call goes on with
+        folder.mkdir(parents=True, exist_ok=True)
         with open(out / "gpu.log", "a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, Path(__file__).resolve(), "worker", backend],
@@ -301,7 +303,8 @@ def place_of(config):
                             "--smoke=True")
         device = torch.cuda.get_device_name()
     digest = hashlib.sha256()
-    names = [*ROOT.glob("*.py"), *ROOT.glob("nanogqa/*.py"), *ROOT.glob("results/gpu_*.py")]
+    names = [*ROOT.glob("*.py"), *ROOT.glob("nanogqa/*.py"), ROOT / "results/gpu_check.py",
+             ROOT / "results/gpu_speed.py"]
     for path in sorted(names):
         digest.update(path.read_bytes())
     return {"device": f"{device}, torch {torch.__version__}", "tree": digest.hexdigest()[:12]}
@@ -314,115 +317,6 @@ def find(measured, row, place):
         if same and place.items() <= found.items():
             return found
     return None
-
-
-def has_failed(outcome):
-    checks = outcome.get("checks", [])
-    return "error" in outcome or not all(check["passed"] for check in checks)
-
-
-# -- gpu.md ----------------------------------------------------------------------------------------
-
-def tables(measured):
-    """The text of gpu.md: a section for each device and version, the newest first."""
-    lines = ["# Measured on a GPU", "", "`python results/gpu.py` writes this page."]
-    places = dict.fromkeys((row["device"], row["tree"]) for row in reversed(measured))
-    for device, tree in places:
-        rows = [row for row in measured if (row["device"], row["tree"]) == (device, tree)]
-        lines += ["", f"## {device}", "", f"Programs {tree}."]
-        for part in PARTS:
-            of_part = [row for row in rows if row["part"] == part]
-            lines += part_table([row for row in of_part if "width" not in row["outcome"]], part)
-            lines += part_table([row for row in of_part if "width" in row["outcome"]],
-                                "attention of a decoding step, in milliseconds")
-    return "\n".join(lines) + "\n"
-
-
-def part_table(rows, part):
-    """The lines of one table, with a line for each row."""
-    if not rows:
-        return []
-    lines = ["", f"### {part}", ""]
-    columns = ["result", "figure, limit", "note"]
-    if part != "check":
-        rows = [{**row, "outcome": {**row["outcome"], **ratios(row, rows)}} for row in rows]
-        seen = dict.fromkeys(key for row in rows for key in row["outcome"])
-        columns = [key for key in COLUMNS if key in seen]
-        columns += [key for key in seen if part == "compare" and key not in ("took_s", *columns)]
-    lines += [line_of(["", *columns]), "|---" * (len(columns) + 1) + "|"]
-    for row in rows:
-        lines.append(line_of([row["name"], *cells(row, columns)]))
-    return lines
-
-
-def ratios(row, rows):
-    """A row's step and bytes over those of the row that it is compared with, where both are."""
-    for other in rows:
-        if other["name"] == row["beside"] and other is not row:
-            found = {"beside": other["name"]}
-            for name, key in (("step ratio", "step_ms"), ("bytes ratio", "bytes_per_step")):
-                if row["outcome"].get(key) and other["outcome"].get(key):
-                    found[name] = row["outcome"][key] / other["outcome"][key]
-            return found
-    return {}
-
-
-def line_of(cells):
-    return f"| {' | '.join(cells)} |"
-
-
-# results that the tables show, and how
-COLUMNS = {
-    "error": "", "batch_size": ",", "prompt_len": ",", "rows": ",", "tokens": ",", "steps": ",",
-    "seconds": ",.0f", "val_loss": ".3f", "step_ms": ",.3f", "decode_tok_s": ",.0f",
-    "tok_s": ",.0f", "mbu": ".2f", "mfu": ".2f", "bytes_per_step": ",",
-    "peak_memory_bytes": ",", "beside": "", "step ratio": ".2f", "bytes ratio": ".2f",
-    "transformers": "", "parameters": ",",
-    **{f"{name}{case}": ".3f" for name in ("cuDNN", "flash", "efficient")
-       for case in ("", ", mask", ", new length")},
-}
-
-
-def cells(row, columns):
-    """The cells of a row, as text."""
-    outcome = row["outcome"]
-    if row["part"] == "check":
-        return check_cells(outcome)
-    texts = []
-    for column in columns:
-        value = outcome.get(column)
-        text = ""
-        if value is not None:
-            text = f"{value:{COLUMNS.get(column, '.3f')}}"
-        if column in row["target"] and text:
-            text += f" (target {row['target'][column]:,})"
-        texts.append(text)
-    return texts
-
-
-def check_cells(outcome):
-    """Result, the figure nearest to its limit or those beyond it, and the note."""
-    if "error" in outcome:
-        return ["failed", outcome["error"], ""]
-    shown = [check for check in outcome["checks"] if not check["passed"]]
-    verdict = "fail"
-    if not shown:
-        verdict = "pass"
-        shown = [max(outcome["checks"], key=nearness)]
-    texts = []
-    for check in shown:
-        figure = "not finite"
-        if check["figure"] is not None:
-            figure = f"{check['figure']:.3g}"
-        texts.append(f"{check['what']}: {figure} (at most {check['limit']:g})")
-    return [verdict, "; ".join(texts), outcome.get("note", "")]
-
-
-def nearness(check):
-    """Larger for figures nearer to their limit."""
-    if check["limit"] > 0:
-        return check["figure"] / check["limit"]
-    return check["figure"] - check["limit"]
 
 
 # -- the program -----------------------------------------------------------------------------------
@@ -447,7 +341,7 @@ def main(argv):
                 print(f"{row.name}: skipped, it takes about {row.seconds:.0f} s and "
                       f"{max(0, left):.0f} s are left")
                 continue
-            worker = worker_for(row, worker, config, out)
+            worker = worker_for(row, worker, config, place)
             outcome = worker.measure(row, min(left, 30 + 3 * row.seconds))
             if "error" in outcome:  # an error of CUDA stays with its process
                 worker.end()
@@ -465,7 +359,7 @@ def main(argv):
     write_tables(measured, out)
 
 
-def worker_for(row, worker, config, out):
+def worker_for(row, worker, config, place):
     """The worker of the last row if it is alive and this row may share it, otherwise a new one."""
     name, backend = row.process, "inductor"
     if config.smoke:
@@ -476,7 +370,7 @@ def worker_for(row, worker, config, out):
         if worker.name == name and worker.process.poll() is None:
             return worker
         worker.end()
-    return Worker(out, name, backend)
+    return Worker(Path(config.out), place["tree"], name, backend)
 
 
 def summary(outcome):

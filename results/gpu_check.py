@@ -7,7 +7,6 @@ import atexit
 import contextlib
 import functools
 import io
-import math
 import os
 import random
 import shutil
@@ -34,7 +33,7 @@ from nanogqa import checkpoint, distributed
 from nanogqa.batches import Batches, MicroBatch
 from nanogqa.dataloader import Dataset
 from nanogqa.fast import accelerate, prepare_for_decoding
-from nanogqa.log import read_rows
+from nanogqa.log import finite, read_rows
 from nanogqa.runtime import compile_for_decoding, compile_model, pick_runtime
 from nanogqa.writer import write_dataset
 
@@ -42,6 +41,7 @@ KINDS = {"MHA": {}, "GQA": dict(n_kv_head=2), "MQA": dict(n_kv_head=1),
          "MLA": dict(attention="mla")}
 SIZE = dict(n_layer=4, n_head=8, n_embd=512, vocab_size=512, block_size=256)
 TOY_SIZE = dict(n_layer=2, n_head=4, n_embd=64, vocab_size=257, block_size=64)
+CACHES = {"growing cache": False, "static cache": True}
 # largest relative difference between two ways to compute the same
 CLOSE = {"float32": 1e-4, "bfloat16": 5e-2}
 
@@ -49,8 +49,7 @@ CLOSE = {"float32": 1e-4, "bfloat16": 5e-2}
 def check(what, figure, limit):
     """One comparison: passed if figure is at most limit. A figure that is not finite is None."""
     figure = float(figure)
-    return dict(what=what, figure=figure if math.isfinite(figure) else None, limit=limit,
-                passed=figure <= limit)
+    return dict(what=what, figure=finite(figure), limit=limit, passed=figure <= limit)
 
 
 def result(checks, note=""):
@@ -63,9 +62,14 @@ def difference(x, expected):
     return ((x - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
+def size_of(toy):
+    if toy:
+        return TOY_SIZE
+    return SIZE
+
+
 def config_of(kind, toy):
-    size = TOY_SIZE if toy else SIZE
-    return GPTConfig(**{**size, **KINDS[kind]})
+    return GPTConfig(**{**size_of(toy), **KINDS[kind]})
 
 
 def random_ids(config, rows, length):
@@ -108,12 +112,11 @@ def cached_against_full(device, dtype, toy):
         length = model.config.block_size
         ids = random_ids(model.config, 2, length).to(runtime.device)
         full = model(ids)[0]
-        for static in (False, True):
+        for name, static in CACHES.items():
             cache = KVCache(model.config, 2, length, model.embed.weight, static=static)
             parts = ids.split([length // 2, 1, length // 4, 1, length // 4 - 2], dim=1)
             logits = torch.cat([model(part, cache=cache)[0] for part in parts], dim=1)
-            name = f"{kind}, static cache" if static else f"{kind}, growing cache"
-            checks.append(check(name, difference(logits, full), CLOSE[dtype]))
+            checks.append(check(f"{kind}, {name}", difference(logits, full), CLOSE[dtype]))
     return result(checks)
 
 
@@ -127,7 +130,7 @@ def ragged_rows(device, dtype, toy):
         longest = model.config.block_size
         padding = [0, longest // 3, longest - 5]
         ids = random_ids(model.config, 3, longest).to(runtime.device)
-        for static in (False, True):
+        for name, static in CACHES.items():
             cache = KVCache(model.config, 3, longest, model.embed.weight, static=static,
                             padding=torch.tensor(padding, device=runtime.device))
             parts = ids.split([longest // 2, longest // 2 - 1, 1], dim=1)
@@ -136,16 +139,15 @@ def ragged_rows(device, dtype, toy):
             for row, start in enumerate(padding):
                 alone = model(ids[row:row + 1, start:])[0][0]
                 worst = max(worst, difference(logits[row, start:], alone))
-            name = f"{kind}, static cache" if static else f"{kind}, growing cache"
-            checks.append(check(name, worst, CLOSE[dtype]))
+            checks.append(check(f"{kind}, {name}", worst, CLOSE[dtype]))
     return result(checks)
 
 
 def gqa_ways(device, dtype, toy):
     """Attention with shared heads: native (is_causal), folded (under a mask) and expanded (copied
     to all query heads), with gradients, beside float64 on the CPU."""
-    H, T, D = (4, 32, 16) if toy else (8, 512, 64)
-    checks = []
+    size, checks = size_of(toy), []
+    H, T, D = size["n_head"], size["block_size"], size["n_embd"] // size["n_head"]
     for K in (H, H // 2, 1):
         torch.manual_seed(K)
         q, k, v = (torch.randn(2, heads, T, D, dtype=torch.float64) for heads in (H, K, K))
@@ -258,10 +260,9 @@ def text_data():
 
 
 def train_settings(toy, **changes):
-    size = TOY_SIZE if toy else SIZE
-    sequences = 4 if toy else 16
+    size = size_of(toy)
     settings = dict(**size, n_kv_head=2, learning_rate=1e-3, warmup_steps=5, max_steps=50,
-                    tokens_per_step=sequences * size["block_size"], eval_interval=1000,
+                    tokens_per_step=8 * size["block_size"], eval_interval=1000,
                     dataset=text_data())
     return train.TrainConfig(**{**settings, **changes})
 
@@ -295,21 +296,22 @@ def last_difference(values, expected):
 
 def training_losses(device, toy, optimizer, ways):
     """Training in float32 in eager mode and in other ways, pairs of dtype and compile."""
-    steps = 12 if toy else 50
+    steps = 50
+    if toy:
+        steps = 12
     config = train_settings(toy, optimizer=optimizer)
     expected = losses(config, device, "float32", False, steps)
     checks = [check("float32, last loss less the first", expected[-1] - expected[0], -0.2)]
     for dtype, compile in ways:
         got = losses(config, device, dtype, compile, steps)
-        name = f"{dtype}, compiled" if compile else f"{dtype}, eager"
-        checks.append(check(f"{name}, the last ten losses", last_difference(got, expected), 0.05))
+        name = f"{dtype}, {'compiled' if compile else 'eager'}, the last ten losses"
+        checks.append(check(name, last_difference(got, expected), 0.05))
     return result(checks, f"float32 from {expected[0]:.3f} to {expected[-1]:.3f} in {steps} steps")
 
 
 def resume(device, toy):
     """A run of train.py, the same again, and one that goes on from the middle of the first."""
-    steps = 8 if toy else 40
-    size = TOY_SIZE if toy else SIZE
+    steps, size = 20, size_of(toy)
     with tempfile.TemporaryDirectory() as folder:
         def run(name, *more):
             train.main([
@@ -329,8 +331,7 @@ def resume(device, toy):
     for name, (others, other_loss) in runs.items():
         checks.append(check(f"{name}, validation loss", abs(other_loss - loss), 0.02))
         largest = max((others[key] - weights[key]).abs().max().item() for key in weights)
-        notes.append(f"{name}: " + (f"weights differ by up to {largest:.1e}" if largest else
-                                    "bit-identical"))
+        notes.append(f"{name}: the largest difference of a weight is {largest:.1e}")
     return result(checks, "; ".join(notes))
 
 
@@ -359,7 +360,9 @@ def fsdp(device, toy):
 
 def out_of_memory(device, toy):
     """What train.py prints when the device has no memory left: one sentence, exit code 2."""
-    tokens = 2**11 if toy else 2**20
+    tokens = 2**20
+    if toy:
+        tokens = 2**11
     errors, code = io.StringIO(), None
     with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(errors),
           few_bytes(device)):

@@ -107,21 +107,21 @@ BACKENDS = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTEN
 
 
 @torch.inference_mode()
-def attention(device, dtype, batch_size, heads, rows, tokens, width):
-    """Milliseconds of the attention of one decoding step by each kernel: queries are rows of each
-    key/value head. Without a mask, under one, and the first time at a new number of tokens."""
+def attention(device, dtype, **row):
+    """Milliseconds of the attention of one decoding step by each kernel: without a mask, under
+    one, and the first time at a new number of tokens. row has batch_size, heads of keys and
+    values, rows of queries of each head, tokens and width of a head."""
+    B, K, T, S, D = (row[key] for key in ("batch_size", "heads", "rows", "tokens", "width"))
     place = dict(device=device, dtype=getattr(torch, dtype))
-    q = torch.randn(batch_size, heads, rows, width, **place)
-    k = torch.randn(batch_size, heads, tokens + 3, width, **place)
-    mask = torch.ones(1, 1, rows, tokens, dtype=torch.bool, device=device)
-    row = dict(batch_size=batch_size, heads=heads, rows=rows, tokens=tokens, width=width)
+    q, k = torch.randn(B, K, T, D, **place), torch.randn(B, K, S + 3, D, **place)
+    mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=device)
     for name, backend in BACKENDS.items():
         for case, masked in (("", None), (", mask", mask)):
             with sdpa_kernel(backend):
                 try:
-                    row[f"{name}{case}"] = milliseconds(q, k[:, :, :tokens], masked, 20)
+                    row[f"{name}{case}"] = milliseconds(q, k[:, :, :S], masked, 20)
                     if masked is None:
-                        new = [milliseconds(q, k[:, :, :tokens + more], None, 1) for more in (1, 2)]
+                        new = [milliseconds(q, k[:, :, :S + more], None, 1) for more in (1, 2)]
                         row[f"{name}, new length"] = min(new)
                 except RuntimeError:  # the kernel does not support this case
                     row[f"{name}{case}"] = None
@@ -269,8 +269,8 @@ def compare(device, folder, toy, **settings):
     arguments = [f"--{key}={value}" for key, value in settings.items()]
     seconds = run_program("compare.py", f"--device={device}", f"--out_dir={folder}", *arguments)
     records = json.loads(Path(folder, "results.json").read_text())["records"]
-    row = dict(seconds=seconds, parameters=records[0]["params"])
-    for variant in dict.fromkeys(record["variant"] for record in records):
-        found = [record["val_loss"] for record in records if record["variant"] == variant]
-        row[variant] = statistics.mean(found)
-    return row
+    losses = {}
+    for record in records:
+        losses.setdefault(record["variant"], []).append(record["val_loss"])
+    means = [f"{variant} {statistics.mean(found):.3f}" for variant, found in losses.items()]
+    return dict(seconds=seconds, parameters=records[0]["params"], losses=", ".join(means))

@@ -53,7 +53,7 @@ def test_rows_are_measured_once_and_failures_end_nothing_else(tmp_path, monkeypa
 
 
 def test_a_row_that_takes_too_long_is_ended(tmp_path):
-    worker = gpu.Worker(tmp_path, "check", "inductor")
+    worker = gpu.Worker(tmp_path, "0123", "check", "inductor")
     outcome = worker.measure(row("slow"), 0.05)
     assert outcome["error"] == "not finished after 0 s" and outcome["timeout"]
     assert worker.process.wait(10) == -9
