@@ -1,7 +1,7 @@
 """Checks and times this repository on a GPU.
 
     python results/gpu.py --minutes=9
-    python results/gpu.py --smoke=True         all of it at toy size on a CPU, about a minute
+    python results/gpu.py --smoke=True         all of it at toy size on a CPU, 90 s of its time
 
 Ends by itself before its minutes are over. Each row is in gpu.json as soon as it is measured, and
 the same command again goes on with those that are missing. gpu.md has the tables of gpu.json, and
@@ -214,11 +214,11 @@ class Worker:
         self.name = name
         folder = out / "work" / tree  # where rows keep files that a later call goes on with
         folder.mkdir(parents=True, exist_ok=True)
-        with open(out / "gpu.log", "a") as log:
+        with open(out / "gpu.log", "a", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 [sys.executable, Path(__file__).resolve(), "worker", backend],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=folder,
-                start_new_session=True)
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, encoding="utf-8",
+                cwd=folder, start_new_session=True)
 
     def measure(self, row, seconds):
         """The outcome of a row: its result, or {"error": why}."""
@@ -254,7 +254,7 @@ def work(backend):
     """The worker: reads rows as lines of JSON and answers with their outcomes. backend is that of
     torch.compile."""
     torch.compile = functools.partial(torch.compile, backend=backend)
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a row prints goes to gpu.log
     for line in sys.stdin:
         outcome = outcome_of(json.loads(line))

@@ -268,7 +268,7 @@ def compare(device, folder, toy, **settings):
     folder = Path(folder).resolve()
     arguments = [f"--{key}={value}" for key, value in settings.items()]
     seconds = run_program("compare.py", f"--device={device}", f"--out_dir={folder}", *arguments)
-    records = json.loads(Path(folder, "results.json").read_text())["records"]
+    records = json.loads(Path(folder, "results.json").read_text(encoding="utf-8"))["records"]
     losses = {}
     for record in records:
         losses.setdefault(record["variant"], []).append(record["val_loss"])

@@ -39,15 +39,15 @@ def test_rows_are_measured_once_and_failures_end_nothing_else(tmp_path, monkeypa
         assert not gpu.has_failed(found[name]) and found[name]["took_s"] > 0
     assert found["raises"]["error"].startswith("UserError: unknown device 'nonsense'")
     assert found["dies"]["error"] == "its process ended with code 3: see gpu.log"
-    assert "Traceback" in (tmp_path / "gpu.log").read_text()
-    written = (tmp_path / "gpu.md").read_text()
+    assert "Traceback" in (tmp_path / "gpu.log").read_text(encoding="utf-8")
+    written = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert "| good | pass |" in written and "| raises | failed | UserError" in written
 
     monkeypatch.setattr(gpu, "Worker", forbidden)
     capsys.readouterr()
     gpu.main(argv)
     assert capsys.readouterr().out.count("measured before") == 4
-    assert (tmp_path / "gpu.md").read_text() == written
+    assert (tmp_path / "gpu.md").read_text(encoding="utf-8") == written
     with pytest.raises(AssertionError, match="no process"):
         gpu.main([*argv, "--again=True"])
 
@@ -128,8 +128,8 @@ def test_errors_are_one_sentence(argv, message, tmp_path, capsys):
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"name": 3}]}'])
 def test_a_damaged_file_is_refused_and_stays(content, tmp_path, capsys):
-    (tmp_path / "gpu.json").write_text(content)
+    (tmp_path / "gpu.json").write_text(content, encoding="utf-8")
     with pytest.raises(SystemExit):
         gpu.main(["--smoke=True", f"--out={tmp_path}"])
     assert "is damaged" in capsys.readouterr().err
-    assert (tmp_path / "gpu.json").read_text() == content
+    assert (tmp_path / "gpu.json").read_text(encoding="utf-8") == content
