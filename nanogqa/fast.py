@@ -180,7 +180,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             p = logits.float().softmax(dim=-1)
             del logits
             # the likeliest id's probability, unlike the target's, never underflows
-            total += ((below - p.gather(1, likeliest).log()) * part).sum()
+            # not in place: compiled by torch 2.11, an output written in place has no gradient
+            total = total + ((below - p.gather(1, likeliest).log()) * part).sum()
             if gradients:
                 p = p.scatter_add_(1, target, torch.full_like(below, -1.0)).to(top.dtype)
                 grad_x[chunk] = linear(p, weight.t()) * part

@@ -47,6 +47,10 @@ def pick_runtime(device, dtype, compile, decoding_steps=None):
     """
     rank, ranks, local_rank = world()
     device, why_device = pick_device(device, ranks, local_rank)
+    if device.type == "cuda" and decoding_steps is not None:
+        # Where it is preferred (Hopper), cuDNN's attention builds a plan for every new number of
+        # keys, and a cache grows with every token.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     dtype, why_dtype = pick_dtype(dtype, device)
     compile, why_compile = pick_compile(compile, device, decoding_steps)
     why = f"{why_device}, {why_dtype}, {why_compile}"
@@ -109,6 +113,7 @@ def compile_model(model, runtime, example):
     """model compiled, once example(compiled) has run; or, with one warning, model itself."""
     if not runtime.compile:
         return model
+    torch.compiler.reset()  # it compiles 8 versions of a function, of all models of the process
     compiled = torch.compile(model)
     try:
         example(compiled)
@@ -127,6 +132,7 @@ def compile_for_decoding(model, runtime):
     Each is compiled at its first call. If that fails: one warning, and from then on model itself.
     """
     mode = "reduce-overhead" if runtime.device.type == "cuda" else None
+    torch.compiler.reset()  # as in compile_model
     one = torch.compile(model, mode=mode)
     many = torch.compile(model, dynamic=True)
 

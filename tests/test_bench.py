@@ -322,6 +322,37 @@ def test_compiled_decoding_past_the_context_and_with_rows_that_end(graphs):
     assert len(graphs) <= 8
 
 
+def test_every_model_of_a_sweep_is_compiled(graphs):
+    """Dynamo limits how often it compiles a function, over all models of a process."""
+    runtime, ids = pick_runtime("cpu", "float32", True), toy_ids(1, 8)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for count, width in enumerate((32, 64), start=1):
+            model = toy_model(n_layer=1, n_embd=width)
+            compile_model(model, runtime, lambda forward: forward(ids, ids, logits="none"))
+            assert len(graphs) == count
+        model = toy_model(n_layer=1)
+        cache = KVCache(model.config, 1, 8, static=True)
+        with torch.inference_mode():
+            compile_for_decoding(model, runtime)(ids, cache=cache)
+        assert len(graphs) == 3
+
+
+def test_decoding_on_a_gpu_leaves_out_cudnn(monkeypatch):
+    """It prepares a plan for each number of keys, and a cache grows with every token."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        pick_runtime("cuda", "bfloat16", False)
+        assert torch.backends.cuda.cudnn_sdp_enabled(), "training has one shape"
+        pick_runtime("cuda", "bfloat16", False, decoding_steps=300)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
 def test_a_static_cache_refuses_what_does_not_fit():
     model = toy_model(n_kv_head=2)
     cache = KVCache(model.config, 1, 5, static=True)
