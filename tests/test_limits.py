@@ -121,7 +121,7 @@ def test_a_step_of_training_holds_at_least_the_floor(changes, batch_size):
             model = train.make_model(config, None, where)
             optimizers = train.make_optimizers(model, config)
             x = toy_ids(batch_size, 33).numpy()
-            batch = MicroBatch(x[:, :-1], x[:, 1:], seed=None)
+            batch = MicroBatch(x[:, :-1], x[:, 1:], seeds=None)
             train.backward(model, [batch], where)
             train.update(model, optimizers, 1.0)
     floor = costs.training_floor(config, costs.count_params(GPT, config), tokens, 1, 1)
