@@ -107,6 +107,9 @@ class HuggingFaceTokenizer:
         try:
             content = path.read_bytes()
             self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            # a file may store both, which cuts and pads texts; AutoTokenizer ignores them too
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
             special = read_special_tokens(Path(folder) / HF_CONFIG)
             eos = self.tokenizer.token_to_id(special["eos_token"])
             bos = self.tokenizer.token_to_id(special["bos_token"])

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -21,6 +22,7 @@ import train
 from model import GPT, GPTConfig, rope_frequencies
 from nanogqa import checkpoint, costs, tokenizer
 from nanogqa.pool import best_partition
+from nanogqa.prompts import encode_prompts
 from nanogqa.tokenizer import get_tokenizer
 from nanogqa.writer import write_dataset
 
@@ -757,6 +759,56 @@ def test_a_tokenizer_that_tiktoken_cannot_express_is_copied(
     assert "another sha256" in fails(
         sample.main, command(out_dir=tmp_path / "tuned", device="cpu"), capsys
     )
+
+
+def tokenizer_folder(tokenizers, folder, **changes):
+    """A folder with the tokenizer of sentencepiece_like, and these keys of its JSON replaced."""
+    content = json.loads(sentencepiece_like(tokenizers).to_str())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(content | changes))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="</s>")))
+    return folder
+
+
+TRUNCATION = dict(direction="Right", max_length=17, strategy="LongestFirst", stride=0)
+PADDING = dict(
+    strategy=dict(Fixed=40),
+    direction="Right",
+    pad_to_multiple_of=None,
+    pad_id=2,
+    pad_type_id=0,
+    pad_token="</s>",
+)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(truncation=TRUNCATION),
+        dict(padding=PADDING),
+        dict(padding=PADDING | dict(strategy="BatchLongest", direction="Left")),
+        dict(truncation=TRUNCATION | dict(direction="Left"), padding=PADDING),
+    ],
+    ids=["truncation", "padding", "longest", "both"],
+)
+def test_stored_truncation_and_padding_change_no_text(tmp_path, changes):
+    """They once cut 15,631 bytes to 17 tokens: a decoded data set is its text, and so are prompts."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tokenizer_folder(tokenizers, tmp_path / "its", **changes)
+    plain = sentencepiece_like(tokenizers)
+    encoding = tokenizer.HuggingFaceTokenizer(folder)
+    texts = ["the", "then the ten \u00e9 \u6f22 " * 40]
+    for text in texts:
+        assert encoding.encode(text) == plain.encode(text).ids
+        assert encoding.encode_ordinary(text) == plain.encode(text).ids
+    assert encoding.encode_ordinary_batch(texts) == [plain.encode(text).ids for text in texts]
+    assert encode_prompts(encoding, texts) == [plain.encode(text).ids for text in texts]
+
+    write_dataset([("train", texts[1]), ("val", texts[0])], tmp_path / "data", str(folder))
+    ids = np.fromfile(tmp_path / "data/train.bin", dtype="<u2")
+    assert ids[0] == 1 and ids[-1] == 2
+    pieces = [encoding.decode_single_token_bytes(int(i)) for i in ids[1:-1]]
+    assert b"".join(pieces).decode() == " " + texts[1]
 
 
 def test_without_a_tokenizer(transformers, tmp_path, capsys, toy_data):
