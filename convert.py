@@ -366,8 +366,11 @@ def compare_logits(model, folder, dtype="float32", changes=None):
     """
     transformers = import_transformers()
     try:
+        hf_config = transformers.AutoConfig.from_pretrained(folder)
+        for key, value in (changes or {}).items():
+            setattr(hf_config, key, value)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, **(changes or {})
+            folder, config=hf_config, dtype=torch.float32, use_safetensors=True
         ).eval()
     except Exception as error:  # transformers raises many kinds of errors for a bad folder
         raise UserError(
