@@ -36,6 +36,7 @@ ARCHITECTURES = {
     "Llama 3.1's RoPE": dict(rope_factor=8.0, rope_original_block_size=32, rope_theta=5e5),
     "Qwen2": dict(qkv_bias=True),
     "Qwen3": dict(qk_norm=True),
+    "DeepSeek-V3": dict(attention="mla", n_kv_head=None, q_lora_rank=96, qk_norm=True),
 }
 LARGE = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304, qk_norm=False)
 KV_HEADS = (12, 4, 1)
