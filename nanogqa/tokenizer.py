@@ -164,8 +164,7 @@ class HuggingFaceTokenizer:
         self.vocab = self.tokenizer.get_vocab(with_added_tokens=True)  # {token: id}
         self.n_vocab = max(self.vocab.values()) + 1
         self.added = self.tokenizer.get_added_tokens_decoder()  # {id: token}
-        decoder = json.loads(self.tokenizer.to_str())["decoder"]
-        self.byte_level = "ByteLevel" in json.dumps(decoder)
+        self.byte_level = "ByteLevel" in json.dumps(json.loads(content).get("decoder"))
         self.byte_of_unicode = {char: byte for byte, char in UNICODE_OF_BYTE.items()}
         self.find_special_tokens(config)
         self.check_decoding()
