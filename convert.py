@@ -8,8 +8,6 @@ Each command writes a new folder, completely or not at all. to_hf and from_hf ne
 """
 import contextlib
 import dataclasses
-import importlib
-import json
 import os
 import shutil
 import sys
@@ -17,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import tiktoken
 import torch
 
 from model import GPT, GPTConfig
@@ -26,13 +23,22 @@ from nanogqa import pool as pooling
 from nanogqa.configurator import UserError, build, help_text, one_line, parse, program
 from nanogqa.dataloader import Dataset, train_batch
 from nanogqa.files import write_json
+from nanogqa.hf_tokenizer import (
+    SPECIAL_IDS,
+    compare_import,
+    import_extra,
+    import_transformers,
+    read_json,
+    read_tokenizer,
+    write_tokenizer,
+)
+from nanogqa.schema import base_name
 from nanogqa.tokenizer import (
-    EOT,
     HF_TOKENIZER,
-    UNICODE_OF_BYTE,
-    HuggingFaceTokenizer,
     copy_tokenizer,
     get_tokenizer,
+    present_name,
+    stop_tokens,
 )
 
 Method = Literal["mean", "first", "random", "aligned"]
@@ -175,9 +181,9 @@ def whole(folder, key):
 
     key is the setting that names the folder. Raises UserError if it exists and is not empty.
     """
-    if folder is None:
+    if not folder:
         raise UserError(f"there is no folder to write to: name a new one with --{key}=FOLDER")
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(
             f"{folder} exists, and nothing is overwritten: name another --{key}, or remove it first"
@@ -196,10 +202,13 @@ def whole(folder, key):
 
 
 def load_checkpoint(out_dir):
-    """(state, model) of the checkpoint in out_dir, the model in evaluation mode."""
+    """(state, model, folder) of the checkpoint in out_dir, the model in evaluation mode.
+
+    folder is where the checkpoint's tokenizer is, as out_dir may name a file.
+    """
     state = checkpoint.load(out_dir, GPTConfig)
     model = checkpoint.load_model(GPT, GPTConfig(**state["config"]), state)
-    return state, model.eval()
+    return state, model.eval(), checkpoint.path_of(out_dir).parent
 
 
 def write(folder, state):
@@ -222,54 +231,22 @@ def write(folder, state):
     return model.eval()
 
 
-def read_json(path):
-    """The JSON object in a file. Raises UserError if there is none."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path} ({error.strerror}): name a Hugging Face folder with --hf_dir"
-        ) from None
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object: download it again")
-    return value
-
-
-def import_extra(name):
-    """A module of the optional packages. Raises UserError if it is not installed."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns about forks
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"{name} is not installed: pip install transformers safetensors") from None
-
-
-def import_transformers():
-    """transformers without its progress bars and warnings."""
-    transformers = import_extra("transformers")
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    return transformers
-
-
 # -- to Hugging Face -----------------------------------------------------------------------------
 
 def to_hf(config):
     """Writes a checkpoint as a folder that transformers loads, and compares the logits."""
-    state, model = load_checkpoint(config.out_dir)
+    state, model, source = load_checkpoint(config.out_dir)
     model_type = model_type_of(model.config)
     import_transformers()
     tokenizer = None
     if state["tokenizer"] != "none":
-        tokenizer = get_tokenizer(state["tokenizer"], config.out_dir)
+        tokenizer = get_tokenizer(state["tokenizer"], source)
     with whole(config.hf_dir, "hf_dir") as folder:
         write_hf_weights(model, folder, config.dtype)
         write_hf_config(model_type, model.config, folder, config.dtype, tokenizer)
-        copy_tokenizer(state["tokenizer"], config.out_dir, folder)
-        if isinstance(tokenizer, tiktoken.Encoding):
-            write_hf_tokenizer(tokenizer, folder, model.config.block_size)
+        if tokenizer is not None:
+            sizes = {"model_type": model_type, "block_size": model.config.block_size}
+            write_tokenizer(tokenizer, source, folder, sizes)
         compared = compare_logits(model, folder, config.dtype)
     architecture = FAMILIES[model_type].architecture
     print(f"{config.hf_dir}: {architecture}, {costs.num_params(model):,} parameters in "
@@ -289,7 +266,11 @@ def write_hf_weights(model, folder, dtype):
         if model.config.attention == "mla":
             weight = interleave_rope(name, weight, model.config)
         weights[hf_name(name)] = weight.to(getattr(torch, dtype))
-    import_extra("huggingface_hub").save_torch_state_dict(weights, folder)
+    safetensors = import_extra("safetensors")
+    try:
+        import_extra("huggingface_hub").save_torch_state_dict(weights, folder)
+    except safetensors.SafetensorError as error:  # its own error where the disk is full
+        raise OSError(0, one_line(error, 100)) from None
 
 
 def hf_name(name):
@@ -339,9 +320,10 @@ def write_hf_config(model_type, config, folder, dtype, tokenizer):
 
     special = {"bos_token_id": None, "eos_token_id": None}
     if tokenizer is not None:
-        special = {"bos_token_id": tokenizer.eot_token, "eos_token_id": tokenizer.eot_token}
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        special["bos_token_id"] = tokenizer.bos_token
+        special["bos_token_id"] = getattr(tokenizer, "bos_token", tokenizer.eot_token)
+        special["eos_token_id"] = stop_tokens(tokenizer)
+        if len(special["eos_token_id"]) == 1:
+            special["eos_token_id"] = tokenizer.eot_token
 
     try:
         hf_config = transformers.AutoConfig.for_model(
@@ -361,7 +343,7 @@ def write_hf_config(model_type, config, folder, dtype, tokenizer):
     # transformers 5 writes rope_parameters instead; without these keys, transformers 4 and other
     # readers would silently use default frequencies
     path = folder / "config.json"
-    write_json(path, read_json(path) | rope_keys(config))
+    write_json(path, read_json(path, {}) | rope_keys(config))
     transformers.GenerationConfig(**special).save_pretrained(folder)
 
 
@@ -375,16 +357,20 @@ def rope_keys(config):
     return {"rope_theta": config.rope_theta, "rope_scaling": scaling}
 
 
-def compare_logits(model, folder, dtype="float32"):
+def compare_logits(model, folder, dtype="float32", changes=None):
     """Compares model with the one that transformers loads from folder; one line with the result.
 
+    changes are keys of config.json that are given to transformers with other values.
     The input is random ids at the positions 0 to block_size - 1, at most 2,048 of them.
     Raises UserError if the logits differ by more than rounding to dtype explains.
     """
     transformers = import_transformers()
     try:
+        hf_config = transformers.AutoConfig.from_pretrained(folder)
+        for key, value in (changes or {}).items():
+            setattr(hf_config, key, value)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True
+            folder, config=hf_config, dtype=torch.float32, use_safetensors=True
         ).eval()
     except Exception as error:  # transformers raises many kinds of errors for a bad folder
         raise UserError(
@@ -410,98 +396,17 @@ def compare_logits(model, folder, dtype="float32"):
     )
 
 
-def write_hf_tokenizer(encoding, folder, block_size):
-    """A tiktoken.Encoding as tokenizer.json and tokenizer_config.json.
-
-    Raises UserError if transformers reads other ids from them.
-    """
-    hf_tokenizer(encoding).save(str(folder / HF_TOKENIZER))
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "tiktoken": encoding.name,  # lets from_hf recognize it
-        "eos_token": EOT,
-        "bos_token": EOT,
-        "pad_token": EOT,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": block_size,
-    })
-    check_tokenizer(encoding, folder)
-
-
-def hf_tokenizer(encoding):
-    """The tokenizers.Tokenizer that gives the ids of a tiktoken.Encoding.
-
-    tiktoken merges the neighbours whose union has the lowest id. tokenizers merges by a list of
-    pairs, first pair first. So the list has each split of each token in two, in the order of ids.
-    """
-    tokenizers = import_extra("tokenizers")
-    ranks = encoding._mergeable_ranks                        # {bytes: id}
-    merges = []
-    for token in sorted(ranks, key=ranks.get):
-        for i in range(1, len(token)):
-            if token[:i] in ranks and token[i:] in ranks:
-                merges.append((visible(token[:i]), visible(token[i:])))
-    vocab = {visible(token): i for token, i in ranks.items()} | encoding._special_tokens
-    model = tokenizers.models.BPE(vocab=vocab, merges=merges, ignore_merges=True)
-    tokenizer = tokenizers.Tokenizer(model)
-
-    to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    steps = [to_bytes]
-    if merges:
-        # "{1,3}+" is possessive for tiktoken, but a repeated group for tokenizers. Without the +,
-        # tokenizers matches what tiktoken does
-        pattern = tokenizers.Regex(encoding._pat_str.replace("}+", "}"))
-        steps = [tokenizers.pre_tokenizers.Split(pattern, behavior="isolated"), to_bytes]
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-
-    special = []
-    for name in sorted(encoding._special_tokens, key=encoding._special_tokens.get):
-        special.append(tokenizers.AddedToken(name, normalized=False, special=True))
-    tokenizer.add_special_tokens(special)
-    return tokenizer
-
-
-def visible(token):
-    """A token's bytes as the characters that a byte-level tokenizer.json uses for them."""
-    return "".join(UNICODE_OF_BYTE[byte] for byte in token)
-
-
-def check_tokenizer(encoding, folder):
-    """Raises UserError unless transformers gives the ids and the text of encoding.
-
-    Compared on program text, on whitespace and special tokens, and on many scripts.
-    """
-    transformers = import_transformers()
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    scripts = ""
-    for code in [*range(0x3000), *range(0x1F600, 0x1F640)]:
-        scripts += chr(code)
-        if code % 7 == 0:
-            scripts += " "
-    program_text = Path(__file__).read_text(encoding="utf-8")
-    for text in (program_text, f"it's 1234567 \n\n  DON'T\t{EOT} \r\n x", scripts):
-        ids = encoding.encode(text, allowed_special="all")
-        same_ids = theirs(text, add_special_tokens=False)["input_ids"] == ids
-        if not same_ids or theirs.decode(ids) != encoding.decode(ids):
-            raise UserError(
-                f"transformers {transformers.__version__} does not read tokenizer "
-                f"{encoding.name!r} as tiktoken does: use another version of transformers, or "
-                "another tokenizer"
-            )
-
-
 # -- from Hugging Face ---------------------------------------------------------------------------
 
 def from_hf(config):
     """Writes a Hugging Face folder as a checkpoint, and compares the logits."""
-    if config.hf_dir is None or not Path(config.hf_dir).is_dir():
+    if not config.hf_dir or not Path(config.hf_dir).is_dir():
         raise UserError(
             f"there is no folder {config.hf_dir}: name one that holds config.json and safetensors "
             "with --hf_dir"
         )
     hf_dir = Path(config.hf_dir)
-    hf = read_json(hf_dir / "config.json")
+    hf = read_json(hf_dir / "config.json", HF_CONFIG)
     gpt_config = model_config(hf, hf_dir / "config.json")
     state = {
         "model": read_weights(hf_dir, gpt_config),
@@ -509,20 +414,45 @@ def from_hf(config):
         "tokenizer": "none",
     }
     with whole(config.out_dir, "out_dir") as folder:
+        warning = f"{hf_dir} has no {HF_TOKENIZER}, so {config.out_dir} has no tokenizer"
         if (hf_dir / HF_TOKENIZER).exists():
-            state["tokenizer"] = read_tokenizer(hf_dir, hf, folder)
+            tokenizer = read_tokenizer(hf_dir, hf, folder)
+            state["tokenizer"] = tokenizer.name
+            warning = compare_import(tokenizer, hf_dir)
         model = write(folder, state)
-        compared = compare_logits(model, hf_dir)
+        compared = compare_logits(model, hf_dir, changes=rope_for_version_4(hf, gpt_config))
     print(
         f"{config.out_dir}: {costs.num_params(model):,} parameters, n_head {gpt_config.n_head}, "
         f"n_kv_head {gpt_config.n_kv_head}, tokenizer {state['tokenizer']}"
     )
     print(compared)
-    if state["tokenizer"] == "none":
-        print(
-            f"warning: {hf_dir} has no {HF_TOKENIZER}, so {config.out_dir} has no tokenizer",
-            file=sys.stderr,
-        )
+    if warning is None:
+        print("AutoTokenizer gives the same ids on all check texts")
+    else:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+# the part of config.json that is not checked as settings of GPTConfig are
+def texts(value):
+    """A list of text, or null."""
+    if isinstance(value, list):
+        return all(isinstance(element, str) for element in value)
+    return value is None
+
+
+HF_CONFIG = SPECIAL_IDS | {
+    "layer_types?": texts,
+    "rope_parameters?": (dict, type(None)),
+    "rope_scaling?": (dict, type(None)),
+}
+
+
+def rope_for_version_4(hf, config):
+    """The keys of config.json that transformers 4 lacks in a file that version 5 saved."""
+    version = import_transformers().__version__
+    if int(version.split(".")[0]) < 5 and hf.get("rope_parameters"):
+        return rope_keys(config)
+    return {}
 
 
 def model_config(hf, path):
@@ -537,8 +467,6 @@ def model_config(hf, path):
             f"{path}: model_type {model_type!r} is not known here, only {', '.join(READABLE)} are"
         )
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5, or 4
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_parameters is not a JSON object: download it again")
     for key, value in unrepresentable(hf, rope).items():
         raise UserError(
             f"{path}: {key}={value!s:.60} cannot be represented by this model: use another "
@@ -604,29 +532,54 @@ def read_weights(folder, config):
 
     UserError that names a tensor which is missing, unknown or of another shape.
     """
+    files = weight_files(folder)
+    shapes = {}  # of the tensors in the files, by name
+    for path in files:
+        with open_safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a dict)
+                shapes[name] = file.get_slice(name).get_shape()
+    check_layers(folder, shapes, config.n_layer)
     expected = expected_weights(folder, config)
+    for name in [*expected, *shapes]:
+        check_tensor(folder, name, shapes, expected)
     weights = {}
-    for path in weight_files(folder):
-        for name, tensor in read_safetensors(path):
-            if name.endswith("rotary_emb.inv_freq"):
-                continue  # model.py computes it
-            if name == "lm_head.weight" and config.tie_embeddings:
-                continue  # a copy of the embedding table
-            if name not in expected:
-                raise UserError(
-                    f"{path} holds {name}, which this model does not have: use another checkpoint"
-                )
-            our_name, shape = expected[name]
-            if tensor.shape != shape:
-                raise UserError(
-                    f"{path}: {name} has shape {list(tensor.shape)} where config.json promises "
-                    f"{list(shape)}: download both again"
-                )
-            weights[our_name] = tensor.float()
-    for name, (our_name, _) in expected.items():
-        if our_name not in weights:
-            raise UserError(f"{folder} has no tensor {name}: download it again")
+    for path in files:
+        with open_safetensors(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                if name in expected:
+                    weights[expected[name][0]] = file.get_tensor(name).float()
     return weights
+
+
+def check_layers(folder, names, n_layer):
+    """UserError unless n_layer layers are among the names: before a model of that size is made."""
+    layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
+    if n_layer > len(layers):
+        missing = next(i for i in range(n_layer) if str(i) not in layers)
+        raise UserError(
+            f"{folder} has no tensor model.layers.{missing}.*, but config.json promises {n_layer} "
+            "layers: download both again"
+        )
+
+
+def check_tensor(folder, name, shapes, expected):
+    """UserError unless the tensor called name is both in the files and expected, with one shape."""
+    if name not in shapes:
+        raise UserError(f"{folder} has no tensor {name}: download it again")
+    if name not in expected:
+        if name.endswith("rotary_emb.inv_freq"):
+            return  # model.py computes it
+        if name == "lm_head.weight":
+            return  # tied: a copy of the embedding table
+        raise UserError(
+            f"{folder} holds {name}, which this model does not have: use another checkpoint"
+        )
+    shape = list(expected[name][1])
+    if shapes[name] != shape:
+        raise UserError(
+            f"{folder}: {name} has shape {shapes[name]} where config.json promises {shape}: "
+            "download both again"
+        )
 
 
 def expected_weights(folder, config):
@@ -646,20 +599,17 @@ def weight_files(folder):
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
-    file_of_tensor = read_json(index).get("weight_map")
-    if not isinstance(file_of_tensor, dict):
-        return [folder / "model.safetensors"]
-    names = {os.path.basename(str(file)) for file in file_of_tensor.values()}
-    return [folder / name for name in sorted(names)]
+    file_of_tensor = read_json(index, {"weight_map": {str: base_name}})["weight_map"]
+    return [folder / name for name in sorted(set(file_of_tensor.values()))]
 
 
-def read_safetensors(path):
-    """Yields (name, tensor) of a file. Raises UserError if it cannot be read."""
+@contextlib.contextmanager
+def open_safetensors(path):
+    """An open file of tensors. Raises UserError if it cannot be read."""
     safetensors = import_extra("safetensors")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is not a dict)
-                yield name, file.get_tensor(name)
+            yield file
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
         raise UserError(
             f"{path} cannot be read ({one_line(error, 100)}): download it again; only safetensors "
@@ -667,65 +617,16 @@ def read_safetensors(path):
         ) from None
 
 
-def read_tokenizer(hf_dir, hf, folder):
-    """The name of the tokenizer in hf_dir. It is copied to folder unless tiktoken provides it.
-
-    hf is the content of config.json.
-    """
-    path = hf_dir / HF_TOKENIZER
-    try:
-        theirs = import_extra("tokenizers").Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(
-            f"{path} cannot be read ({one_line(error, 100)}): download it again"
-        ) from None
-    about = {}
-    if (hf_dir / "tokenizer_config.json").exists():
-        about = read_json(hf_dir / "tokenizer_config.json")
-    if is_tiktoken(about.get("tiktoken"), theirs):
-        return about["tiktoken"]
-    # the ids in config.json are those that the model was trained with
-    for key in ("eos_token", "bos_token"):
-        token = special_token(theirs, hf.get(f"{key}_id"))
-        if token is not None:
-            about[key] = token
-    shutil.copy(path, folder)
-    write_json(folder / "tokenizer_config.json", about)
-    return HuggingFaceTokenizer(folder).name
-
-
-def is_tiktoken(name, theirs):
-    """Whether a tokenizers.Tokenizer is the one that to_hf writes for a tiktoken encoding."""
-    if not isinstance(name, str):
-        return False  # not written by to_hf
-    try:
-        encoding = get_tokenizer(name)
-    except UserError:
-        return False  # the files of tiktoken are not on this machine
-    if not isinstance(encoding, tiktoken.Encoding):
-        return False
-    return hf_tokenizer(encoding).to_str() == theirs.to_str()
-
-
-def special_token(tokenizer, ids):
-    """The token with the id in a config.json, which may be a list of ids; None without one."""
-    if isinstance(ids, list):
-        ids = next(iter(ids), None)
-    if ids is None:
-        return None
-    return tokenizer.id_to_token(ids)
-
-
 # -- key/value heads -----------------------------------------------------------------------------
 
 def pool(config):
     """Writes a checkpoint with another number of key/value heads."""
-    state, model = load_checkpoint(config.out_dir)
+    state, model, source = load_checkpoint(config.out_dir)
     before = model.config
     after = pooled_config(before, config)
     moments = [None] * before.n_layer
     if config.dataset is not None:
-        moments = input_moments(model, pooling_inputs(state, config.dataset, before.block_size))
+        moments = input_moments(model, pooling_inputs(state, config, before.block_size))
     fresh = None
     if config.method == "random":
         fresh = checkpoint.new_model(GPT, after, config.seed).state_dict()
@@ -748,7 +649,7 @@ def pool(config):
         weights |= join_heads(heads, prefix, before)
 
     with whole(config.new_dir, "new_dir") as folder:
-        copy_tokenizer(state["tokenizer"], config.out_dir, folder)
+        copy_tokenizer(state["tokenizer"], source, folder)
         new_state = {"model": weights, "config": asdict(after), "tokenizer": state["tokenizer"]}
         model = write(folder, new_state)
     report(before, config, model)
@@ -779,10 +680,11 @@ def pooled_config(before, config):
     return after
 
 
-def pooling_inputs(state, name, block_size):
-    """64 training sequences of a data set, (64, block_size) token ids."""
-    dataset = Dataset(name)
-    theirs, ours = dataset.meta["tokenizer"], state["tokenizer"]
+def pooling_inputs(state, config, block_size):
+    """64 training sequences of config.dataset, (64, block_size) token ids."""
+    dataset = Dataset(config.dataset)
+    theirs = dataset.meta["tokenizer"]
+    ours = present_name(state["tokenizer"], checkpoint.path_of(config.out_dir).parent)
     if theirs != ours:
         raise UserError(
             f"{dataset.folder} has tokenizer {theirs!r}, the checkpoint {ours!r}: pass a data set "

@@ -33,7 +33,7 @@ from nanogqa.costs import SHAPE, count_params
 from nanogqa.distributed import barrier, check_parallel, local, placed, total, whole, world
 from nanogqa.files import check_writable, created, replacing, sync, write_json
 from nanogqa.runtime import check_memory
-from nanogqa.tokenizer import HF_CONFIG, HF_TOKENIZER, copy_tokenizer
+from nanogqa.tokenizer import HF_CONFIG, HF_TOKENIZER, copy_tokenizer, present_name
 
 NAME = "ckpt.pt"      # the newest checkpoint
 BEST = "ckpt_best.pt"  # the one with the lowest validation loss
@@ -696,6 +696,8 @@ def check_data(config, state, dataset):
     meta = dataset.meta
     source = config.out_dir if config.init_from == "resume" else config.init_from
     tokenizer = state["tokenizer"]
+    if tokenizer != meta["tokenizer"]:
+        tokenizer = present_name(tokenizer, path_of(source).parent)
     if tokenizer not in (meta["tokenizer"], "none"):
         same = source if tokenizer.startswith("tokenizer.json") else tokenizer
         raise UserError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tiktoken
 
+from nanogqa import schema
 from nanogqa.configurator import UserError, one_line
 
 EOT = "<|endoftext|>"
@@ -32,6 +33,17 @@ def unicode_of_bytes():
 
 UNICODE_OF_BYTE = unicode_of_bytes()
 
+# what tokenizers treat differently: see check_strings
+CHECKS = [
+    "", "a", "the", " ", " one blank", "   three blanks", "in  the   middle", "at the end ",
+    " " * 17, f"long{' ' * 100}blanks", "\n", "\n\n\n a\r\n\t b \n ", "\t\ttabs", "2026",
+    "1234567 12,345.67 10**6 \u00bd \uff11\uff12\uff13", "it's DON'T they'll I'M",
+    "HelloWorld HTTPServer", "\u6f22\u5b57\u304b\u306a \u30ab\u30ca \ud55c\uad6d\uc5b4\u3002",
+    "\U0001f642\U0001f44d\U0001f3fd \U0001f469\u200d\U0001f467", "na\u00efve \u00e9 e\u0301 \ufb01",
+    "\u0104\u0141\u017b\u00a0\u2003\u200b\u3000.", "\u2581lower\u2581block", "<0x0A>",
+    "def f(x):\n    return x**2  # a comment\n\n\nprint(f(3))\n",
+]
+
 
 # -- tokenizers ------------------------------------------------------------------------------------
 
@@ -39,7 +51,8 @@ def get_tokenizer(name, folder="."):
     """The tokenizer called name.
 
     "byte" has one id per byte, 0 to 255, and end-of-text as 256. A tiktoken name gives that
-    Encoding. "tokenizer.json HASH" gives the tokenizer.json in folder, which must have that hash.
+    Encoding. "tokenizer.json HASH" gives the tokenizer.json in folder, which must have that
+    fingerprint.
     """
     if name == "byte":
         return byte_tokenizer()
@@ -52,6 +65,16 @@ def get_tokenizer(name, folder="."):
     return tiktoken_tokenizer(name)
 
 
+def present_name(name, folder):
+    """The name that get_tokenizer(name, folder) has in this version.
+
+    Earlier ones named a tokenizer.json by the hash of the file.
+    """
+    if name.startswith(HF_TOKENIZER):
+        name = get_tokenizer(name, folder).name
+    return name
+
+
 def byte_tokenizer():
     ranks = {bytes([byte]): byte for byte in range(256)}
     return tiktoken.Encoding(
@@ -61,9 +84,9 @@ def byte_tokenizer():
 
 def file_tokenizer(name, folder):
     tokenizer = HuggingFaceTokenizer(folder)
-    if tokenizer.name != name:
+    if name not in (tokenizer.name, tokenizer.file_name):
         raise UserError(
-            f"{folder}/{HF_TOKENIZER} is not the expected one (another sha256): "
+            f"{folder}/{HF_TOKENIZER} is not the expected one (it gives other ids): "
             "restore it from a copy"
         )
     return tokenizer
@@ -90,44 +113,136 @@ def tiktoken_tokenizer(name):
     return encoding
 
 
+def check_strings(special=()):
+    """Texts on which tokenizers are compared. special are the special tokens among them."""
+    every = ""
+    for code in [*range(1, 0x250), *range(0x370, 0x530), *range(0x4E00, 0x4E40)]:
+        every += chr(code)
+        if code % 7 == 0:
+            every += " "
+    texts = [*CHECKS, every]
+    for token in special:
+        texts += [token, f"text{token}then {token} then", f"{token}  two blanks {token}\n"]
+    return texts
+
+
 class HuggingFaceTokenizer:
     """A tokenizer.json with the part of tiktoken.Encoding's interface that this project uses.
 
-    The eos_token and bos_token are read from the tokenizer_config.json beside it.
+    config is the content of the tokenizer_config.json beside it, which is read unless given. It
+    names the eos_token and the bos_token. Its stop_token_ids, a key of this project, lists all ids
+    that end a text, the end-of-text token of documents first.
     """
 
-    def __init__(self, folder):
-        path = Path(folder) / HF_TOKENIZER
+    def __init__(self, folder, config=None):
+        self.folder = Path(folder)
+        if config is None:
+            config = read_tokenizer_config(folder)
         try:
-            import tokenizers
+            self.load(config)
         except ImportError:
             raise UserError(
-                f"{path} needs tokenizers: pip install transformers safetensors"
+                f"{self.folder / HF_TOKENIZER} needs tokenizers: pip install transformers "
+                "safetensors"
             ) from None
-        try:
-            content = path.read_bytes()
-            self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
-            special = read_special_tokens(Path(folder) / HF_CONFIG)
-            eos = self.tokenizer.token_to_id(special["eos_token"])
-            bos = self.tokenizer.token_to_id(special["bos_token"])
-            decoder = json.loads(self.tokenizer.to_str())["decoder"]
-        except Exception as error:  # tokenizers raises nothing narrower
+        except (UserError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers raises a bare Exception, or panics
             raise UserError(
-                f"{path} cannot be read ({one_line(error, 100)}): download it again"
+                f"{self.folder / HF_TOKENIZER} cannot be read ({one_line(error, 100)}): download "
+                "it again"
             ) from None
-        if eos is None:
-            raise UserError(
-                f"{Path(folder) / HF_CONFIG} names no eos_token that ends a document: add it"
-            )
-        self.name = f"{HF_TOKENIZER} {hashlib.sha256(content).hexdigest()[:16]}"
-        self.eot_token = eos
-        self.bos_token = bos
-        if bos is None:
-            self.bos_token = eos
-        self.byte_level = "ByteLevel" in json.dumps(decoder)
-        self.n_vocab = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def load(self, config):
+        """Reads the file. Raises UserError, or any exception of tokenizers."""
+        import tokenizers
+        content = (self.folder / HF_TOKENIZER).read_bytes()
+        self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        # a file may store both, which cuts and pads texts; AutoTokenizer ignores them too
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.vocab = self.tokenizer.get_vocab(with_added_tokens=True)  # {token: id}
+        self.n_vocab = max(self.vocab.values()) + 1
         self.added = self.tokenizer.get_added_tokens_decoder()  # {id: token}
+        self.byte_level = "ByteLevel" in json.dumps(json.loads(content).get("decoder"))
         self.byte_of_unicode = {char: byte for byte, char in UNICODE_OF_BYTE.items()}
+        self.find_special_tokens(config)
+        self.check_decoding()
+        # a checkpoint or data set of an earlier version names the file, not what it does
+        self.file_name = f"{HF_TOKENIZER} {hashlib.sha256(content).hexdigest()[:16]}"
+        self.name = f"{HF_TOKENIZER} {self.fingerprint()}"
+
+    def find_special_tokens(self, config):
+        """Sets eot_token, bos_token and stop_tokens."""
+        self.stop_tokens = self.known(config.get("stop_token_ids", []))
+        eos = self.id_of(config.get("eos_token"))
+        if not self.stop_tokens and eos is not None:
+            self.stop_tokens = [eos]
+        if not self.stop_tokens:
+            raise UserError(
+                f"{self.folder / HF_CONFIG} names no eos_token that ends a document: add it"
+            )
+        self.eot_token = self.stop_tokens[0]
+        self.bos_token = self.id_of(config.get("bos_token"))
+        if self.bos_token is None:
+            self.bos_token = self.eot_token
+
+    def id_of(self, token):
+        """The id of a special token as in a tokenizer_config.json; None without one."""
+        if isinstance(token, dict):
+            token = token["content"]
+        return self.vocab.get(token)
+
+    def known(self, ids):
+        """Those of the ids that are tokens here."""
+        return [token for token in ids if self.tokenizer.id_to_token(token) is not None]
+
+    def special_tokens(self):
+        """The keys of a tokenizer_config.json that give the special tokens of this object."""
+        keys = {"eos_token": self.tokenizer.id_to_token(self.eot_token)}
+        if self.bos_token != self.eot_token:
+            keys["bos_token"] = self.tokenizer.id_to_token(self.bos_token)
+        if len(self.stop_tokens) > 1:
+            keys["stop_token_ids"] = self.stop_tokens
+        return keys
+
+    @property
+    def special_tokens_set(self):
+        """The texts of the special tokens."""
+        return {token.content for token in self.added.values() if token.special}
+
+    def check_strings(self):
+        return check_strings(sorted(self.special_tokens_set)[:20])
+
+    def check_decoding(self):
+        """UserError unless the tokens of a text, decoded one by one, give what all give at once.
+
+        They may differ by the blank that SentencePiece puts in front of a text.
+        """
+        for text in self.check_strings():
+            ids = self.encode(text)
+            pieces = b"".join(self.decode_single_token_bytes(token) for token in ids)
+            pieces = pieces.decode(errors="replace")
+            together = self.tokenizer.decode(ids, skip_special_tokens=False)
+            if pieces not in (together, f" {together}"):
+                kind = type(self.tokenizer.model).__name__
+                raise UserError(
+                    f"{self.folder / HF_TOKENIZER} is a tokenizer of kind {kind} whose text cannot "
+                    "be decoded token by token: use one that is byte-level or SentencePiece, as "
+                    "language models have"
+                )
+
+    def fingerprint(self):
+        """16 hexadecimal digits that depend on what the tokenizer does, not on how it is written.
+
+        They cover its vocabulary, and the ids of the check strings and of 2,000 of its tokens.
+        """
+        some = sorted(self.vocab.values())[::len(self.vocab) // 2000 + 1]
+        encoded = []
+        for text in [*self.check_strings(), self.tokenizer.decode(some)]:
+            encoded.append((self.encode(text), self.encode_ordinary(text)))
+        content = json.dumps([sorted(self.vocab.items()), encoded])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def encode(self, text, allowed_special="all"):
         """Ids of text, with the prefix that the model expects (a BOS token, for Llama)."""
@@ -157,21 +272,43 @@ class HuggingFaceTokenizer:
         return piece.replace("\u2581", " ").encode()  # SentencePiece writes a space as U+2581
 
 
-def read_special_tokens(path):
-    """The eos_token and bos_token in a tokenizer_config.json; "" for one that is not there.
+def special_token(value):
+    """A special token as text, as {"content": text, ...}, or null."""
+    if isinstance(value, dict):
+        value = value.get("content")
+        return isinstance(value, str)
+    return value is None or isinstance(value, str)
 
-    The file stores a token as text or as {"content": text, ...}.
-    """
-    config = {}
-    if path.exists():
-        config = json.loads(path.read_text(encoding="utf-8"))
-    tokens = {}
-    for key in ("eos_token", "bos_token"):
-        token = config.get(key) or ""
-        if isinstance(token, dict):
-            token = token["content"]
-        tokens[key] = token
-    return tokens
+
+def token_id(value):
+    """The id of a token."""
+    return schema.count(value) and value < 2**32
+
+
+TOKENIZER_CONFIG = {
+    "eos_token?": special_token,
+    "bos_token?": special_token,
+    "tiktoken?": str,  # written by convert.py: the encoding's name
+    "stop_token_ids?": [token_id],
+}
+
+
+def read_tokenizer_config(folder):
+    """The content of the tokenizer_config.json in folder; {} without one."""
+    path = Path(folder) / HF_CONFIG
+    try:
+        return schema.read_json(path, TOKENIZER_CONFIG)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({one_line(error, 100)}): download it again"
+        ) from None
+
+
+def stop_tokens(encoding):
+    """The ids that end a text, the end-of-text token of documents first."""
+    return getattr(encoding, "stop_tokens", [encoding.eot_token])
 
 
 def copy_tokenizer(name, source, target):
@@ -204,11 +341,12 @@ def known_ids(encoding, vocab_size):
 
 
 class Text:
-    """One sample as text while it grows: whole characters, up to end-of-text or the stop string."""
+    """One sample as text while it grows: whole characters, up to a stop token or stop string."""
 
     def __init__(self, encoding, stop=None):
         self.encoding = encoding
         self.stop = stop
+        self.stop_tokens = stop_tokens(encoding)
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.held = ""  # decoded text that may be the beginning of the stop string
         self.done = False
@@ -217,7 +355,7 @@ class Text:
         """Appends a token id. Returns the text that can be shown now."""
         if self.done:
             return ""
-        if token == self.encoding.eot_token:
+        if token in self.stop_tokens:
             return self.finish()
         self.held += self.decoder.decode(self.encoding.decode_single_token_bytes(token))
         if self.stop and self.stop in self.held:

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -21,6 +22,7 @@ import train
 from model import GPT, GPTConfig, rope_frequencies
 from nanogqa import checkpoint, costs, tokenizer
 from nanogqa.pool import best_partition
+from nanogqa.prompts import encode_prompts
 from nanogqa.tokenizer import get_tokenizer
 from nanogqa.writer import write_dataset
 
@@ -754,9 +756,62 @@ def test_a_tokenizer_that_tiktoken_cannot_express_is_copied(
     (tmp_path / "tuned/tokenizer.json").write_text(
         (tmp_path / "tuned/tokenizer.json").read_text() + " "
     )
-    assert "another sha256" in fails(
+    sample.main(command(out_dir=tmp_path / "tuned", max_new_tokens=1, device="cpu"))
+    theirs.add_tokens(["zebra"])
+    theirs.save(str(tmp_path / "tuned/tokenizer.json"))
+    assert "it gives other ids" in fails(
         sample.main, command(out_dir=tmp_path / "tuned", device="cpu"), capsys
     )
+
+
+def tokenizer_folder(tokenizers, folder, **changes):
+    """A folder with the tokenizer of sentencepiece_like, and these keys of its JSON replaced."""
+    content = json.loads(sentencepiece_like(tokenizers).to_str())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(content | changes))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="</s>")))
+    return folder
+
+
+TRUNCATION = dict(direction="Right", max_length=17, strategy="LongestFirst", stride=0)
+PADDING = dict(
+    strategy=dict(Fixed=40),
+    direction="Right",
+    pad_to_multiple_of=None,
+    pad_id=2,
+    pad_type_id=0,
+    pad_token="</s>",
+)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(truncation=TRUNCATION),
+        dict(padding=PADDING),
+        dict(padding=PADDING | dict(strategy="BatchLongest", direction="Left")),
+        dict(truncation=TRUNCATION | dict(direction="Left"), padding=PADDING),
+    ],
+    ids=["truncation", "padding", "longest", "both"],
+)
+def test_stored_truncation_and_padding_change_no_text(tmp_path, changes):
+    """They once cut 15,631 bytes to 17 tokens: a decoded data set is its text, and so are prompts."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tokenizer_folder(tokenizers, tmp_path / "its", **changes)
+    plain = sentencepiece_like(tokenizers)
+    encoding = tokenizer.HuggingFaceTokenizer(folder)
+    texts = ["the", "then the ten \u00e9 \u6f22 " * 40]
+    for text in texts:
+        assert encoding.encode(text) == plain.encode(text).ids
+        assert encoding.encode_ordinary(text) == plain.encode(text).ids
+    assert encoding.encode_ordinary_batch(texts) == [plain.encode(text).ids for text in texts]
+    assert encode_prompts(encoding, texts) == [plain.encode(text).ids for text in texts]
+
+    write_dataset([("train", texts[1]), ("val", texts[0])], tmp_path / "data", str(folder))
+    ids = np.fromfile(tmp_path / "data/train.bin", dtype="<u2")
+    assert ids[0] == 1 and ids[-1] == 2
+    pieces = [encoding.decode_single_token_bytes(int(i)) for i in ids[1:-1]]
+    assert b"".join(pieces).decode() == " " + texts[1]
 
 
 def test_without_a_tokenizer(transformers, tmp_path, capsys, toy_data):
@@ -830,7 +885,7 @@ def cut(n):
             change_config(rope_parameters=dict(rope_type="llama3", rope_theta=1e4)),
             "the llama3 scaling lacks factor",
         ),
-        (change_config(rope_parameters=[1]), "rope_parameters is not a JSON object"),
+        (change_config(rope_parameters=[1]), "rope_parameters is [1], not a dict"),
         (
             change_config(
                 rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
@@ -849,7 +904,7 @@ def cut(n):
         (change_config(num_hidden_layers=3), "has no tensor model.layers.2."),
         (
             change_config(intermediate_size=64),
-            "has shape [32, 48] where config.json promises [32, 64]",
+            "has shape [48, 32] where config.json promises [64, 32]",
         ),
         (change_config(model_type="qwen3", head_dim="DROP"), "lacks head_dim"),
         (change_config(vocab_size=0), "vocab_size must be at least 1"),
@@ -881,7 +936,7 @@ def cut(n):
             lambda folder: (folder / "model.safetensors.index.json").write_text(
                 '{"weight_map": {"a": "../none.safetensors"}}'
             ),
-            "none.safetensors cannot be read",
+            "a is '../none.safetensors', which is not a base_name",
         ),
         (
             lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff"),

@@ -713,8 +713,9 @@ def test_tokenizer_files_tokenize_batches_as_they_do_texts(tmp_path, capsys):
     assert train.windows([0], train.n_tokens)[0].tolist() == want
     assert (tmp_path / "out/tokenizer.json").exists()
 
-    changed = (tmp_path / "tokenizer.json").read_text() + " "  # has another sha256
-    (tmp_path / "tokenizer.json").write_text(changed)
+    tokenizer.add_tokens(["eto"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    changed = (tmp_path / "tokenizer.json").read_text()
     assert "pass another --data_dir, or --overwrite=True" in fails(main, args, capsys)
     main([*args, "--overwrite=True"])
     assert (tmp_path / "out/tokenizer.json").read_text() == changed
