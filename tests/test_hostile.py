@@ -60,9 +60,10 @@ def cases(settings_class, rng, times):
 
 
 def attack(main, base, settings_class, times, capsys, folder):
-    """Runs main with each case. Returns {exit code: how often}; each must be allowed."""
+    """Runs main with each case, after one without. Returns {exit code: how often}; each must be
+    allowed."""
     codes, rng = {}, random.Random(times)
-    for given in cases(settings_class, rng, times):
+    for given in [[], *cases(settings_class, rng, times)]:
         before = tree(folder)
         capsys.readouterr()
         try:
@@ -74,6 +75,7 @@ def attack(main, base, settings_class, times, capsys, folder):
             raise AssertionError(given) from error
         error = capsys.readouterr().err
         codes[code] = codes.get(code, 0) + 1
+        assert given or code in ACCEPTED, error
         if code == 2:
             assert len(error.strip().splitlines()) == 1, (given, error)
             assert tree(folder) == before, (given, error, set(tree(folder)) ^ set(before))
@@ -160,7 +162,8 @@ def test_convert(here, capsys):
 
 def test_prepare(here, capsys):
     Path("text").mkdir()
-    Path("text/a.txt").write_text("some text to prepare. " * 40)
+    for name in ("a.txt", "b.txt"):
+        Path("text", name).write_text(f"some text of {name}. " * 40)
     codes = attack(program("text"), ["--input=text", "--data_dir=set"], PrepareConfig, 150, capsys,
                    here)
     assert codes[2] > 30, codes
