@@ -15,9 +15,9 @@ from nanogqa import checkpoint
 from nanogqa.configurator import build, in_range, parse, program
 from nanogqa.costs import prefill_chunk
 from nanogqa.fast import prepare_for_decoding
-from nanogqa.log import announce_sampling
 from nanogqa.prompts import Output, drawable, encode_prompts, read_prompts
 from nanogqa.runtime import check_sampling, compile_for_decoding, pick_runtime
+from nanogqa.terminal import announce_sampling
 from nanogqa.tokenizer import get_tokenizer, known_ids
 
 

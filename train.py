@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from model import GPT, GPTConfig, initial_weight
-from nanogqa import checkpoint, distributed, dropout, log
+from nanogqa import checkpoint, distributed, dropout, log, terminal, timing
 from nanogqa.batches import Batches, check_multiple
 from nanogqa.configurator import UserError, check_pattern, in_range, parse, program, subset
 from nanogqa.costs import mfu
@@ -207,7 +207,7 @@ def check_finite(finite, what, step, config, runtime):
 @program(remedy="lower batch_size (tokens_per_step may stay) or block_size")
 def main(argv):
     given = parse(TrainConfig, argv, __doc__)
-    with log.lasting_output(), distributed.joined(), distributed.explained(), ExitStack() as stack:
+    with terminal.lasting(), distributed.joined(), distributed.explained(), ExitStack() as stack:
         train(given, stack)
 
 
@@ -246,11 +246,11 @@ def train(given, stack):
         model.zero_grad(set_to_none=True)
     forward = distributed.replicate(compiled, config)
     settings = checkpoint.run_settings(config, GPTConfig)
-    log.announce(config, model, batches, runtime)
+    terminal.announce(config, model, batches, runtime)
     if resumed:
-        log.announce_resume(state, settings, runtime)
+        terminal.announce_resume(state, settings, runtime)
     if config.eval_only:
-        log.say(log.result(evaluate(compiled, batches, runtime)))
+        terminal.say(terminal.result(evaluate(compiled, batches, runtime)))
         return
 
     # what the loop keeps
@@ -261,7 +261,7 @@ def train(given, stack):
     saver = checkpoint.make_saver(config, runtime.rank)
     stop = stack.enter_context(StopSignal())
     logger = stack.enter_context(log.Log(config, start if resumed and not redo else start - 1))
-    times, rate = log.Times(runtime), log.Rate(config.tokens_per_step, start)
+    times, rate = timing.Times(runtime), timing.Rate(config.tokens_per_step, start)
     loss = grad_norm = None
     skipped = 0  # steps since the last log line whose gradient was not finite
     in_a_row = 0  # consecutive such steps
@@ -330,9 +330,9 @@ def train(given, stack):
     if not new:  # resumed where it had ended
         val_loss = state["val_loss"]
         metrics = dict(val_loss=val_loss, val_bpb=bits_per_byte(val_loss, dataset.val))
-    logger.print(f"done in {rate.elapsed()}: {log.result(metrics)}")
+    logger.print(f"done in {rate.elapsed()}: {terminal.result(metrics)}")
     logger.print(f"time: {times}")
-    logger.print(log.sampling_command(config, dataset))
+    logger.print(terminal.sampling_command(config, dataset))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -221,7 +222,7 @@ def test_all_programs_have_the_rules_of_program():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*/prepare.py")]:
         text = path.read_text()
         if "\ndef main(" in text:
-            assert "@program\ndef main(argv):" in text, path
+            assert re.search(r"^@program.*\ndef main\(argv\):", text, re.M), path
 
 
 def printing(*texts):

@@ -1,0 +1,130 @@
+"""What programs print: what is about to run, warnings, results."""
+import contextlib
+import sys
+
+from nanogqa.configurator import drop_output, off_default, one_line
+from nanogqa.costs import kv_bytes_per_token, kv_cache_bytes, num_params
+from nanogqa.distributed import world
+
+
+def master():
+    return world()[0] == 0
+
+
+def say(text):
+    """Prints on rank 0."""
+    if master():
+        print(text, flush=True)
+
+
+def warn(text):
+    """Prints a warning to standard error on rank 0."""
+    if master():
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+
+def reason(error):
+    """Why an exception was raised, as a few words."""
+    return getattr(error, "strerror", None) or one_line(error, 100)
+
+
+def count(n, noun):
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+# -- terminals that are full or gone ---------------------------------------------------------------
+
+class Lasting:
+    """A text stream that drops what it cannot write: a full disk or a closed terminal does not end
+    a run."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+
+@contextlib.contextmanager
+def lasting():
+    """While it is open, standard output and error are Lasting."""
+    out, err = Lasting(sys.stdout), Lasting(sys.stderr)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    finally:
+        drop_output()
+
+
+# -- what is about to run, and what has come of it -------------------------------------------------
+
+def announce(config, model, batches, runtime):
+    """Prints what is about to run."""
+    dataset = batches.dataset
+    meta = dataset.meta
+    per_step = config.tokens_per_step
+    epochs = per_step * config.max_steps / dataset.train.n_tokens
+    say(f"{runtime.why}; {count(runtime.ranks, 'rank')}")
+    say(f"model: {num_params(model):,} parameters ({num_params(model, embedding=False):,} "
+        f"without the embedding table), {off_default(model.config, ['n_head'])}, KV cache "
+        f"{kv_bytes_per_token(model.config):,} bytes per token in float32")
+    say(f"data: {config.dataset}, {dataset.train.n_tokens:,} training tokens, tokenizer "
+        f"{meta['tokenizer']}, sha256 {meta['sha256'][:16]}")
+    say(f"batch: {per_step:,} tokens per step = {count(batches.batch_size, 'sequence')} x "
+        f"{config.block_size} tokens x {count(runtime.ranks, 'rank')} x "
+        f"{count(batches.micro_steps, 'micro-step')}; {count(config.max_steps, 'step')} = "
+        f"{epochs:.2f} epochs")
+
+
+def announce_resume(state, settings, runtime):
+    """Prints the step of the checkpoint state, and what the resumed run does differently."""
+    now = settings | runtime.describe()
+    before = state["settings"] | state["runtime"]
+    changed = []
+    for key, value in now.items():
+        if before.get(key, value) != value:
+            changed.append(f"{key} {before[key]} -> {value}")
+    text = f"resuming at step {state['step']}"
+    if changed:
+        text += f", changed: {', '.join(changed)}"
+    say(text)
+
+
+def sampling_command(config, dataset):
+    """The command that samples from the run, as text."""
+    prompt = ""
+    if dataset.meta.get("python"):
+        prompt = "def "
+    return f'now try: python sample.py --out_dir={config.out_dir} --prompt="{prompt}"'
+
+
+def announce_sampling(config, gpt_config, runtime, step, ids):
+    """Prints to standard error what sample.py is about to run; ids are those of each prompt."""
+    longest, block_size = max(map(len, ids)), gpt_config.block_size
+    cache = "no KV cache"
+    if config.kv_cache:
+        per_token = kv_bytes_per_token(gpt_config, runtime.dtype)
+        length = min(block_size, longest + config.max_new_tokens)
+        row = kv_cache_bytes(gpt_config, length, runtime.dtype)
+        total = row * len(ids) * config.num_samples
+        cache = f"KV cache {per_token:,} bytes per token, {total:,} in all"
+    print(f"{runtime.why}; {config.out_dir} at step {step}, "
+          f"{off_default(gpt_config, ['n_head'])}; {cache}", file=sys.stderr)
+    if longest > block_size:
+        print(f"only the end of a prompt longer than block_size={block_size} is read",
+              file=sys.stderr)
+
+
+def result(metrics):
+    """The metrics of an evaluation as text."""
+    return ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
