@@ -216,7 +216,7 @@ def swap_bytes():
 def lines_of(path):
     """The lines of a file of the kernel; [] where there is no such file."""
     try:
-        return Path(path).read_text().splitlines()
+        return Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
 
