@@ -402,8 +402,7 @@ class Block(nn.Module):
         self.attn = ATTENTION[config.attention](config, layer)
         self.mlp_norm = norm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
-        self.attn_dropout = nn.Dropout(config.dropout)
-        self.mlp_dropout = nn.Dropout(config.dropout)
+        self.attn_dropout, self.mlp_dropout = nn.Dropout(config.dropout), nn.Dropout(config.dropout)
 
     def forward(self, x, context):
         x = x + self.attn_dropout(self.attn(self.attn_norm(x), context))

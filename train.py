@@ -20,7 +20,7 @@ from nanogqa.costs import mfu
 from nanogqa.dataloader import Dataset, bits_per_byte, prepare_default
 from nanogqa.distributed import StopSignal
 from nanogqa.fast import accelerate, keep_freed_memory
-from nanogqa.runtime import check_training, compile_model, pick_runtime
+from nanogqa.runtime import compile_model, pick_runtime
 
 SKIPS = 10  # consecutive steps with a non-finite gradient after which a run stops
 METRICS = ("val_loss", "val_bpb")  # keys of evaluate(); None in rows without one
@@ -222,14 +222,15 @@ def train(given, stack):
     # settings, data, device: all is checked before anything is written
     config, state = checkpoint.start(given, TrainConfig, GPTConfig)
     resumed = config.init_from == "resume"
+    start = state["step"] if resumed else 0
     prepare_default(config.dataset, distributed.world()[2])
     dataset = Dataset(config.dataset)
     config.vocab_size = config.vocab_size or dataset.meta["vocab_size"]
-    checkpoint.check_data(config, state, dataset)
-    checkpoint.check_run(GPT, GPTConfig, config, dataset, distributed.world()[1])
+    checkpoint.check_data(config, state, dataset.meta)
+    checkpoint.check_run(GPT, GPTConfig, config, dataset, distributed.world()[1], start)
     runtime = pick_runtime(config.device, config.dtype, config.compile)
     batches = Batches(dataset, config, runtime)
-    check_training(GPT, config, state["step"] if resumed else 0, batches, runtime)
+    checkpoint.verify_data(config, dataset)
     if not config.eval_only:
         checkpoint.open_folder(config.out_dir, dataset, locked, stack)
 
@@ -254,7 +255,6 @@ def train(given, stack):
         return
 
     # what the loop keeps
-    start = state["step"] if resumed else 0
     best = state["best_val_loss"] if resumed else None
     # max_steps was lowered to the step at which the run had stopped: that is not evaluated yet
     redo = resumed and start == config.max_steps and state["val_loss"] is None

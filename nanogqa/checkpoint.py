@@ -32,7 +32,7 @@ from nanogqa.configurator import (
 from nanogqa.costs import SHAPE, count_params
 from nanogqa.distributed import barrier, check_parallel, local, placed, total, whole, world
 from nanogqa.files import check_writable, created, replacing, sync, write_json
-from nanogqa.runtime import check_memory
+from nanogqa.runtime import check_memory, check_training
 from nanogqa.tokenizer import HF_CONFIG, HF_TOKENIZER, copy_tokenizer, present_name
 
 NAME = "ckpt.pt"      # the newest checkpoint
@@ -465,7 +465,7 @@ def new_model(GPT, config, seed=1337):
         if not torch.empty(0).is_meta:
             check_memory({SHAPE: 4 * count_params(GPT, config)})
         return GPT(config, seed)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, TypeError, MemoryError, OverflowError) as error:
         raise UserError(f"a model of this size cannot be created here ({one_line(error, 100)}): "
                         f"lower {SHAPE}") from None
 
@@ -687,13 +687,10 @@ def check_resume(config, state):
                         f"max_steps={config.max_steps}: raise it")
 
 
-def check_data(config, state, dataset):
-    """Raises UserError if the data set does not fit config or the state that a run starts from. At
-    resume its bytes are verified: by one rank of each machine, the others wait."""
-    dataset.check(config)
+def check_data(config, state, meta):
+    """Raises UserError if the data set's meta does not fit the state that a run starts from."""
     if state is None:
         return
-    meta = dataset.meta
     source = config.out_dir if config.init_from == "resume" else config.init_from
     tokenizer = state["tokenizer"]
     if tokenizer != meta["tokenizer"]:
@@ -707,20 +704,25 @@ def check_data(config, state, dataset):
         raise UserError(
             f"data set {config.dataset!r} is not the one that the run in {source} was trained on "
             "(another sha256): prepare that one again, or start another run with another --out_dir")
+
+
+def verify_data(config, dataset):
+    """Verifies the data of a resumed run: one rank of each machine does, the others wait."""
     if config.init_from == "resume":
         if world()[2] == 0:
             dataset.verify()
         barrier()
 
 
-def check_run(GPT, GPTConfig, config, dataset, ranks):
-    """Raises UserError if a run of config on that many ranks cannot work.
+def check_run(GPT, GPTConfig, config, dataset, ranks, step=0):
+    """Raises UserError if a run of config on that many ranks, from that step on, cannot work.
 
     train.py calls it before it writes anything, compare.py before the first of its runs.
     """
     check_parallel(config, ranks)
     dataset.check(config)
-    batch_shape(config, ranks)
+    batch_size = batch_shape(config, ranks)[0]
+    check_training(GPT, config, batch_size, ranks, step)
     if config.trainable:
         with torch.device("meta"):
             freeze(GPT(subset(GPTConfig, config)), config.trainable)

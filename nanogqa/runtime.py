@@ -57,13 +57,26 @@ def pick_runtime(device, dtype, compile, decoding_steps=None):
     return Runtime(device, dtype, compile, why, rank, ranks)
 
 
+def available():
+    """{kind of device: whether there is one here}, the fastest first."""
+    return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+            "cpu": True}
+
+
+def kind_of(device):
+    """The kind of device that the setting device stands for: cuda, mps or cpu."""
+    if device == "auto":
+        here = available()
+        return [kind for kind in here if here[kind]][0]
+    return device.partition(":")[0]
+
+
 def pick_device(device, ranks, local_rank):
     """(torch.device, why as text) of the setting device."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-            "cpu": True}
+    here = available()
     why = f"device {device}"
     if device == "auto":
-        device = [kind for kind in here if here[kind]][0]
+        device = kind_of(device)
         why = f"device {device} (found)"
         if device == "cpu":
             why = "device cpu (no GPU found)"
@@ -203,7 +216,7 @@ def swap_bytes():
 def lines_of(path):
     """The lines of a file of the kernel; [] where there is no such file."""
     try:
-        return Path(path).read_text().splitlines()
+        return Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
 
@@ -222,14 +235,14 @@ def gigabytes(n):
     return f"{n / 1e9:,.1f} GB"
 
 
-def check_training(GPT, config, step, batches, runtime):
+def check_training(GPT, config, batch_size, ranks, step):
     """Raises UserError if a run from that step on cannot fit into the machine's memory. On other
     devices than a CPU, the weights and the data are in it first."""
     steps = config.max_steps - step
-    if runtime.device.type != "cpu" or config.eval_only:
+    if config.eval_only or kind_of(config.device) != "cpu":
         steps = 0
-    tokens = batches.batch_size * config.block_size
-    check_memory(training_floor(config, count_params(GPT, config), tokens, runtime.ranks, steps))
+    tokens = batch_size * config.block_size
+    check_memory(training_floor(config, count_params(GPT, config), tokens, ranks, steps))
 
 
 def check_sampling(model, config, ids, runtime):

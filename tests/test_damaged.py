@@ -289,8 +289,8 @@ def test_verifying_much_data_is_announced(toy_data, capsys, monkeypatch):
 
 def test_a_fresh_start_does_not_read_the_whole_data_set(toy_data, monkeypatch):
     monkeypatch.setattr(Dataset, "verify", None)
-    config = train.TrainConfig(init_from="scratch", vocab_size=257)
-    checkpoint.check_data(config, None, Dataset(toy_data))
+    for init_from in ("scratch", "another/run"):
+        checkpoint.verify_data(train.TrainConfig(init_from=init_from), Dataset(toy_data))
 
 
 # -- names and paths -------------------------------------------------------------------------------
