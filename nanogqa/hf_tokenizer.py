@@ -84,7 +84,7 @@ def write_tokenizer(encoding, source, folder, config):
     about |= {"tokenizer_class": CLASS, "clean_up_tokenization_spaces": False}
     if config["model_type"] in FORCED:
         about["auto_map"] = {"AutoTokenizer": [None, f"{MODULE}.{CLASS}"]}
-        (folder / f"{MODULE}.py").write_text(PROGRAM)
+        (folder / f"{MODULE}.py").write_text(PROGRAM, encoding="utf-8")
     write_json(folder / HF_CONFIG, about)
     check_export(encoding, folder)
 
