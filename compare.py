@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from bench import BenchConfig, heads_of
 from model import GPT, SETTINGS_OF, GPTConfig
-from nanogqa import checkpoint, costs
+from nanogqa import checkpoint, costs, folder, resume
 from nanogqa.configurator import (
     UserError,
     build,
@@ -137,7 +137,7 @@ def check_plan(config, variants, given):
     """Raises UserError if one of the runs or timings cannot work."""
     dataset = Dataset(config.dataset)
     for variant in variants:
-        checkpoint.check_run(GPT, GPTConfig, variant.config, dataset, ranks_of(config))
+        resume.check_run(GPT, GPTConfig, variant.config, dataset, ranks_of(config))
     for timing in plan_timings(variants, config, given):
         for values in combinations(timing.settings):
             build(BenchConfig, {"mode": timing.mode, **values})
@@ -536,7 +536,7 @@ class Run:
         folder holds another run.
         """
         self.steps, self.finished, self.damage = 0, False, ""
-        if not checkpoint.exists(self.folder):
+        if not folder.exists(self.folder):
             return
         try:
             state = checkpoint.load(self.folder, GPTConfig)

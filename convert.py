@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from model import GPT, GPTConfig
-from nanogqa import checkpoint, costs
+from nanogqa import checkpoint, costs, folder, saver
 from nanogqa import pool as pooling
 from nanogqa.configurator import UserError, build, help_text, one_line, parse, program
 from nanogqa.dataloader import Dataset, train_batch
@@ -208,7 +208,7 @@ def load_checkpoint(out_dir):
     """
     state = checkpoint.load(out_dir, GPTConfig)
     model = checkpoint.load_model(GPT, GPTConfig(**state["config"]), state)
-    return state, model.eval(), checkpoint.path_of(out_dir).parent
+    return state, model.eval(), folder.path_of(out_dir).parent
 
 
 def write(folder, state):
@@ -227,7 +227,7 @@ def write(folder, state):
     }
     state = untrained | state
     model = checkpoint.load_model(GPT, GPTConfig(**state["config"]), state)
-    checkpoint.save(folder, state)
+    saver.save(folder, state)
     return model.eval()
 
 
@@ -684,7 +684,7 @@ def pooling_inputs(state, config, block_size):
     """64 training sequences of config.dataset, (64, block_size) token ids."""
     dataset = Dataset(config.dataset)
     theirs = dataset.meta["tokenizer"]
-    ours = present_name(state["tokenizer"], checkpoint.path_of(config.out_dir).parent)
+    ours = present_name(state["tokenizer"], folder.path_of(config.out_dir).parent)
     if theirs != ours:
         raise UserError(
             f"{dataset.folder} has tokenizer {theirs!r}, the checkpoint {ours!r}: pass a data set "

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from model import GPT, GPTConfig, KVCache
-from nanogqa import checkpoint
+from nanogqa import checkpoint, folder
 from nanogqa.configurator import build, in_range, parse, program
 from nanogqa.costs import prefill_chunk
 from nanogqa.fast import prepare_for_decoding
@@ -194,7 +194,7 @@ def main(argv):
     prompts = read_prompts(config.prompt, config.prompts)
     runtime = pick_runtime(config.device, config.dtype, config.compile, config.max_new_tokens)
     state = checkpoint.load(config.out_dir, GPTConfig)
-    encoding = get_tokenizer(state["tokenizer"], checkpoint.path_of(config.out_dir).parent)
+    encoding = get_tokenizer(state["tokenizer"], folder.path_of(config.out_dir).parent)
     gpt_config = GPTConfig(**state["config"])
     ids = encode_prompts(encoding, prompts, gpt_config.vocab_size)
     model = checkpoint.load_model(GPT, gpt_config, state).to(runtime.device, runtime.dtype).eval()

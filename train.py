@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from model import GPT, GPTConfig, initial_weight
-from nanogqa import checkpoint, distributed, dropout, log, terminal, timing
+from nanogqa import checkpoint, distributed, dropout, folder, log, resume, terminal, timing
 from nanogqa.batches import Batches, check_multiple
 from nanogqa.configurator import UserError, check_pattern, in_range, parse, program, subset
 from nanogqa.costs import mfu
@@ -21,6 +21,7 @@ from nanogqa.dataloader import Dataset, bits_per_byte, prepare_default
 from nanogqa.distributed import StopSignal
 from nanogqa.fast import accelerate, keep_freed_memory
 from nanogqa.runtime import compile_model, pick_runtime
+from nanogqa.saver import make_saver
 
 SKIPS = 10  # consecutive steps with a non-finite gradient after which a run stops
 METRICS = ("val_loss", "val_bpb")  # keys of evaluate(); None in rows without one
@@ -199,7 +200,7 @@ def check_finite(finite, what, step, config, runtime):
     if not finite:
         lr, dtype = learning_rate(max(0, step - 1), config), runtime.describe()["dtype"]
         raise UserError(f"the {what} at step {step} is not finite (lr {lr:.2e}, {dtype}): "
-                        f"{checkpoint.way_back(config.out_dir, step)}")
+                        f"{folder.way_back(config.out_dir, step)}")
 
 
 # -- the run ---------------------------------------------------------------------------------------
@@ -214,25 +215,25 @@ def main(argv):
 def train(given, stack):
     """The whole run, in time order. What is entered on stack is closed when it ends."""
     # the folder is locked before its checkpoint is read: another run may be writing it
-    call = checkpoint.per_call(given, TrainConfig)
+    call = resume.per_call(given, TrainConfig)
     locked = Path(call.out_dir).is_dir() and not call.eval_only
     if locked:
-        checkpoint.own(call.out_dir, stack)
+        folder.own(call.out_dir, stack)
 
     # settings, data, device: all is checked before anything is written
-    config, state = checkpoint.start(given, TrainConfig, GPTConfig)
+    config, state = resume.start(given, TrainConfig, GPTConfig)
     resumed = config.init_from == "resume"
     start = state["step"] if resumed else 0
     prepare_default(config.dataset, distributed.world()[2])
     dataset = Dataset(config.dataset)
     config.vocab_size = config.vocab_size or dataset.meta["vocab_size"]
-    checkpoint.check_data(config, state, dataset.meta)
-    checkpoint.check_run(GPT, GPTConfig, config, dataset, distributed.world()[1], start)
+    resume.check_data(config, state, dataset.meta)
+    resume.check_run(GPT, GPTConfig, config, dataset, distributed.world()[1], start)
     runtime = pick_runtime(config.device, config.dtype, config.compile)
     batches = Batches(dataset, config, runtime)
-    checkpoint.verify_data(config, dataset)
+    resume.verify_data(config, dataset)
     if not config.eval_only:
-        checkpoint.open_folder(config.out_dir, dataset, locked, stack)
+        folder.open_folder(config.out_dir, dataset, locked, stack)
 
     # model and optimizers: the plain model owns the weights and is saved, torch.compile wraps it,
     # and DDP wraps that; FSDP is inside it
@@ -246,7 +247,7 @@ def train(given, stack):
         compiled = compile_model(model, runtime, lambda f: backward(f, first, runtime))
         model.zero_grad(set_to_none=True)
     forward = distributed.replicate(compiled, config)
-    settings = checkpoint.run_settings(config, GPTConfig)
+    settings = resume.run_settings(config, GPTConfig)
     terminal.announce(config, model, batches, runtime)
     if resumed:
         terminal.announce_resume(state, settings, runtime)
@@ -258,7 +259,7 @@ def train(given, stack):
     best = state["best_val_loss"] if resumed else None
     # max_steps was lowered to the step at which the run had stopped: that is not evaluated yet
     redo = resumed and start == config.max_steps and state["val_loss"] is None
-    saver = checkpoint.make_saver(config, runtime.rank)
+    saver = make_saver(config, runtime.rank)
     stop = stack.enter_context(StopSignal())
     logger = stack.enter_context(log.Log(config, start if resumed and not redo else start - 1))
     times, rate = timing.Times(runtime), timing.Rate(config.tokens_per_step, start)

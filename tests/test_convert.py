@@ -20,7 +20,7 @@ import nanogqa.pool
 import sample
 import train
 from model import GPT, GPTConfig, rope_frequencies
-from nanogqa import checkpoint, costs, tokenizer
+from nanogqa import costs, saver, tokenizer
 from nanogqa.pool import best_partition
 from nanogqa.prompts import encode_prompts
 from nanogqa.tokenizer import get_tokenizer
@@ -37,7 +37,7 @@ def command(*words, **settings):
 def save(model, folder, tokenizer="none"):
     """A checkpoint of model's weights in folder, as from a run; its path as text."""
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(
+    saver.save(
         folder,
         dict(
             model=model.state_dict(),
@@ -281,7 +281,7 @@ def save_with(model, folder, **changes):
     """Saves model as a checkpoint of ConfigWithMore with these settings."""
     config = asdict(ConfigWithMore(**{**asdict(model.config), **changes}))
     state = torch.load(Path(save(model, folder)) / "ckpt.pt", weights_only=True)
-    checkpoint.save(folder, {**state, "config": config})
+    saver.save(folder, {**state, "config": config})
     return str(folder)
 
 
@@ -355,7 +355,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     source = save(toy_model(n_kv_head=4), tmp_path / "from")
-    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(saver, "save", full)
     assert "No space left" in fails(
         convert.main,
         command("pool", out_dir=source, n_kv_head=2, new_dir=tmp_path / "new"),

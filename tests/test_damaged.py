@@ -11,7 +11,7 @@ from test_inputs import fails, trained  # noqa: F401
 
 import sample
 import train
-from nanogqa import checkpoint, dataloader, schema
+from nanogqa import checkpoint, dataloader, resume, saver, schema
 from nanogqa.configurator import UserError
 from nanogqa.dataloader import Dataset
 from nanogqa.prompts import drawable, encode_prompts, read_prompts
@@ -190,7 +190,7 @@ def sharded(trained, tmp_path):  # noqa: F811
     """A run with a sharded checkpoint, as rank 0 of 1 would write it; its folder."""
     state = load(trained)
     folder = tmp_path / "run/sharded_2"
-    parts, plain = checkpoint.split(state)
+    parts, plain = saver.split(state)
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     dcp.save(parts, storage_writer=writer)
     (folder / "state.json").write_text(json.dumps(plain))
@@ -201,7 +201,7 @@ def resume_sharded(folder):
     """Reads the checkpoint into a model and its optimizers, as a resumed run does."""
     out_dir = folder.parent
     given = dict(out_dir=str(out_dir), init_from="resume")
-    config, state = checkpoint.start(given, train.TrainConfig, train.GPTConfig)
+    config, state = resume.start(given, train.TrainConfig, train.GPTConfig)
     model = train.GPT(train.subset(train.GPTConfig, config))
     optimizers = train.make_optimizers(model, config)
     checkpoint.load_optimizers(config, state, model, optimizers)
@@ -228,7 +228,7 @@ def test_a_sharded_checkpoint_is_checked_like_another(trained, sharded):  # noqa
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", [f"model.{WEIGHT}", f"exp_avg.{WEIGHT}"])
 def test_a_sharded_checkpoint_with_values_that_are_not_numbers(sharded, trained, part):  # noqa: F811
-    parts, _ = checkpoint.split(load(trained))
+    parts, _ = saver.split(load(trained))
     parts[part].fill_(torch.nan)
     for path in sharded.glob("*.safetensors"):
         path.unlink()
@@ -290,7 +290,7 @@ def test_verifying_much_data_is_announced(toy_data, capsys, monkeypatch):
 def test_a_fresh_start_does_not_read_the_whole_data_set(toy_data, monkeypatch):
     monkeypatch.setattr(Dataset, "verify", None)
     for init_from in ("scratch", "another/run"):
-        checkpoint.verify_data(train.TrainConfig(init_from=init_from), Dataset(toy_data))
+        resume.verify_data(train.TrainConfig(init_from=init_from), Dataset(toy_data))
 
 
 # -- names and paths -------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import compare
 import convert
 import sample
 import train
-from nanogqa import checkpoint, distributed, files, log
+from nanogqa import distributed, files, folder, log, saver as writes
 from nanogqa.configurator import program
 
 SHORT = ["--max_steps=2", "--eval_interval=10", "--log_interval=1"]
@@ -100,11 +100,11 @@ def test_a_disk_that_stays_full_costs_the_steps_since_the_checkpoint(
 
 def test_a_rank_that_has_saved_tries_again_with_one_that_has_not(tmp_path, monkeypatch):
     """Otherwise the other rank would wait for it forever."""
-    saver = checkpoint.ShardedSaver(train.TrainConfig(out_dir=str(tmp_path)), rank=1)
-    monkeypatch.setattr(checkpoint.dcp, "save", lambda *args, **kwargs: None)
+    saver = writes.ShardedSaver(train.TrainConfig(out_dir=str(tmp_path)), rank=1)
+    monkeypatch.setattr(writes.dcp, "save", lambda *args, **kwargs: None)
     state = dict(step=1, model={}, optimizer=dict(state={}))
     for failed in (1.0, 0.0):
-        monkeypatch.setattr(checkpoint, "total", lambda mine, failed=failed: mine + failed)
+        monkeypatch.setattr(writes, "total", lambda mine, failed=failed: mine + failed)
         saver.save(state)
         assert bool(saver.failed) == bool(failed)
 
@@ -339,7 +339,7 @@ def test_the_remedy_fits_what_is_there(toy_run, tmp_path, monkeypatch, capsys, s
     monkeypatch.setattr(train, "evaluate", lambda *args: dict(val_loss=next(losses), val_bpb=1.0))
     error = fails(train.main, toy_run, capsys)
     assert f"at step {step} is not finite" in error and error.endswith(words)
-    assert checkpoint.exists(tmp_path / "run") == (step > 0)
+    assert folder.exists(tmp_path / "run") == (step > 0)
 
 
 # -- wandb and the progress bar --------------------------------------------------------------------

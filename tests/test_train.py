@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import load, model_of
 
-from nanogqa import checkpoint
+from nanogqa import checkpoint, saver
 import train
 from nanogqa.dataloader import Dataset
 from model import GPT, GPTConfig
@@ -382,7 +382,7 @@ def test_writing_does_not_hold_up_training(toy_run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda *args: (time.sleep(0.5), save(*args)))
     monkeypatch.setattr(train, "evaluate", lambda *args: dict(val_loss=1.0, val_bpb=0.0))
     written = []
-    monkeypatch.setattr(checkpoint.Saver, "save", lambda self, *args, save=checkpoint.Saver.save: (
+    monkeypatch.setattr(saver.Saver, "save", lambda self, *args, save=saver.Saver.save: (
         written.append(time.perf_counter()), save(self, *args), written.append(time.perf_counter())))
     train.main([*toy_run, "--max_steps=1", "--eval_interval=10"])
     assert len(written) == 4 and written[1] - written[0] < 0.3, "the first save returned before its file was written"
@@ -434,15 +434,15 @@ def test_a_full_disk_in_the_middle_is_tried_again(toy_run, tmp_path):
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
-from nanogqa import checkpoint
+from nanogqa import checkpoint, saver
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-write, calls = checkpoint.Saver.write, []
+write, calls = saver.Saver.write, []
 def counted(self, state):
     calls.append(state["step"])
     if len(calls) == 3:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     write(self, state)
-checkpoint.Saver.write = counted
+saver.Saver.write = counted
 train.main(sys.argv[1:])
 print("saved", calls)
 """

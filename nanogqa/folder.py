@@ -1,0 +1,129 @@
+"""The folder of a run: names of its files, its lock, and what an earlier run has left in it."""
+import contextlib
+import os
+import re
+import shutil
+from pathlib import Path
+
+import filelock  # torch depends on it
+
+from nanogqa.configurator import UserError
+from nanogqa.distributed import barrier, world
+from nanogqa.files import check_writable, created
+from nanogqa.tokenizer import HF_CONFIG, HF_TOKENIZER, copy_tokenizer
+
+NAME = "ckpt.pt"      # the newest checkpoint
+BEST = "ckpt_best.pt"  # the one with the lowest validation loss
+# sharded_STEP is a folder of safetensors; state.json in it is written last
+SHARDED = "sharded_"
+
+
+# what opening the folder of a run creates in it
+OPENED = {".lock", HF_TOKENIZER, HF_CONFIG}
+# what a killed run may leave
+LEFT = re.compile(r"(ckpt(_best|_\d+)?\.pt|metrics\.jsonl|trace\.json|wandb\.json)\.part|"
+                  r"\.probe\d+")
+
+
+def numbered(out_dir, before, after=""):
+    """The numbers N of the files and folders BEFORE N AFTER in out_dir, in order.
+
+    Other names, such as ckpt_007.pt or sharded_backup, are not of a run.
+    """
+    name = re.compile(re.escape(before) + r"(0|[1-9]\d{0,17})" + re.escape(after))
+    found = []
+    for path in Path(out_dir).iterdir():
+        match = name.fullmatch(path.name)
+        if match:
+            found.append(int(match[1]))
+    return sorted(found)
+
+
+@contextlib.contextmanager
+def lock(out_dir, patience=60):
+    """While it is open, no other process holds lock(out_dir). UserError after patience seconds.
+
+    If nothing but OPENED was added to the folder in the end, that is removed.
+    """
+    before = set(os.listdir(out_dir))
+    held = filelock.FileLock(Path(out_dir) / ".lock")  # released with the process, however it ends
+    try:
+        held.acquire(timeout=patience, poll_interval=0.2)
+    except filelock.Timeout:
+        raise UserError(f"another run writes to {out_dir}: wait until it has ended, or choose "
+                        "another --out_dir") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # someone has removed the folder
+            added = set(os.listdir(out_dir)) - before
+            if added <= OPENED:
+                for name in added:
+                    (Path(out_dir) / name).unlink()
+        held.release()
+
+
+def own(out_dir, stack):
+    """Locks out_dir until stack closes: rank 0 does, the others wait for it."""
+    if world()[0] == 0:
+        stack.enter_context(lock(out_dir))
+    barrier()
+
+
+def open_folder(out_dir, dataset, locked, stack):
+    """Creates and locks the folder of a run, and copies the data set's tokenizer into it."""
+    if world()[0] == 0:
+        stack.enter_context(created(out_dir))
+    if not locked:
+        own(out_dir, stack)
+    if world()[0] == 0:
+        remove_left(out_dir)
+    check_writable(out_dir)
+    copy_tokenizer(dataset.meta["tokenizer"], dataset.folder, out_dir)
+
+
+def remove_left(out_dir):
+    """Removes what killed runs have left. The folder is locked."""
+    for path in Path(out_dir).iterdir():
+        if LEFT.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)  # another rank removes its own probe
+
+
+def path_of(out_dir):
+    """The path of a checkpoint: of a folder's ckpt.pt, or of a file such as ckpt_best.pt."""
+    path = Path(out_dir)
+    if path.is_file() or (path.suffix == ".pt" and not path.is_dir()):
+        return path
+    return path / NAME
+
+
+def find_sharded(out_dir):
+    """The folder of the newest complete sharded checkpoint in out_dir, or None."""
+    if Path(out_dir).is_dir():
+        for step in reversed(numbered(out_dir, SHARDED)):
+            folder = Path(out_dir) / f"{SHARDED}{step}"
+            if (folder / "state.json").exists():
+                return folder
+    return None
+
+
+def exists(out_dir):
+    return path_of(out_dir).exists() or find_sharded(out_dir) is not None
+
+
+def way_back(out_dir, step):
+    """What to do about a run whose numbers are not finite at that step, as the end of a message."""
+    if step == 0:
+        return "the model is so before its first step: choose --dtype=float32 or another model"
+    if exists(out_dir):
+        return "lower learning_rate and continue with --init_from=resume"
+    return "lower learning_rate and start again"
+
+
+def clear_sharded(out_dir, rank, keep=None):
+    """Removes the sharded checkpoints in out_dir, except the folder keep."""
+    if rank == 0:
+        for step in numbered(out_dir, SHARDED):
+            folder = Path(out_dir) / f"{SHARDED}{step}"
+            if folder != keep:
+                shutil.rmtree(folder, ignore_errors=True)

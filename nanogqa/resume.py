@@ -1,0 +1,138 @@
+"""From given settings to a run: what it takes from a checkpoint, and whether it can work.
+
+The classes GPT and GPTConfig, which this package does not import, are passed in.
+"""
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from nanogqa.batches import batch_shape
+from nanogqa.checkpoint import freeze, load, typed
+from nanogqa.configurator import UserError, build, subset
+from nanogqa.distributed import barrier, check_parallel, world
+from nanogqa.folder import exists, path_of
+from nanogqa.runtime import check_training
+from nanogqa.tokenizer import present_name
+
+# settings of one call, which no checkpoint keeps
+PER_CALL = {"out_dir", "init_from", "overwrite", "eval_only", "profile"}
+
+
+def per_call(given, cls):
+    """Builds cls from the settings that apply to this call only (PER_CALL)."""
+    return build(cls, {key: value for key, value in given.items() if key in PER_CALL})
+
+
+def start(given, cls, GPTConfig):
+    """(settings, state) of a run: state is the checkpoint to start from, or None.
+
+    A resumed run takes unspecified settings from its checkpoint; from another run's weights, only
+    the model's. cls extends GPTConfig.
+    """
+    call = per_call(given, cls)
+    out_dir, init_from = call.out_dir, call.init_from
+    if out_dir.endswith(".pt") and not (call.eval_only or Path(out_dir).is_dir()):
+        raise UserError(f"out_dir={out_dir} is a folder, but .pt ends the name of a checkpoint "
+                        "file: choose another --out_dir")
+    if init_from == "auto":
+        init_from = "resume" if exists(out_dir) else "scratch"
+    resume = init_from == "resume"
+    if exists(out_dir) and not (resume or call.overwrite or call.eval_only):
+        raise UserError(f"{out_dir} holds a checkpoint: continue it with --init_from=resume, "
+                        "replace it with --overwrite=True, or choose another --out_dir")
+    if call.eval_only and init_from == "scratch":
+        raise UserError("eval_only needs weights: add --init_from=resume, or --init_from=FOLDER "
+                        "with another run's checkpoint")
+    given = given | {"init_from": init_from}
+    if init_from == "scratch":
+        return build(cls, given), None
+    source = out_dir if resume else init_from
+    if not Path(source).exists():
+        raise UserError(f"{source} is not a folder: init_from takes scratch, resume, auto, a "
+                        "folder that holds a checkpoint, or the path of a ckpt_STEP.pt")
+    state = load(source, GPTConfig)
+    if resume and not state["settings"]:
+        raise UserError(f"{source} holds converted weights and no run to resume: pass it as "
+                        f"--init_from={source}, with another --out_dir")
+    # check given settings first, so that the error names the cause and not what follows from it
+    check_model({k: v for k, v in given.items() if v is not None}, state, source, resume)
+    base = state["config"]
+    if resume:
+        base = base | typed(cls, state["settings"], source)
+    config = build(cls, base | given)
+    config.vocab_size = config.vocab_size or state["config"]["vocab_size"]
+    check_model(asdict(config), state, source, resume)
+    if resume:
+        check_resume(config, state)
+    return config, state
+
+
+def check_model(values, state, source, resume):
+    """Raises UserError if a model setting in values differs from the checkpoint in source."""
+    for name, before in state["config"].items():
+        may_change = not resume and name in ("block_size", "dropout")
+        if values.get(name, before) != before and not may_change:
+            raise UserError(
+                f"{name}={values[name]}, but the model in {source} has {before}: leave {name} out, "
+                "or start from scratch in another --out_dir")
+
+
+def check_resume(config, state):
+    """Raises UserError if a setting differs that a run must keep to its end."""
+    for name in ("seed", "tokens_per_step"):
+        value, before = getattr(config, name), state["settings"].get(name)
+        if value != before:
+            raise UserError(
+                f"{name}={value}, but the run in {config.out_dir} has {before}: leave {name} out, "
+                "or start another run with another --out_dir")
+    if state["step"] > config.max_steps:
+        raise UserError(f"the run in {config.out_dir} is at step {state['step']}, beyond "
+                        f"max_steps={config.max_steps}: raise it")
+
+
+def check_data(config, state, meta):
+    """Raises UserError if the data set's meta does not fit the state that a run starts from."""
+    if state is None:
+        return
+    source = config.out_dir if config.init_from == "resume" else config.init_from
+    tokenizer = state["tokenizer"]
+    if tokenizer != meta["tokenizer"]:
+        tokenizer = present_name(tokenizer, path_of(source).parent)
+    if tokenizer not in (meta["tokenizer"], "none"):
+        same = source if tokenizer.startswith("tokenizer.json") else tokenizer
+        raise UserError(
+            f"data set {config.dataset!r} has tokenizer {meta['tokenizer']!r}, the model in "
+            f"{source} has {tokenizer!r}: prepare the data with --tokenizer={same}")
+    if config.init_from == "resume" and meta["sha256"] != state["dataset_sha256"]:
+        raise UserError(
+            f"data set {config.dataset!r} is not the one that the run in {source} was trained on "
+            "(another sha256): prepare that one again, or start another run with another --out_dir")
+
+
+def verify_data(config, dataset):
+    """Verifies the data of a resumed run: one rank of each machine does, the others wait."""
+    if config.init_from == "resume":
+        if world()[2] == 0:
+            dataset.verify()
+        barrier()
+
+
+def check_run(GPT, GPTConfig, config, dataset, ranks, step=0):
+    """Raises UserError if a run of config on that many ranks, from that step on, cannot work.
+
+    train.py calls it before it writes anything, compare.py before the first of its runs.
+    """
+    check_parallel(config, ranks)
+    dataset.check(config)
+    batch_size = batch_shape(config, ranks)[0]
+    check_training(GPT, config, batch_size, ranks, step)
+    if config.trainable:
+        with torch.device("meta"):
+            freeze(GPT(subset(GPTConfig, config)), config.trainable)
+
+
+def run_settings(config, GPTConfig):
+    """The settings that a resumed run takes from its checkpoint, beside those of its model."""
+    left_out = PER_CALL | {field.name for field in fields(GPTConfig)}
+    return {key: value for key, value in asdict(config).items() if key not in left_out}

@@ -1,0 +1,187 @@
+"""Writes checkpoints: whole files by a thread of rank 0, or a part by each rank."""
+import contextlib
+import math
+import os
+import shutil
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from nanogqa.configurator import one_line
+from nanogqa.distributed import total, whole
+from nanogqa.files import replacing, sync, write_json
+from nanogqa.folder import BEST, NAME, SHARDED, clear_sharded, numbered
+
+
+def save(out_dir, state, also=()):
+    """Writes state, a dict of KEYS, as out_dir's checkpoint, and under the names in also.
+
+    OSError leaves the previous files as they were.
+    """
+    out_dir = Path(out_dir)
+    try:
+        with replacing(out_dir / NAME, "wb") as file:
+            torch.save(state, file)
+            sync(file)
+            for name in also:
+                link(file.name, out_dir / name)
+    except RuntimeError as error:  # torch's own error where the disk is full
+        raise OSError(0, one_line(error, 100)) from None
+
+
+def link(source, path):
+    """Gives the file source a second name, which replaces what had it."""
+    part = Path(f"{path}.part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(source, part)
+    except OSError:  # not every file system has hard links
+        shutil.copyfile(source, part)
+    os.replace(part, path)
+
+
+class Saver:
+    """Writes checkpoints in a thread, so that training does not wait for the disk.
+
+    ckpt.pt is the newest, ckpt_best.pt that of the lowest validation loss, ckpt_STEP.pt are the
+    last keep ones. A failed write prints a warning; .failed holds it until one succeeds.
+    """
+
+    def __init__(self, config, rank=0):
+        self.out_dir = Path(config.out_dir)
+        self.keep = config.keep_checkpoints
+        self.rank = rank
+        self.kept = []  # steps of the ckpt_STEP.pt that this run has written
+        if config.init_from == "resume":
+            self.kept = numbered(self.out_dir, "ckpt_", ".pt")
+        self.thread = None
+        self.failed = None
+
+    def save(self, state, last=False):
+        """Returns once state is copied to host memory. All ranks call it, rank 0 writes."""
+        self.wait()
+        state = host_copy(state, self.rank == 0)
+        if self.rank == 0:
+            self.thread = threading.Thread(target=self.write, args=[state])
+            self.thread.start()
+
+    def write(self, state):
+        also = []
+        if state["val_loss"] is not None and state["val_loss"] == state["best_val_loss"]:
+            also.append(BEST)
+        if self.keep:
+            also.append(f"ckpt_{state['step']}.pt")
+        try:
+            save(self.out_dir, state, also)
+            self.failed = None
+            self.remove_old(state["step"])
+        except OSError as error:
+            size = math.ceil(sum(x.nbytes for x in tensors(state)) / 2**20)
+            self.fail(f"cannot save step {state['step']} to {self.out_dir} ({error.strerror}): "
+                      f"make {size:,} MiB of room; {self.previous()}")
+
+    def previous(self):
+        """What is left after a failed write, as text."""
+        if (self.out_dir / NAME).exists():
+            return "the previous checkpoint is whole"
+        return "nothing is saved yet"
+
+    def remove_old(self, step):
+        """Keeps the last ckpt_STEP.pt files of this run only; step is the newest."""
+        if self.keep:
+            # a killed run may have kept later steps: they are old once this one has passed them
+            self.kept = sorted({step, *self.kept})
+            passed = self.kept[:self.kept.index(step) + 1]
+            for old in passed[:-self.keep]:
+                with contextlib.suppress(OSError):  # the checkpoint is saved all the same
+                    (self.out_dir / f"ckpt_{old}.pt").unlink()
+                self.kept.remove(old)
+
+    def fail(self, message):
+        self.failed = message
+        if self.rank == 0:
+            print(f"warning: {message}, and the next log line tries again", file=sys.stderr,
+                  flush=True)
+
+    def wait(self):
+        """Returns once nothing is being written."""
+        if self.thread is not None:
+            self.thread.join()
+
+
+def host_copy(value, wanted=True):
+    """A copy of nested dicts and lists with every tensor whole and in host memory.
+
+    All ranks call it, as each holds a part of a split tensor. Where wanted is False, tensors
+    become None.
+    """
+    if isinstance(value, torch.Tensor):
+        value = whole(value)
+        return value.detach().to("cpu", copy=True) if wanted else None
+    if isinstance(value, dict):
+        return {key: host_copy(x, wanted) for key, x in value.items()}
+    if isinstance(value, list):
+        return [host_copy(x, wanted) for x in value]
+    return value
+
+
+def tensors(value):
+    """All tensors in nested dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for x in value.values():
+            yield from tensors(x)
+
+
+class ShardedSaver(Saver):
+    """Each rank writes its part, as safetensors. The end of a run writes an ordinary ckpt.pt."""
+
+    def save(self, state, last=False):
+        if last:
+            super().save(state)
+            self.wait()
+            if not self.failed:
+                clear_sharded(self.out_dir, self.rank)
+            return
+        folder = self.out_dir / f"{SHARDED}{state['step']}"
+        parts, plain = split(state)
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        try:
+            with warnings.catch_warnings(action="ignore"):  # torch may still change this interface
+                dcp.save(parts, storage_writer=writer)
+            if self.rank == 0:
+                write_json(folder / "state.json", plain)  # last: it marks the folder as complete
+            failed = None
+        except (dcp.api.CheckpointException, OSError) as error:
+            failed = (f"cannot save step {state['step']} to {folder} ({one_line(error)}): make "
+                      "room")
+        # a rank may fail alone, but the next attempt is one of all ranks
+        if total(float(failed is not None)):
+            self.fail(failed or "another rank cannot save its part")
+        else:
+            self.failed = None
+            clear_sharded(self.out_dir, self.rank, keep=folder)
+
+
+def split(state):
+    """(tensors by flat names, plain values) of a state. AdamW's step counts are plain values."""
+    parts = {f"model.{name}": x for name, x in state["model"].items()}
+    steps = {}
+    for name, moments in state["optimizer"]["state"].items():
+        parts[f"exp_avg.{name}"] = moments["exp_avg"]
+        parts[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+        steps[name] = float(moments["step"])
+    return parts, state | {"model": {}, "optimizer": steps}
+
+
+def make_saver(config, rank):
+    """The Saver of a run. A run from scratch removes the sharded checkpoints of the one before."""
+    if config.init_from != "resume":
+        clear_sharded(config.out_dir, rank)
+    kind = ShardedSaver if config.parallel == "fsdp" else Saver
+    return kind(config, rank)
