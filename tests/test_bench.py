@@ -181,7 +181,7 @@ def test_help_names_what_bench_does_with_vocab_size(capsys):
         bench.main(["--help"])
     text = capsys.readouterr().out
     assert exit.value.code == 0
-    assert re.search(r"--vocab_size=None +rows of the embedding table; None: 257\n", text)
+    assert re.search(r"--vocab_size=None +rows of the embedding table; None: 257, of the byte tokenizer\n", text)
     assert text.count("--vocab_size=") == 1
     assert text.index("what to time:") < text.index("where it runs:") < text.index("\nmodel:")
 

@@ -584,7 +584,7 @@ def test_local_files_that_go_away(server, tmp_path, capsys, monkeypatch):
     progress = tmp_path / "again/hub.part/progress.json"
     good = progress.read_text()
     for names, words in (
-        ([[1], 2], "progress.json is damaged (names[0] is [1], not a str): remove"),
+        ([[1], 2], "progress.json is damaged (names[0] is a list, not a str): remove"),
         (["../0.parquet"], "../0.parquet is no longer in"),
     ):
         changed = json.loads(good)
