@@ -125,7 +125,7 @@ class LayerCache:
     """A layer's cache: one tensor (B, heads, S, width) for each entry of widths."""
     heads: int
     widths: tuple[int, ...]  # keys and values; MLA: one latent
-    tokens: int | None = None  # how many of the last tokens are kept; None: all of them
+    tokens: int | None = None  # last tokens that are read; None: all (KVCache has room for all)
 
 
 def rope_frequencies(config, device=None):
@@ -175,7 +175,7 @@ class KVCache:
         self.device, self.max_length = like.device, max_length
         self.padding, self.static = padding, static
         self.layers = [[] for _ in range(config.n_layer)]  # of (B, heads, max_length, width) each
-        for i in range(2):  # all keys before all values: bench.py decodes faster so than in turns
+        for i in range(max(len(layer.widths) for layer in config.cached())):  # keys before values
             for tensors, layer in zip(self.layers, config.cached(), strict=True):
                 for width in layer.widths[i:i + 1]:
                     tensors.append(like.new_zeros((batch_size, layer.heads, max_length, width)))
@@ -411,7 +411,7 @@ class Block(nn.Module):
 
 class HeadLoss(nn.Module):
     """Cross-entropy in nats, summed over targets and divided by n_targets. x is (B, T, C), weight
-    (V, C), targets (B, T), -1 where there is none."""
+    (V, C), targets (B, T), -1 where there is none. train.py uses that of nanogqa/fast.py."""
 
     def forward(self, x, weight, targets, n_targets):
         logits = F.linear(x, weight).float().flatten(0, 1)              # (B * T, V)

@@ -120,7 +120,7 @@ class TextBatch:
         if not self.options.kv_cache:
             rows = [self.model(self.tensor([c]), logits="last")[0] for c in contexts]
             return torch.cat(rows)[:, -1].float()
-        if starts == self.starts and self.cache.length < self.cache.max_length:
+        if starts == self.starts and self.cache.length < self.cache.max_length:  # padding fills it
             last = self.tensor([text[-1:] for text in self.texts])  # the cache has all others
             logits = self.model(last, cache=self.cache, logits="last")[0]
         else:

@@ -168,8 +168,9 @@ def update(model, optimizers, grad_clip):
     averaged gradient and decide alike. Returns its norm."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     norm = distributed.whole(norm)
+    finite = bool(norm.isfinite())  # waits for the device
     for optimizer in optimizers:
-        if norm.isfinite():  # waits for the device
+        if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return norm
@@ -315,8 +316,7 @@ def train(given, stack):
         grad_norm = update(model, optimizers, config.grad_clip)
         in_a_row = 0 if grad_norm.isfinite() else in_a_row + 1
         skipped += in_a_row > 0
-        what = f"gradient ({SKIPS} steps in a row)"
-        check_finite(in_a_row < SKIPS, what, step + 1, config, runtime)
+        check_finite(in_a_row < SKIPS, f"gradient ({SKIPS} in a row)", step + 1, config, runtime)
         times.lap("optimizer")
         logger.advance(step + 1)
 

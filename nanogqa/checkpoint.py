@@ -69,6 +69,8 @@ MOMENTS = {
     torch.optim.AdamW: {"step": False, "exp_avg": True, "exp_avg_sq": True},
     torch.optim.Muon: {"momentum_buffer": True},
 }
+
+
 # -- reading ---------------------------------------------------------------------------------------
 
 def load(out_dir, GPTConfig):

@@ -35,7 +35,8 @@ def by_sequence(model):
 
 
 class SequenceDropout(nn.Module):
-    """nn.Dropout of (B, T, C) whose mask depends on the sequence's seed and on layer, a number."""
+    """nn.Dropout of (B, ..., C) whose mask depends on the sequence's seed and on layer, the number
+    of this module among the model's dropouts."""
 
     def __init__(self, p, layer):
         super().__init__()
@@ -47,7 +48,8 @@ class SequenceDropout(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
-        dropped = mask(SEEDS.now, self.layer, x.size(1), x.size(2), self.p)
+        rows = x[0].numel() // x.size(-1)
+        dropped = mask(SEEDS.now, self.layer, rows, x.size(-1), self.p).view_as(x)
         return x.masked_fill(dropped, 0.0) * (1 / (1 - self.p))
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from nanogqa import schema
 from nanogqa.configurator import UserError, one_line
 from nanogqa.files import append, replacing, write_json
-from nanogqa.terminal import count, master, reason, warn
+from nanogqa.terminal import master, plural, reason, warn
 from nanogqa.timing import profiler
 
 # how the terminal shows a number of a row, others with four digits
@@ -161,7 +161,7 @@ class Log:
             backlog.flush()
             if backlog.failed:
                 raise UserError(
-                    f"{count(len(backlog.rows), 'row')} could not be written to {backlog.name} "
+                    f"{plural(len(backlog.rows), 'row')} could not be written to {backlog.name} "
                     f"({backlog.failed}): make room before the next run; the checkpoint is saved")
 
     def __enter__(self):

@@ -18,7 +18,7 @@ from nanogqa.folder import BEST, NAME, SHARDED, clear_sharded, numbered
 
 
 def save(out_dir, state, also=()):
-    """Writes state, a dict of KEYS, as out_dir's checkpoint, and under the names in also.
+    """Writes state, a dict of checkpoint.KEYS, to out_dir, and under the names in also.
 
     OSError leaves the previous files as they were.
     """

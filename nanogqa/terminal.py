@@ -29,7 +29,7 @@ def reason(error):
     return getattr(error, "strerror", None) or one_line(error, 100)
 
 
-def count(n, noun):
+def plural(n, noun):
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
@@ -74,15 +74,15 @@ def announce(config, model, batches, runtime):
     meta = dataset.meta
     per_step = config.tokens_per_step
     epochs = per_step * config.max_steps / dataset.train.n_tokens
-    say(f"{runtime.why}; {count(runtime.ranks, 'rank')}")
+    say(f"{runtime.why}; {plural(runtime.ranks, 'rank')}")
     say(f"model: {num_params(model):,} parameters ({num_params(model, embedding=False):,} "
         f"without the embedding table), {off_default(model.config, ['n_head'])}, KV cache "
         f"{kv_bytes_per_token(model.config):,} bytes per token in float32")
     say(f"data: {config.dataset}, {dataset.train.n_tokens:,} training tokens, tokenizer "
         f"{meta['tokenizer']}, sha256 {meta['sha256'][:16]}")
-    say(f"batch: {per_step:,} tokens per step = {count(batches.batch_size, 'sequence')} x "
-        f"{config.block_size} tokens x {count(runtime.ranks, 'rank')} x "
-        f"{count(batches.micro_steps, 'micro-step')}; {count(config.max_steps, 'step')} = "
+    say(f"batch: {per_step:,} tokens per step = {plural(batches.batch_size, 'sequence')} x "
+        f"{config.block_size} tokens x {plural(runtime.ranks, 'rank')} x "
+        f"{plural(batches.micro_steps, 'micro-step')}; {plural(config.max_steps, 'step')} = "
         f"{epochs:.2f} epochs")
 
 
