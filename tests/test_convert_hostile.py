@@ -100,7 +100,7 @@ def cases(folder, name, n):
 @pytest.mark.parametrize(
     "name,n",
     [
-        ("config.json", 110),
+        ("config.json", 70),
         ("tokenizer.json", 60),
         ("tokenizer_config.json", 25),
         ("generation_config.json", 15),
