@@ -181,7 +181,7 @@ def whole(folder, key):
 
     key is the setting that names the folder. Raises UserError if it exists and is not empty.
     """
-    if not folder:
+    if folder is None:
         raise UserError(f"there is no folder to write to: name a new one with --{key}=FOLDER")
     folder = Path(os.path.abspath(folder))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -400,7 +400,7 @@ def compare_logits(model, folder, dtype="float32", changes=None):
 
 def from_hf(config):
     """Writes a Hugging Face folder as a checkpoint, and compares the logits."""
-    if not config.hf_dir or not Path(config.hf_dir).is_dir():
+    if config.hf_dir is None or not Path(config.hf_dir).is_dir():
         raise UserError(
             f"there is no folder {config.hf_dir}: name one that holds config.json and safetensors "
             "with --hf_dir"
@@ -433,7 +433,7 @@ def from_hf(config):
 
 
 # the part of config.json that is not checked as settings of GPTConfig are
-def texts(value):
+def list_of_text(value):
     """A list of text, or null."""
     if isinstance(value, list):
         return all(isinstance(element, str) for element in value)
@@ -441,7 +441,7 @@ def texts(value):
 
 
 HF_CONFIG = SPECIAL_IDS | {
-    "layer_types?": texts,
+    "layer_types?": list_of_text,
     "rope_parameters?": (dict, type(None)),
     "rope_scaling?": (dict, type(None)),
 }
@@ -488,7 +488,11 @@ def model_config(hf, path):
         settings |= translated(ROPE_SCALING, rope, f"{path}: the llama3 scaling lacks")
     settings["qk_norm"] = FAMILIES[model_type].qk_norm
     settings["qkv_bias"] = FAMILIES[model_type].qkv_bias
-    return build(GPTConfig, checkpoint.typed(GPTConfig, settings, path))
+    settings = checkpoint.typed(GPTConfig, settings, path)
+    try:
+        return build(GPTConfig, settings)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def translated(keys, given, complaint):

@@ -210,14 +210,14 @@ def read_json(path, content):
         ) from None
 
 
-def ids(value):
+def token_id_or_list(value):
     """A token id, a list of them, or null."""
     if isinstance(value, list):
         return all(token_id(element) for element in value)
     return value is None or token_id(value)
 
 
-SPECIAL_IDS = {"eos_token_id?": ids, "bos_token_id?": ids}
+SPECIAL_IDS = {"eos_token_id?": token_id_or_list, "bos_token_id?": token_id_or_list}
 
 
 def ids_of(contents, key):

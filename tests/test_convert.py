@@ -805,7 +805,7 @@ def test_stored_truncation_and_padding_change_no_text(tmp_path, changes):
         assert encoding.encode(text) == plain.encode(text).ids
         assert encoding.encode_ordinary(text) == plain.encode(text).ids
     assert encoding.encode_ordinary_batch(texts) == [plain.encode(text).ids for text in texts]
-    assert encode_prompts(encoding, texts) == [plain.encode(text).ids for text in texts]
+    assert encode_prompts(encoding, texts, 270) == [plain.encode(text).ids for text in texts]
 
     write_dataset([("train", texts[1]), ("val", texts[0])], tmp_path / "data", str(folder))
     ids = np.fromfile(tmp_path / "data/train.bin", dtype="<u2")
@@ -885,7 +885,7 @@ def cut(n):
             change_config(rope_parameters=dict(rope_type="llama3", rope_theta=1e4)),
             "the llama3 scaling lacks factor",
         ),
-        (change_config(rope_parameters=[1]), "rope_parameters is [1], not a dict"),
+        (change_config(rope_parameters=[1]), "rope_parameters is a list, not a dict"),
         (
             change_config(
                 rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)
@@ -936,7 +936,7 @@ def cut(n):
             lambda folder: (folder / "model.safetensors.index.json").write_text(
                 '{"weight_map": {"a": "../none.safetensors"}}'
             ),
-            "a is '../none.safetensors', which is not a base_name",
+            "is '../none.safetensors', which is not a base name",
         ),
         (
             lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff"),

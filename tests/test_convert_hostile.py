@@ -26,7 +26,6 @@ MORE_KEYS = {  # of config.json, beside those that transformers writes
     "sliding_window": None,
     "layer_types": ["full_attention"] * 2,
     "partial_rotary_factor": 1.0,
-    "quantization_config": None,
     "auto_map": {},
     "tokenizer_class": None,
 }
@@ -100,7 +99,7 @@ def cases(folder, name, n):
 @pytest.mark.parametrize(
     "name,n",
     [
-        ("config.json", 110),
+        ("config.json", 70),
         ("tokenizer.json", 60),
         ("tokenizer_config.json", 25),
         ("generation_config.json", 15),
@@ -135,16 +134,16 @@ def test_one_value_changed(folder, tmp_path, capfd, name, n):
 @pytest.mark.parametrize(
     "file,change,words",
     [
-        ("config.json", dict(num_hidden_layers=10**7), "but config.json promises 10000000 layers"),
-        ("config.json", dict(num_hidden_layers=10**12), "but config.json promises 1000000000000"),
+        ("config.json", dict(num_hidden_layers=1000), "but config.json promises 1000 layers"),
+        ("config.json", dict(num_hidden_layers=10**12), "n_layer must be at most"),
         ("config.json", dict(num_hidden_layers=10**30), "n_layer must be a whole number"),
         ("config.json", dict(layer_types=5), "layer_types is 5"),
         ("config.json", dict(eos_token_id="x"), "eos_token_id is 'x'"),
         ("config.json", dict(eos_token_id=-1), "eos_token_id is -1"),
-        ("config.json", dict(eos_token_id=[2, None]), "eos_token_id is [2, None]"),
+        ("config.json", dict(eos_token_id=[2, None]), "eos_token_id is a list"),
         ("config.json", dict(eos_token_id=2**40), "eos_token_id is 1099511627776"),
-        ("generation_config.json", dict(eos_token_id=[[2]]), "eos_token_id is [[2]]"),
-        ("tokenizer_config.json", dict(eos_token=["</s>"]), "eos_token is ['</s>']"),
+        ("generation_config.json", dict(eos_token_id=[[2]]), "eos_token_id is a list"),
+        ("tokenizer_config.json", dict(eos_token=["</s>"]), "eos_token is a list"),
         ("tokenizer_config.json", dict(stop_token_ids=2), "stop_token_ids is 2"),
         ("tokenizer_config.json", dict(tiktoken=5), "tiktoken is 5"),
     ],
@@ -168,7 +167,7 @@ def test_names_of_weight_files_cannot_lead_elsewhere(folder, tmp_path, capsys, n
     index = json.dumps(dict(weight_map={"model.norm.weight": name}))
     (tmp_path / "hf/model.safetensors.index.json").write_text(index)
     arguments = command("from_hf", hf_dir=tmp_path / "hf", out_dir=tmp_path / "ours")
-    assert "which is not a base_name" in fails(convert.main, arguments, capsys)
+    assert "which is not a base name" in fails(convert.main, arguments, capsys)
 
 
 @pytest.mark.parametrize("arguments", ["to_hf --hf_dir=", "from_hf --hf_dir=", "pool --new_dir="])
@@ -180,14 +179,14 @@ def test_empty_names_of_folders(tmp_path, capsys, monkeypatch, arguments):
         arguments.append(f"--out_dir={source}")
     if arguments[0] == "pool":
         arguments.append("--n_kv_head=2")
-    assert "there is no folder" in fails(convert.main, arguments, capsys)
+    assert "must not be empty" in fails(convert.main, arguments, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["from"]
 
 
 def test_from_hf_without_a_name_for_its_folder(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = [*command("from_hf", hf_dir=folder), "--out_dir="]
-    assert "there is no folder to write to" in fails(convert.main, arguments, capsys)
+    assert "must not be empty" in fails(convert.main, arguments, capsys)
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")  # "." is a name, too
     convert.main(command("from_hf", hf_dir=folder, out_dir="."))
