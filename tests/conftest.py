@@ -1,3 +1,4 @@
+import os
 import random
 from dataclasses import fields
 
@@ -8,7 +9,9 @@ from nanogqa.writer import write_dataset
 from model import GPT, GPTConfig, KVCache
 from nanogqa import checkpoint
 
-torch.set_num_threads(2)
+# two processes run tests: threads that wait for each other would take the time of the other process
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(params=[4, 2, 1], ids=["mha", "gqa", "mqa"])
