@@ -256,7 +256,7 @@ def first_run():
     log = (ROOT / "results/first_run/log.txt").read_text(encoding="utf-8")
     time, loss, bits = re.search(
         r"done in (\d+ min \d+ s): val_loss ([\d.]+), val_bpb ([\d.]+)", log).groups()
-    return dict(first_time=time, first_loss=f"{float(loss):.2f}", first_bits=f"{float(bits):.2f}")
+    return dict(first_time=time, first_loss=loss, first_bits=bits)
 
 
 def llama():

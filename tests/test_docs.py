@@ -190,7 +190,8 @@ FIGURE = re.compile(rf"[-+]?\d[\d.,e-]*(?: ±| to| x)*(?: [\d.,]+)*[ -](?:{UNIT}
 
 # what is not measured: settings of the commands beside them, definitions, and what tests assert
 DEFINITIONS = {
-    "README.md": ("a context of 4,096 tokens", "from 124 million to 8 billion parameters"),
+    "README.md": ("a context of 4,096 tokens", "from 124 million to 8 billion parameters",
+                  "GQA takes 2 x 4 x 2 x 32 x 4 bytes"),
     "docs/training.md": ("a trace of 5 steps",),
     "docs/data.md": ("A 20 GB data set opens in less than a second and 300 MB of memory (tested)",),
     "docs/bench.md": ("contexts of 1,024 tokens or more",),
