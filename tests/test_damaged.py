@@ -390,3 +390,17 @@ def test_messages_are_short_whatever_the_value():
         with pytest.raises(ValueError) as error:
             schema.check(value, float)
         assert len(str(error.value)) < 120
+
+
+def test_data_of_older_versions_is_resumed(trained, toy_data, tmp_path, capsys):  # noqa: F811
+    """Their meta.json has one sha256 over documents, and none for each file."""
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(toy_data, tmp_path / "data")
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    for files in meta["splits"].values():
+        for file in files:
+            del file["sha256"]
+    (tmp_path / "data/meta.json").write_text(json.dumps(meta))
+    train.main([f"--out_dir={tmp_path / 'run'}", f"--dataset={tmp_path / 'data'}",
+                "--init_from=resume", "--max_steps=3"])
+    assert "it is not verified" in capsys.readouterr().out and load(tmp_path / "run")["step"] == 3
