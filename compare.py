@@ -609,7 +609,8 @@ def train_runs(runs, config, speed, dataset):
 
 
 def remaining_seconds(runs, config, speed, dataset):
-    """Estimated time of the steps left; evaluating a token takes a third of training on it."""
+    """Estimated time of the steps left; evaluating a token takes a third of training on it. All
+    ranks together are taken to be as many times as fast as the one that was timed."""
     evaluations = config.max_steps // config.eval_interval + 1
     eval_tokens = min(config.eval_tokens or math.inf, dataset.val.n_tokens)
     tokens_of_run = config.max_steps * config.tokens_per_step + evaluations * eval_tokens / 3
@@ -617,7 +618,7 @@ def remaining_seconds(runs, config, speed, dataset):
     for run in runs:
         share_left = max(0, config.max_steps - run.steps) / config.max_steps
         seconds += share_left * tokens_of_run / speed[run.shape]["train"][0]["tok_s"]
-    return seconds
+    return seconds / ranks_of(config)
 
 
 def run_training(run, bar):

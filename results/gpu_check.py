@@ -86,7 +86,7 @@ def plain_against_fast(device, dtype, toy):
     for kind in KINDS:
         config = config_of(kind, toy)
         ids = random_ids(config, 4, config.block_size).numpy()
-        batches = [MicroBatch(ids, np.roll(ids, -1, 1), seed=None)]
+        batches = [MicroBatch(ids, np.roll(ids, -1, 1), seeds=None)]
         losses, gradients = [], []
         for change in (lambda model: model, accelerate):
             model = change(GPT(config)).to(runtime.device)
@@ -440,7 +440,7 @@ def attention_cases(config, device, dtype):
     runtime = pick_runtime(device, dtype, False)
     model = accelerate(GPT(config)).to(runtime.device)
     ids = random_ids(config, 2, config.block_size)
-    batches = [MicroBatch(ids.numpy(), ids.numpy(), seed=None)]
+    batches = [MicroBatch(ids.numpy(), ids.numpy(), seeds=None)]
 
     def training():
         torch.backends.cuda.enable_cudnn_sdp(True)  # as in train.py
