@@ -255,10 +255,12 @@ def test_results_that_cannot_be_printed_are_an_error(monkeypatch, capsys):
 # -- signals ---------------------------------------------------------------------------------------
 
 def test_a_closed_terminal_stops_a_run_as_sigterm_does(toy_run, tmp_path, monkeypatch, capsys):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the suite may run under nohup
     with monkeypatch.context() as patch:
         at_steps(patch, {7: lambda: os.kill(os.getpid(), signal.SIGHUP)})
         with pytest.raises(SystemExit) as exit:
             train.main(toy_run)
+    signal.signal(signal.SIGHUP, before)
     assert exit.value.code == 128 + signal.SIGHUP and load(tmp_path / "run")["step"] == 7
     assert "stopped by SIGHUP after step 7 and saved" in capsys.readouterr().out
 
