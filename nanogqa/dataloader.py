@@ -199,7 +199,7 @@ class Dataset:
         """
         files = [file for split in SPLITS for file in self.meta["splits"][split]]
         if not any("sha256" in file for file in files):
-            print(f"data set {self.name} has no sha256 of its files: it is not verified", flush=True)
+            print(f"data set {self.name} lists no sha256 of its files: not verified", flush=True)
             return
         size = sum((self.folder / file["name"]).stat().st_size for file in files)
         if size > SLOW:

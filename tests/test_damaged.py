@@ -403,4 +403,4 @@ def test_data_of_older_versions_is_resumed(trained, toy_data, tmp_path, capsys):
     (tmp_path / "data/meta.json").write_text(json.dumps(meta))
     train.main([f"--out_dir={tmp_path / 'run'}", f"--dataset={tmp_path / 'data'}",
                 "--init_from=resume", "--max_steps=3"])
-    assert "it is not verified" in capsys.readouterr().out and load(tmp_path / "run")["step"] == 3
+    assert "not verified" in capsys.readouterr().out and load(tmp_path / "run")["step"] == 3
