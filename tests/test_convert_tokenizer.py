@@ -374,6 +374,7 @@ def test_a_tokenizer_beside_a_named_checkpoint_is_found(transformers, tmp_path, 
 
 def test_an_unchanged_tiktoken_encoding_alone_keeps_the_name(toy_bpe, tmp_path):
     """Other merges with the same vocabulary are another tokenizer."""
+    pytest.importorskip("tokenizers")
     encoding = toy_bpe["gpt2"]
     hf_tokenizer.save(hf_tokenizer.hf_tokenizer(encoding), tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="<|endoftext|>")))

@@ -188,6 +188,7 @@ def test_an_archive_that_unpacks_to_more_than_its_size(trained, tmp_path, capsys
 @pytest.fixture
 def sharded(trained, tmp_path):  # noqa: F811
     """A run with a sharded checkpoint, as rank 0 of 1 would write it; its folder."""
+    pytest.importorskip("safetensors")
     state = load(trained)
     folder = tmp_path / "run/sharded_2"
     parts, plain = saver.split(state)
