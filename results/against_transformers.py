@@ -115,8 +115,7 @@ def compare_train(config):
 
 
 def report(config, context, rounds):
-    theirs = min(their_ms for their_ms, _ in rounds)
-    ours = min(our_ms for _, our_ms in rounds)
+    theirs, ours = map(min, zip(*rounds, strict=True))
     print(f"{config.mode} n_layer {config.n_layer} n_embd {config.n_embd} "
           f"vocab {config.vocab_size} n_kv_head {config.n_kv_head} batch {config.batch_size} "
           f"context {context}: transformers {theirs:.1f} ms, here {ours:.1f} ms, "
@@ -154,9 +153,9 @@ def write(mode, rows):
 
 def main(mode):
     if mode == "decode":
-        rows = [decode_row(shape) for shape in DECODE]
+        rows = list(map(decode_row, DECODE))
     elif mode == "train":
-        rows = [train_row(shape) for shape in TRAIN]
+        rows = list(map(train_row, TRAIN))
     else:
         sys.exit(f"unknown mode {mode!r}: choose decode or train")
     write(mode, rows)
