@@ -183,7 +183,7 @@ def main(llama_cpp):
         f"The first table: {NEW_TOKENS} greedy tokens of random models after a prompt. The second: "
         f"milliseconds of a decode step, 12 layers of width 768, vocabulary 50,304, batch 1, "
         f"{PROMPT_LEN} tokens of context; medians of {STEPS} steps, minima of {ROUNDS} rounds of "
-        f"{RUNS} runs in turns. float32 weights and KV cache. Other programs ran on the machine.",
+        f"{RUNS} runs in turns. float32 weights and KV cache.",
         "",
     ]
     text = "\n".join(lines)
