@@ -44,7 +44,7 @@ from nanogqa.files import created, write_json
 from nanogqa.log import read_rows
 from nanogqa.report import write_report
 from nanogqa.results import load_results, quantity, shape_of
-from nanogqa.runtime import check_memory, pick_runtime
+from nanogqa.runtime import pick_runtime
 from train import TrainConfig
 
 # -- settings --------------------------------------------------------------------------------------
@@ -293,10 +293,8 @@ def match_variants(choices, match, runtime):
 
 def facts_of(config, runtime):
     """Heads, sizes and costs of a model, for the records."""
-    gpt_config = subset(GPTConfig, config)
-    check_memory({costs.SHAPE: 4 * costs.count_params(GPT, gpt_config)})
     with torch.device("meta"):  # a model without values, made in no time
-        model = GPT(gpt_config)
+        model = checkpoint.new_model(GPT, subset(GPTConfig, config))
     heads = [f"n_head {config.n_head}"]
     for name, value in heads_of(config).items():
         if value is not None and name != "attention":

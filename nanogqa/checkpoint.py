@@ -143,9 +143,11 @@ def check(state, path, GPTConfig):
 
 def typed(cls, values, path):
     """Stored values of settings of cls, checked as if they had been given."""
-    for key in values:
+    checked = {}
+    for key, value in values.items():
         check_key(cls, key, path)
-    return {key: convert(cls, key, value, str(path)) for key, value in values.items()}
+        checked[key] = convert(cls, key, value, str(path))
+    return checked
 
 
 # -- models and optimizers -------------------------------------------------------------------------
@@ -153,8 +155,9 @@ def typed(cls, values, path):
 def new_model(GPT, config, seed=1337):
     """GPT(config, seed). Raises UserError if the machine cannot hold it."""
     try:
-        if not torch.empty(0).is_meta:
-            check_memory({SHAPE: 4 * count_params(GPT, config)})
+        size = 4 * count_params(GPT, config)
+        if not torch.empty(0).is_meta:  # on the meta device, a model has no values
+            check_memory({SHAPE: size})
         return GPT(config, seed)
     except (RuntimeError, TypeError, MemoryError, OverflowError) as error:
         raise UserError(f"a model of this size cannot be created here ({one_line(error, 100)}): "

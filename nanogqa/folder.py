@@ -16,8 +16,6 @@ NAME = "ckpt.pt"      # the newest checkpoint
 BEST = "ckpt_best.pt"  # the one with the lowest validation loss
 # sharded_STEP is a folder of safetensors; state.json in it is written last
 SHARDED = "sharded_"
-
-
 # what opening the folder of a run creates in it
 OPENED = {".lock", HF_TOKENIZER, HF_CONFIG}
 # what a killed run may leave

@@ -36,7 +36,9 @@ def start(given, cls, GPTConfig):
         raise UserError(f"out_dir={out_dir} is a folder, but .pt ends the name of a checkpoint "
                         "file: choose another --out_dir")
     if init_from == "auto":
-        init_from = "resume" if exists(out_dir) else "scratch"
+        init_from = "scratch"
+        if exists(out_dir):
+            init_from = "resume"
     resume = init_from == "resume"
     if exists(out_dir) and not (resume or call.overwrite or call.eval_only):
         raise UserError(f"{out_dir} holds a checkpoint: continue it with --init_from=resume, "
@@ -47,7 +49,9 @@ def start(given, cls, GPTConfig):
     given = given | {"init_from": init_from}
     if init_from == "scratch":
         return build(cls, given), None
-    source = out_dir if resume else init_from
+    source = init_from
+    if resume:
+        source = out_dir
     if not Path(source).exists():
         raise UserError(f"{source} is not a folder: init_from takes scratch, resume, auto, a "
                         "folder that holds a checkpoint, or the path of a ckpt_STEP.pt")
