@@ -219,7 +219,7 @@ def decoding_of(config, runtime):
     return costs.Decoding(
         batch_size=config.batch_size, prompt_len=prompt_len, max_length=config.block_size,
         dtype=runtime.dtype, packed=config.fast and packs(runtime.device, runtime.dtype),
-        static=runtime.compile)
+        static=runtime.compile, folded=runtime.device.type != "cpu")
 
 
 def fill_cache(forward, cache, shape, config, runtime):
@@ -236,11 +236,10 @@ def fill_cache(forward, cache, shape, config, runtime):
             for x in tensors:
                 x.normal_()
         return idx[:, :1], None
-    chunk = costs.prefill_chunk(shape, config.batch_size)
     for _ in range(2):  # the first time is the warm-up
         cache.rewind(0)
         start = clock(runtime)
-        logits = prefill(forward, idx, cache, chunk)
+        logits = prefill(forward, idx, cache)
         token = logits[:, -1].argmax(-1, keepdim=True)
         seconds = clock(runtime) - start
     return token, seconds

@@ -174,13 +174,11 @@ class KVCache:
                 f"1 to block_size={config.block_size}")
         self.device, self.max_length = like.device, max_length
         self.padding, self.static = padding, static
-        self.layers = [[] for _ in range(config.n_layer)]  # of (B, heads, max_length, width) each
-        for i in range(max(len(layer.widths) for layer in config.cached())):  # keys before values
-            for tensors, layer in zip(self.layers, config.cached(), strict=True):
-                for width in layer.widths[i:i + 1]:
-                    tensors.append(like.new_zeros((batch_size, layer.heads, max_length, width)))
-        # tokens held, padding included, the same in every row
-        self.length = like.new_zeros((), dtype=torch.long) if static else 0
+        self.layers = []  # of each layer: a list of tensors (B, heads, max_length, width)
+        for layer in config.cached():
+            sizes = [(batch_size, layer.heads, max_length, width) for width in layer.widths]
+            self.layers.append([like.new_zeros(size) for size in sizes])
+        self.length = like.new_zeros((), dtype=torch.long) if static else 0  # tokens, with padding
 
     @property
     def nbytes(self):
@@ -220,8 +218,7 @@ class KVCache:
         self.length += length - self.length  # in place: a static length keeps its address
 
     def rows(self, index):
-        """A new cache of the rows listed in index, for several samples or the unfinished rows."""
-        index = torch.tensor(index, device=self.device)
+        """A cache of some rows: copies of those in a list, or a slice, which shares its memory."""
         other = copy.copy(self)
         other.layers = [[x[index] for x in tensors] for tensors in self.layers]
         if self.padding is not None:
@@ -235,21 +232,21 @@ class Context:
     """What the layers of a forward pass share. A layer may leave tensors in it for later ones."""
     cos: torch.Tensor  # (1 or B, 1, T, D), as is sin: see apply_rope
     sin: torch.Tensor
-    mask: torch.Tensor | None  # (1 or B, T, S) bool: see attention_mask
+    mask: torch.Tensor | None  # (1 or B, 1, T, S) bool: see attention_mask
     cache: KVCache | None
 
 
 def attention_mask(T, cache):
-    """Returns a bool mask (1 or B, T, S): True where a new token may attend to a key. Returns None
-    if attend needs none: for the start of unpadded rows, or one token that sees every key."""
+    """Returns a bool mask (1 or B, 1, T, S), True where a new token may attend to a key, or None if
+    attend needs none: for the start of unpadded rows, or one token that sees every key."""
     if cache is None:
         return None
     if not cache.static and cache.padding is None and (T == 1 or cache.length == 0):
         return None
     keys = cache.keys(T)                                                # (S,)
-    mask = (cache.places(T)[:, None] >= keys)[None]                     # (1, T, S)
+    mask = (cache.places(T)[:, None] >= keys)[None, None]               # (1, 1, T, S)
     if cache.padding is not None:
-        mask = mask & (keys >= cache.padding[:, None, None])            # (B, T, S)
+        mask = mask & (keys >= cache.padding[:, None, None, None])      # (B, 1, T, S)
     return mask
 
 
@@ -262,23 +259,24 @@ def attend(q, k, v, mask=None, scale=None):
         query head       0 1 2 3  4 5 6 7
         key/value head   0 0 0 0  1 1 1 1
 
-    Keys and values are not copied to H heads. A causal prompt uses a fused kernel with enable_gqa,
-    on devices whose kernel shares heads without a copy. In all other cases the H / K queries that
-    share a head become rows of one query matrix, which any kernel accepts.
+    Keys and values are not copied to H heads. Several tokens use enable_gqa where the fused kernel
+    shares heads without a copy. Otherwise the H / K queries that share a head become rows of one
+    query matrix: any kernel accepts that, and for one token it is the fastest.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, norms return float32
-    shared = q.device.type == "cpu" or (q.device.type == "cuda" and q.dtype != torch.float32)
-    if mask is None and T > 1 and (H == K or shared):
-        # is_causal is aligned to the top left, so it is right only where T = S
-        assert T == S, (T, S)
+    causal = mask is None and T > 1
+    half_on_cuda = q.device.type == "cuda" and q.dtype != torch.float32
+    if T > 1 and (H == K or q.device.type == "cpu" or (causal and half_on_cuda)):
+        assert T == S or not causal, "is_causal is aligned to the top left: it needs T = S"
         return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=H != K)
-    if mask is None and T > 1:
-        mask = torch.ones(1, T, S, dtype=torch.bool, device=q.device).tril()
+            q, k, v, mask, is_causal=mask is None, scale=scale,
+            enable_gqa=True if H != K else False)  # noqa: SIM210 (H != K may be symbolic)
+    if causal:
+        mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        mask = mask[:, None].repeat(1, 1, H // K, 1)                    # (1 or B, 1, H/K * T, S)
+        mask = mask.repeat(1, 1, H // K, 1)                             # (1 or B, 1, H/K * T, S)
     q = q.reshape(B, K, H // K * T, D)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).reshape(B, H, T, -1)
 
@@ -321,10 +319,10 @@ class LatentAttention(nn.Module):
     (d_c             d_h^R             d_h               d_h in the paper)
 
     Each token caches its latent c and one rotated key r for all heads. Head h has the key
-    (A_h c, r) and the value B_h c, where A_h and B_h are its rows of kv_b_proj. In training, and
-    where a prompt needs no mask, they are computed (expanded). Otherwise the cache is read without
-    computing them (absorbed): since q A_h c = (A_h^T q) c, and B_h can follow the sum over tokens,
-    queries attend to the (c, r) themselves, one shared head of width R + P as in MQA.
+    (A_h c, r) and the value B_h c, where A_h and B_h are its rows of kv_b_proj. They are computed
+    (expanded) in training, for the start of a prompt and for more than R tokens. Otherwise the
+    cache is read without them (absorbed): since q A_h c = (A_h^T q) c, and B_h can follow the sum
+    over tokens, queries attend to the (c, r) themselves, one head of width R + P as in MQA.
     """
 
     def __init__(self, config, layer):
@@ -352,13 +350,13 @@ class LatentAttention(nn.Module):
         q_rope = apply_rope(q_rope, context.cos, context.sin)
         c, r = self.kv_a_proj(x)[:, None].split((R, P), dim=-1)         # (B, 1, T, R or P)
         c, r = self.kv_a_norm(c), apply_rope(r, context.cos, context.sin)
-        cache, mask = context.cache, context.mask
-        if cache is not None:
-            [latent] = cache.append(self.layer, torch.cat((c, r), -1))   # (B, 1, S, R + P)
-        if cache is None or (mask is None and T > 1):
-            y = self.expanded(q_nope, q_rope, c, r, mask)
+        if context.cache is not None:
+            [latent] = context.cache.append(self.layer, torch.cat((c, r), -1))  # (B, 1, S, R + P)
+            c, r = latent.split((R, P), dim=-1)                         # (B, 1, S, R or P)
+        if context.cache is None or T > R or (T > 1 and context.mask is None):
+            y = self.expanded(q_nope, q_rope, c, r, context.mask)
         else:
-            y = self.absorbed(q_nope, q_rope, latent, mask)                  # (B, H, T, U)
+            y = self.absorbed(q_nope, q_rope, latent, context.mask)     # (B, H, T, U)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))         # (B, T, C)
 
     def expanded(self, q_nope, q_rope, c, r, mask):

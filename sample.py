@@ -74,12 +74,17 @@ def context_start(n_tokens, block_size):
     return max(0, math.ceil((n_tokens - block_size) / half)) * half
 
 
-def prefill(model, idx, cache, chunk):
-    """Reads (B, T) ids into cache, chunk tokens of each row at a time; returns the logits after
-    the last token, (B, 1, V)."""
-    for part in idx.split(chunk, dim=1):
-        logits = model(part, cache=cache, logits="last")[0]
-    return logits
+def prefill(model, idx, cache):
+    """Reads (B, T) ids into cache, in parts; returns the logits after the last one, (B, 1, V)."""
+    rows, tokens = prefill_chunk(*idx.shape, cache.padding is not None, cache.static)
+    logits = []
+    for first in range(0, len(idx), rows):
+        part = cache.rows(slice(first, first + rows))
+        for ids in idx[first:first + rows].split(tokens, dim=1):
+            last = model(ids, cache=part, logits="last")[0]
+        logits.append(last)
+    cache.length += idx.size(1)
+    return torch.cat(logits)
 
 
 @dataclass
@@ -105,8 +110,7 @@ class TextBatch:
         self.config, self.like = model.config, model.embed.weight
         self.model, self.options = options.compiled or model, options
         self.texts = list(map(list, texts))
-        longest = max(map(len, self.texts)) + max_new_tokens
-        self.max_length = min(self.config.block_size, longest)
+        self.max_length = min(self.config.block_size, max(map(len, texts)) + max_new_tokens)
         self.cache = None
         self.starts = None  # of the contexts in the cache: see context_start
 
@@ -138,8 +142,7 @@ class TextBatch:
                                  static=self.options.compiled is not None)
         self.cache.rewind(0)
         self.cache.padding = self.tensor(padding) if any(padding) else None
-        idx = self.tensor(idx)
-        return prefill(self.model, idx, self.cache, prefill_chunk(self.config, len(idx)))
+        return prefill(self.model, self.tensor(idx), self.cache)
 
     def select(self, index):
         """Keeps the texts listed in index, which may repeat some."""
@@ -172,9 +175,8 @@ def generate(model, prompts, max_new_tokens, num_samples=1, known=None, **option
             rows = list(range(len(copies)))
             batch.select(copies)
             logits = logits[copies]
-        logits = drawable(logits, known)
-        ids = sample_token(logits, options.temperature, options.top_k, options.top_p,
-                           options.generator)[:, 0].tolist()
+        ids = sample_token(drawable(logits, known), options.temperature, options.top_k,
+                           options.top_p, options.generator)[:, 0].tolist()
         for text, token in zip(batch.texts, ids, strict=True):
             text.append(token)
         left = unfinished(range(len(rows)))  # a compiled batch may still hold finished rows

@@ -15,6 +15,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e1
 # peak memory bandwidth in bytes/s, likewise
 PEAK_BANDWIDTH = {"H200": 4.8e12, "H100 PCIe": 2.0e12, "H100": 3.35e12, "A100-SXM4-80GB": 2.04e12,
                   "A100": 1.56e12}
+LIBRARIES = 64 * 2**20  # bytes that PyTorch, MKL and oneDNN allocate at first use
 GPU_MEMORY = {"H100": 80e9, "H200": 141e9}  # bytes (NVIDIA's data sheets)
 # the settings that a model's number of parameters comes from
 SHAPE = "n_layer, n_embd, n_ff, vocab_size or the widths of heads and latents"
@@ -90,6 +91,7 @@ class Decoding:
     packed: bool = False  # weights in oneDNN's layout: see nanogqa/fast.py
     static: bool = False  # a cache for torch.compile
     padded: bool = False  # rows of different length
+    folded: bool = False  # prompts on a GPU: see mask_bytes
 
 
 def caching_layer(config):
@@ -97,11 +99,16 @@ def caching_layer(config):
     return max(config.cached(), key=lambda layer: layer.heads * sum(layer.widths))
 
 
-def prefill_chunk(config, batch_size):
-    """Tokens of each row per forward pass over a prompt: at most 512, fewer if the batch or the
-    masks are large."""
-    folded = config.n_head // caching_layer(config).heads
-    return max(1, 2048 // max(4, batch_size, folded))
+def prefill_chunk(batch_size, prompt_len, padded, static):
+    """(rows, tokens) of a prompt that one forward pass reads: a prompt of up to 4,096 tokens at
+    once, since its start needs no mask, but few rows. With masks, a chunk has 1,024 tokens; a
+    static cache has all rows in every chunk, for one graph."""
+    if static:
+        return batch_size, min(prompt_len, max(1, 2048 // batch_size))
+    tokens = prompt_len
+    if padded or prompt_len > 4096:
+        tokens = min(1024, prompt_len)
+    return max(1, min(batch_size, 2048 // tokens)), tokens
 
 
 def bytes_per_step(model, batch_size, tokens, dtype):
@@ -113,29 +120,33 @@ def bytes_per_step(model, batch_size, tokens, dtype):
 
 
 def decoding_bytes(model, decoding):
-    """An upper bound of what decoding holds, in bytes, as a dict: weights, cache, logits, prefill.
+    """An upper bound of what decoding holds, in bytes, as a dict: weights, cache, logits, prefill
+    and libraries.
 
     Call it, like bytes_per_step, before prepare_for_decoding: packed weights are not parameters.
-    logits are one row per sequence, prefill is what the largest chunk of the prompt takes beside
-    the cache: see numbers_per_token and mask_bytes. The tests compare this with what is allocated.
+    logits are one row per sequence; prefill is what the largest part of the prompt takes beside the
+    cache: see numbers_per_token and mask_bytes. The tests compare this with what is allocated.
     """
     config, size = model.config, decoding.dtype.itemsize
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     if decoding.packed and model.lm_head is None:
         matrices += model.embed.weight.numel()  # a tied table is held in both layouts
     cache = kv_cache_bytes(config, decoding.max_length, decoding.dtype)
-    tokens = min(decoding.prompt_len, prefill_chunk(config, decoding.batch_size))
-    activations = decoding.batch_size * tokens * numbers_per_token(config) * size
+    rows, tokens = prefill_chunk(
+        decoding.batch_size, decoding.prompt_len, decoding.padded, decoding.static)
+    activations = rows * tokens * numbers_per_token(config) * size
+    activations += rows * expanded_numbers(config, decoding, tokens) * size
     return dict(
         weights=matrices * size,
         cache=decoding.batch_size * cache,
         logits=decoding.batch_size * config.vocab_size * size,
-        prefill=activations + mask_bytes(config, decoding, tokens),
+        prefill=activations + mask_bytes(config, decoding, rows, tokens),
+        libraries=LIBRARIES,
     )
 
 
 def numbers_per_token(config):
-    """Most numbers that live at once for each token of a chunk of the prompt.
+    """Most numbers that live at once for each token of a part of the prompt.
 
     The residual stream, its norm and one more take 3 C. Then follow either 4 F of the MLP, or the
     heads: 7 H D of queries and twice what is cached, as they are normed and rotated. For MLA, in
@@ -151,22 +162,43 @@ def numbers_per_token(config):
     return 3 * config.n_embd + max(4 * config.n_ff, heads)
 
 
-def mask_bytes(config, decoding, tokens):
-    """Bytes of the masks of a chunk of that many tokens.
-
-    A first chunk needs none, unless the cache is static or rows are padded. Otherwise three bool
-    masks of (T, S) live at once, and one of (H/K * T, S), which attention turns into numbers; where
-    rows are padded, for each row.
-    """
+def places_read(config, decoding, tokens):
+    """Cached tokens that the last part of a prompt attends to; 0 if the prompt is one part without
+    a mask."""
     if decoding.prompt_len <= tokens and not decoding.static and not decoding.padded:
         return 0
     S = decoding.max_length if decoding.static else decoding.prompt_len
     layer = caching_layer(config)
     if layer.tokens is not None:  # the tokens that are kept, and the chunk
         S = min(S, layer.tokens + tokens)
-    repeats = config.n_head // layer.heads
-    row = tokens * S * (3 + repeats * (1 + decoding.dtype.itemsize))
-    return row * (decoding.batch_size if decoding.padded else 1)
+    return S
+
+
+def expanded_numbers(config, decoding, tokens):
+    """Numbers of the keys and values that MLA expands from the cache for each row of a part."""
+    if config.attention != "mla" or tokens <= config.kv_lora_rank:
+        return 0
+    key = config.nope_head_dim + config.rope_head_dim
+    return places_read(config, decoding, tokens) * config.n_head * 4 * key
+
+
+def mask_bytes(config, decoding, rows, tokens):
+    """Bytes of the masks of a part of the prompt, (rows, tokens), or of a step, if that is more.
+
+    Two bool masks of (T, S) live at once while a mask is made, two more when attention turns it
+    into numbers: for each row where rows are padded. model.attend repeats it H / K times where
+    queries that share a head become rows of one matrix: in steps, and in prompts on a GPU.
+    """
+    S = places_read(config, decoding, tokens)
+    repeats = config.n_head // caching_layer(config).heads
+    number = 2 + decoding.dtype.itemsize
+    step = S * (2 + repeats * number)
+    prompt = tokens * S * (2 + number)
+    if decoding.folded:
+        prompt = tokens * step
+    if decoding.padded:
+        return max(decoding.batch_size * step, rows * prompt)
+    return max(step, prompt)
 
 
 def decoding_floor(config, params, decoding, lower):

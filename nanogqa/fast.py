@@ -105,6 +105,14 @@ class FastLinear(nn.Linear):
 
 # -- RMSNorm ---------------------------------------------------------------------------------------
 
+def normalize(x, eps):
+    """(r x, r) with r = (mean(x^2) + eps)^-1/2 over the last dimension, in float32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    r = r.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+    return x * r, r
+
+
 class RMSNormFunction(torch.autograd.Function):
     """y = n w, where n = r x and r = (mean(x^2) + eps)^-1/2.
 
@@ -115,9 +123,7 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        r = r.square_().div_(x.size(-1)).add_(eps).rsqrt_()
-        n = x * r
+        n, r = normalize(x, eps)
         ctx.save_for_backward(n, r, weight)
         return n * weight
 
@@ -134,6 +140,9 @@ class FastRMSNorm(nn.RMSNorm):
     """RMSNorm in the dtype of its input, also under autocast, which widens it to float32."""
 
     def forward(self, x):
+        on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        if on_cpu and not torch.is_grad_enabled():  # an autograd.Function costs 30 us for each call
+            return (normalize(x, self.eps)[0] * self.weight).to(x.dtype)
         if float32_on_cpu(x):
             return RMSNormFunction.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
@@ -198,7 +207,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 # -- decoding --------------------------------------------------------------------------------------
 
 class PackedLinear(nn.Module):
-    """A linear layer for float32 inference on a CPU.
+    """A linear layer for float32 or bfloat16 inference on a CPU.
 
     Its weight has the blocked layout that oneDNN reads fastest for products of that many rows.
     """
@@ -214,7 +223,11 @@ class PackedLinear(nn.Module):
 
 def packs(device, dtype):
     """Whether prepare_for_decoding packs weights there."""
-    return ONEDNN and device.type == "cpu" and dtype == torch.float32
+    if not ONEDNN or device.type != "cpu":
+        return False
+    if dtype == torch.bfloat16:  # without AVX-512 its products would be emulated
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
 
 
 def prepare_for_decoding(model, rows):

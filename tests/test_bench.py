@@ -208,7 +208,7 @@ def test_a_prompt_read_in_chunks_gives_the_same_text(monkeypatch, n_kv_head):
     model, ids = toy_model(n_kv_head=n_kv_head, tie_embeddings=False), toy_ids(1, 30)
     texts = []
     for chunk in (512, 7, 1):
-        monkeypatch.setattr(sample, "prefill_chunk", lambda config, batch_size, n=chunk: n)
+        monkeypatch.setattr(sample, "prefill_chunk", lambda *args, n=chunk: (1, n))
         tokens = generate(model, [ids[0].tolist()], 12, temperature=0)
         texts.append([new for _, (new,) in tokens])
     assert texts[0] == texts[1] == texts[2]
@@ -219,9 +219,34 @@ def test_a_prompt_read_in_chunks_gives_the_same_text(monkeypatch, n_kv_head):
         calls.append(idx.size(1))
         return model(idx, **kwargs)
     with torch.inference_mode():
-        logits = prefill(watched, ids, cache, 7)
+        monkeypatch.setattr(sample, "prefill_chunk", lambda *args: (1, 7))
+        logits = prefill(watched, ids, cache)
         torch.testing.assert_close(logits, model(ids, logits="last")[0], atol=1e-4, rtol=1e-4)
     assert calls == [7, 7, 7, 7, 2]
+
+
+@pytest.mark.parametrize("parts", [(1, 33), (2, 33), (3, 4), (4, 1)], ids=str)
+@pytest.mark.parametrize("attention", ["gqa", "mla"])
+def test_prompts_read_a_few_rows_at_a_time_give_the_same_text(monkeypatch, attention, parts):
+    """Rows of different length, and a cache that is read again when the context is full."""
+    model = toy_model(attention=attention, block_size=40, tie_embeddings=False)
+    prompts = [toy_ids(1, n, seed=n)[0].tolist() for n in (20, 33, 5, 33, 1)]
+    texts = []
+    for chunk in ((5, 40), parts):
+        monkeypatch.setattr(sample, "prefill_chunk", lambda *args, chunk=chunk: chunk)
+        texts.append([ids for _, ids in generate(model, prompts, 30, temperature=0)])
+    assert texts[0] == texts[1]
+
+
+def test_parts_of_a_prompt():
+    """A prompt without a mask is read at once, a few rows in each pass; one with a mask in chunks."""
+    assert costs.prefill_chunk(1, 4096, padded=False, static=False) == (1, 4096)
+    assert costs.prefill_chunk(16, 4096, padded=False, static=False) == (1, 4096)
+    assert costs.prefill_chunk(8, 1024, padded=False, static=False) == (2, 1024)
+    assert costs.prefill_chunk(8, 64, padded=False, static=False) == (8, 64)
+    assert costs.prefill_chunk(1, 5000, padded=False, static=False) == (1, 1024)
+    assert costs.prefill_chunk(3, 4000, padded=True, static=False) == (2, 1024)
+    assert costs.prefill_chunk(16, 4096, padded=True, static=True) == (16, 128)
 
 
 @pytest.mark.parametrize("shape", [
@@ -248,8 +273,7 @@ def test_prefill_takes_no_more_than_the_formula_says(
     padding = torch.arange(batch) if padded else None
     cache = KVCache(config, batch, places, static=static, padding=padding)
     assert cache.nbytes == bound["cache"]
-    chunk = costs.prefill_chunk(config, batch)
-    peak = peak_allocated(lambda: prefill(model, idx, cache, chunk))
+    peak = peak_allocated(lambda: prefill(model, idx, cache))
     assert 0.3 * bound["prefill"] < peak < bound["prefill"] + bound["logits"]
 
 

@@ -108,13 +108,14 @@ def test_logits_equal_the_formulas_of_the_paper(shape):
     torch.testing.assert_close(absorbed.double(), expected, atol=1e-4, rtol=1e-4)
 
 
-CHUNKS = {"one-shot": [48], "chunked": [7, 16, 1, 9, 15], "token-by-token": [1] * 48, "prefill-decode": [40] + [1] * 8}
+CHUNKS = {"one-shot": [48], "longer-than-the-latent": [3, 20, 17, 8], "chunked": [7, 16, 1, 9, 15], "token-by-token": [1] * 48, "prefill-decode": [40] + [1] * 8}
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 def test_expanded_equals_absorbed(shape, chunks, static):
-    """Without a cache attention is expanded, in a static one always absorbed, in a growing one both."""
+    """Attention is expanded without a cache and for more than R = 16 tokens, where keys and values come from the
+    cached latents; at the start of a growing cache too, and absorbed otherwise."""
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-6)):  # RoPE's angles are in float32
         model, ids = mla_model(**shape).to(dtype), toy_ids(3, 48)
         with torch.inference_mode():
@@ -126,17 +127,18 @@ def test_expanded_equals_absorbed(shape, chunks, static):
 
 
 def test_which_way_is_taken(monkeypatch):
-    """Expanded attention reads as many heads of keys as there are queries, absorbed one, without copies."""
+    """Expanded attention reads as many heads of keys as there are queries, absorbed one, without copies. R is 16."""
     seen, attend = [], model_module.attend
     monkeypatch.setattr(model_module, "attend", lambda q, k, v, *rest, **options: seen.append(
         (k.shape[1], k.shape[3], k is v)) or attend(q, k, v, *rest, **options))
-    model, ids = mla_model(n_layer=1), toy_ids(2, 9)
+    model, ids = mla_model(n_layer=1), toy_ids(2, 26)
     expanded, absorbed = (4, 12, False), (1, 24, True)
     with torch.inference_mode():
-        for static, padding, expected in ((False, None, [expanded, absorbed, absorbed]), (True, None, [absorbed] * 3),
-                                          (False, torch.tensor([0, 2]), [absorbed] * 3)):
-            cache = KVCache(model.config, 2, 9, static=static, padding=padding)
-            for part in ids.split([5, 3, 1], dim=1):
+        for static, padding, expected in ((False, None, [expanded, absorbed, expanded, absorbed]),
+                                          (True, None, [absorbed, absorbed, expanded, absorbed]),
+                                          (False, torch.tensor([0, 2]), [absorbed, absorbed, expanded, absorbed])):
+            cache = KVCache(model.config, 2, 26, static=static, padding=padding)
+            for part in ids.split([5, 3, 17, 1], dim=1):
                 model(part, cache=cache)
             assert seen == expected
             seen.clear()

@@ -169,17 +169,17 @@ def test_both_routes_of_attention_equal_plain_matmul(n_kv_head, T, S):
     k, v = torch.randn(2, 2, n_kv_head, S, 8, generator=g).unbind(0)
     visible = torch.ones(S, S, dtype=torch.bool).tril()[S - T:]
     expected = plain_attention(q, k, v, visible)
-    torch.testing.assert_close(attend(q, k, v, visible[None].expand(2, -1, -1)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attend(q, k, v, visible[None, None].expand(2, -1, -1, -1)), expected, atol=1e-5, rtol=1e-5)
     if T in (1, S):
         torch.testing.assert_close(attend(q, k, v), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_may_see_different_lengths():
-    """The mask is per row, (B, T, S), so that rows of unequal prompts can share a batch."""
+    """The mask is per row, (B, 1, T, S), so that rows of unequal prompts can share a batch."""
     g = torch.Generator().manual_seed(0)
     q, (k, v) = torch.randn(2, 4, 3, 8, generator=g), torch.randn(2, 2, 2, 9, 8, generator=g).unbind(0)
-    visible = torch.arange(9) <= torch.tensor([[3, 4, 5], [6, 7, 8]])[:, :, None]
-    torch.testing.assert_close(attend(q, k, v, visible), plain_attention(q, k, v, visible[:, None]), atol=1e-5, rtol=1e-5)
+    visible = torch.arange(9) <= torch.tensor([[3, 4, 5], [6, 7, 8]])[:, None, :, None]
+    torch.testing.assert_close(attend(q, k, v, visible), plain_attention(q, k, v, visible), atol=1e-5, rtol=1e-5)
 
 
 class Made(TorchDispatchMode):
@@ -219,7 +219,7 @@ def test_one_function_makes_the_mask_of_every_path(monkeypatch, changes):
     def windowed(T, cache):
         places = torch.arange(T) if cache is None else cache.places(T)
         distance = places[:, None] - torch.arange(int(places[-1]) + 1)
-        return ((distance >= 0) & (distance < 2))[None]
+        return ((distance >= 0) & (distance < 2))[None, None]
     ids = toy_ids(1, 12)
     model = toy_model(n_layer=1, **changes)
     plain = model(ids)[0]
