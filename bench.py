@@ -318,8 +318,7 @@ def size_of(name):
     """(TrainConfig of config/NAME.py, its GPT without values of the weights)."""
     path = Path(__file__).parent / "config" / f"{name}.py"
     config = build(TrainConfig, parse(TrainConfig, [str(path)], ""))
-    with torch.device("meta"):
-        return config, GPT(subset(GPTConfig, config))
+    return config, costs.meta_model(GPT, subset(GPTConfig, config))
 
 
 def scale_document():

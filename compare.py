@@ -293,8 +293,7 @@ def match_variants(choices, match, runtime):
 
 def facts_of(config, runtime):
     """Heads, sizes and costs of a model, for the records."""
-    with torch.device("meta"):  # a model without values, made in no time
-        model = checkpoint.new_model(GPT, subset(GPTConfig, config))
+    model = costs.meta_model(GPT, subset(GPTConfig, config))
     heads = [f"n_head {config.n_head}"]
     for name, value in heads_of(config).items():
         if value is not None and name != "attention":

@@ -16,7 +16,7 @@ from model import GPT, GPTConfig, initial_weight
 from nanogqa import checkpoint, distributed, dropout, folder, log, resume, terminal, timing
 from nanogqa.batches import Batches, check_multiple
 from nanogqa.configurator import UserError, check_pattern, in_range, parse, program, subset
-from nanogqa.costs import mfu
+from nanogqa.costs import meta_model, mfu
 from nanogqa.dataloader import Dataset, bits_per_byte, prepare_default
 from nanogqa.distributed import StopSignal
 from nanogqa.fast import accelerate, keep_freed_memory
@@ -90,8 +90,7 @@ def make_model(config, state, runtime):
     """The model on its device, with the weights of the checkpoint state, or new ones without it."""
     gpt_config = subset(GPTConfig, config)
     if config.parallel == "fsdp":
-        with torch.device("meta"):  # the whole model never exists on one device
-            model = GPT(gpt_config)
+        model = meta_model(GPT, gpt_config)  # the whole model never exists on one device
     elif state is None:
         model = checkpoint.new_model(GPT, gpt_config, config.seed)
     else:

@@ -8,11 +8,10 @@ import zipfile
 from dataclasses import asdict
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from nanogqa import schema
 from nanogqa.configurator import UserError, build, check_key, convert, one_line, out_of_memory
-from nanogqa.costs import SHAPE, count_params
+from nanogqa.costs import SHAPE, NoInit, count_params, meta_model
 from nanogqa.distributed import local, placed
 from nanogqa.folder import find_sharded, path_of
 from nanogqa.runtime import check_memory
@@ -155,10 +154,9 @@ def typed(cls, values, path):
 def new_model(GPT, config, seed=1337):
     """GPT(config, seed). Raises UserError if the machine cannot hold it."""
     try:
-        size = 4 * count_params(GPT, config)
-        if not torch.empty(0).is_meta:  # on the meta device, a model has no values
-            check_memory({SHAPE: size})
-        return GPT(config, seed)
+        check_memory({SHAPE: 4 * count_params(GPT, config)})
+        with NoInit():
+            return GPT(config, seed)
     except (RuntimeError, TypeError, MemoryError, OverflowError) as error:
         raise UserError(f"a model of this size cannot be created here ({one_line(error, 100)}): "
                         f"lower {SHAPE}") from None
@@ -175,7 +173,8 @@ def load_model(GPT, config, state):
         wanted = count_params(GPT, config)
         if wanted > held:  # checked first: config could ask for more than fits into memory
             raise ValueError(f"{held:,} numbers, not {wanted:,}")
-        model = new_model(GPT, config)
+        check_memory({SHAPE: 4 * wanted})
+        model = meta_model(GPT, config).to_empty(device="cpu")
         model.load_state_dict(weights)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f"the weights in the checkpoint do not fit its config ({one_line(error)}): "
@@ -274,6 +273,8 @@ def check_count(count, steps, name):
 def load_sharded(out_dir, model, optimizers, state):
     """Fills model and optimizers, split over any number of ranks, from out_dir's newest sharded
     checkpoint."""
+    import torch.distributed.checkpoint as dcp  # see shard in nanogqa/distributed.py
+
     folder = find_sharded(out_dir)
     steps = state["optimizer"]
     try:

@@ -6,6 +6,7 @@ a change of the cache is made in model.py alone.
 from dataclasses import dataclass, replace
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from nanogqa.configurator import UserError, one_line
 
@@ -34,16 +35,31 @@ def num_params(model, embedding=True):
     return total
 
 
-def count_params(GPT, config):
-    """num_params(GPT(config)) without building it: all blocks are alike. Raises UserError if a size
-    does not fit into 64 bits."""
+class NoInit(TorchFunctionMode):
+    """Leaves out the initial values of torch.nn, which GPT replaces by its own. For a model without
+    values, PyTorch would import its compiler to draw them, for more than a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
+
+
+def meta_model(GPT, config):
+    """GPT(config) on the meta device: shapes without values. Raises UserError if a size does not
+    fit into 64 bits."""
     try:
-        with torch.device("meta"):  # shapes without values
-            one = num_params(GPT(replace(config, n_layer=1)))
-            two = num_params(GPT(replace(config, n_layer=2)))
+        with torch.device("meta"), NoInit():
+            return GPT(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise UserError(f"a model of this size cannot be created anywhere ({one_line(error, 100)}):"
                         f" lower {SHAPE}") from None
+
+
+def count_params(GPT, config):
+    """num_params(GPT(config)) without building it, as all blocks are alike."""
+    one = num_params(meta_model(GPT, replace(config, n_layer=1)))
+    two = num_params(meta_model(GPT, replace(config, n_layer=2)))
     return one + (config.n_layer - 1) * (two - one)
 
 

@@ -10,10 +10,7 @@ import traceback
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from nanogqa.configurator import UserError, drop_output
@@ -193,6 +190,9 @@ def synchronizing(model, wanted):
 
 # -- models split over ranks (FSDP2) ---------------------------------------------------------------
 
+# PyTorch's modules for FSDP and sharded checkpoints take as long to import as a third of torch, so
+# that the functions that need them import them.
+
 def check_parallel(config, ranks):
     """Raises UserError if --parallel=fsdp cannot work on that many ranks."""
     if config.parallel != "fsdp":
@@ -212,6 +212,9 @@ def shard(model, runtime, weight_of):
     """Splits the weights of each block of a meta model over the ranks; it is never whole on a
     device. weight_of(name, shape) is the whole tensor of a parameter, or None for no values yet.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(runtime.device.type, (runtime.ranks,))
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # cos and sin stay float32
     if runtime.dtype != torch.float32:
@@ -232,17 +235,24 @@ def shard(model, runtime, weight_of):
 def placed(x, parameter):
     """Moves the whole tensor x to parameter's device, split over ranks if parameter is."""
     x = x.to(parameter.device)
-    if not isinstance(parameter, DTensor):
+    if not split_over_ranks(parameter):
         return x
+    from torch.distributed.tensor import distribute_tensor
+
     mesh, placements = parameter.device_mesh, parameter.placements
     return distribute_tensor(x, mesh, placements, src_data_rank=None)
 
 
+def split_over_ranks(x):
+    """Whether a tensor is a DTensor, whose class may not be imported."""
+    return hasattr(x, "full_tensor")
+
+
 def whole(x):
     """A tensor that may be split over ranks, as a whole. All ranks call it."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if split_over_ranks(x) else x
 
 
 def local(x):
     """A tensor, or this rank's part of one that is split."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if split_over_ranks(x) else x

@@ -5,11 +5,10 @@ The classes GPT and GPTConfig, which this package does not import, are passed in
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import torch
-
 from nanogqa.batches import batch_shape
 from nanogqa.checkpoint import freeze, load, typed
 from nanogqa.configurator import UserError, build, subset
+from nanogqa.costs import meta_model
 from nanogqa.distributed import barrier, check_parallel, world
 from nanogqa.folder import exists, path_of
 from nanogqa.runtime import check_training
@@ -132,8 +131,7 @@ def check_run(GPT, GPTConfig, config, dataset, ranks, step=0):
     batch_size = batch_shape(config, ranks)[0]
     check_training(GPT, config, batch_size, ranks, step)
     if config.trainable:
-        with torch.device("meta"):
-            freeze(GPT(subset(GPTConfig, config)), config.trainable)
+        freeze(meta_model(GPT, subset(GPTConfig, config)), config.trainable)
 
 
 def run_settings(config, GPTConfig):

@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from nanogqa.configurator import one_line
 from nanogqa.distributed import total, whole
@@ -148,6 +147,8 @@ class ShardedSaver(Saver):
             if not self.failed:
                 clear_sharded(self.out_dir, self.rank)
             return
+        import torch.distributed.checkpoint as dcp  # see shard in nanogqa/distributed.py
+
         folder = self.out_dir / f"{SHARDED}{state['step']}"
         parts, plain = split(state)
         writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)

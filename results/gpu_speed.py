@@ -55,9 +55,7 @@ def decode(**settings):
 
 
 def model_on_device(config, runtime):
-    with torch.device("meta"):
-        model = GPT(config)
-    model = model.to(runtime.dtype).to_empty(device=runtime.device)
+    model = costs.meta_model(GPT, config).to(runtime.dtype).to_empty(device=runtime.device)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data.fill_(1.0)
