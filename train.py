@@ -208,7 +208,7 @@ def check_finite(finite, what, step, config, runtime):
 @program(remedy="lower batch_size (tokens_per_step may stay) or block_size")
 def main(argv):
     given = parse(TrainConfig, argv, __doc__)
-    with terminal.lasting(), distributed.joined(), distributed.explained(), ExitStack() as stack:
+    with terminal.lasting(), distributed.explained(), distributed.joined(), ExitStack() as stack:
         train(given, stack)
 
 
