@@ -161,7 +161,7 @@ def decode(config, runtime, peak):
     peak is the bandwidth of the machine in bytes/s; None where it is unknown.
     """
     reset_peak(runtime)
-    model = load_model(config).to(runtime.device, runtime.dtype).eval()
+    model = load_model(config, runtime.dtype).to(runtime.device, runtime.dtype).eval()
     shape, B = model.config, config.batch_size
     tokens = config.prompt_len + config.new_tokens // 2  # in the cache, the mean over a run
     bytes_per_step = costs.bytes_per_step(model, B, tokens, runtime.dtype)
@@ -201,10 +201,15 @@ def decode(config, runtime, peak):
     return row
 
 
-def load_model(config):
-    """The model of the checkpoint in out_dir, or a new one of the given shape."""
+def load_model(config, dtype):
+    """The model of the checkpoint in out_dir, or a new one of the given shape, which never exists
+    in a wider dtype, so that the bound of memory holds."""
     if config.out_dir is None:
-        return checkpoint.new_model(GPT, subset(GPTConfig, config), config.seed)
+        torch.set_default_dtype(dtype)
+        try:
+            return checkpoint.new_model(GPT, subset(GPTConfig, config), config.seed)
+        finally:
+            torch.set_default_dtype(torch.float32)
     state = checkpoint.load(config.out_dir, GPTConfig)
     model = checkpoint.load_model(GPT, GPTConfig(**state["config"]), state)
     model.config.block_size = config.block_size
