@@ -288,8 +288,7 @@ def test_decoding_holds_the_weights_once(tmp_path):
     row = json.loads(out.splitlines()[-1])
     assert row["memory_bound_bytes"] > 250 * 2**20
     if sys.platform == "linux":
-        libraries = 40 * 2**20  # what they allocate at first use
-        assert row["peak_memory_bytes"] < 1.15 * row["memory_bound_bytes"] + libraries
+        assert row["peak_memory_bytes"] < row["memory_bound_bytes"]
 
 
 # -- torch.compile ---------------------------------------------------------------------------------

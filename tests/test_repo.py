@@ -247,3 +247,27 @@ def test_requirements_pin_what_pyproject_allows():
     assert ranges.keys() - {"matplotlib", "transformers", "safetensors", "pyarrow", "huggingface_hub", "ruff"} == pins.keys() >= {"torch", "numpy", "tiktoken", "tqdm", "wandb"}  # extras apart
     for name, pin in pins.items():
         assert [int(n) for n in pin.split(".")] >= [int(n) for n in ranges[name].split(".")]
+
+
+STARTS = """
+import sys, torch
+before = set(sys.modules)
+import bench, compare, convert, sample, train
+from nanogqa import checkpoint
+config = train.GPTConfig(vocab_size=65, n_layer=1)
+model = checkpoint.load_model(train.GPT, config, dict(model=train.GPT(config).state_dict()))
+list(sample.generate(sample.prepare_for_decoding(model.eval(), 1), [[1, 2]], 3))
+print(sorted(set(sys.modules) - before))
+"""
+
+
+def test_programs_start_without_what_few_runs_need():
+    """The modules for FSDP and the compiler take as long to import as a third of torch each. A
+    model without values used to import the compiler, through torch.nn's initialization."""
+    out = subprocess.run([sys.executable, "-c", STARTS], cwd=ROOT, capture_output=True, check=True,
+                         encoding="utf-8", timeout=100).stdout
+    imported = ast.literal_eval(out.splitlines()[-1])
+    assert "nanogqa.fast" in imported
+    for late in ("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+                 "torch.distributed.tensor", "transformers", "matplotlib", "wandb"):
+        assert late not in imported, late
