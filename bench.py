@@ -127,6 +127,7 @@ def reset_peak(runtime):
         torch.cuda.reset_peak_memory_stats()
     elif os.path.exists("/proc/self/clear_refs"):
         gc.collect()
+        keep_freed_memory(False)
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):  # glibc: returns what the previous row has freed
             libc.malloc_trim(0)
@@ -269,8 +270,8 @@ def time_run(forward, token, cache, steps, runtime):
 
 def train(config, runtime):
     """A row of results: the steps of train.py, on random tokens."""
-    keep_freed_memory()
     reset_peak(runtime)
+    keep_freed_memory()
     B, T = config.batch_size, config.block_size
     settings = TrainConfig(
         **asdict(subset(GPTConfig, config)), tokens_per_step=B * T, batch_size=B,

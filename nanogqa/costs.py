@@ -16,7 +16,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e1
 # peak memory bandwidth in bytes/s, likewise
 PEAK_BANDWIDTH = {"H200": 4.8e12, "H100 PCIe": 2.0e12, "H100": 3.35e12, "A100-SXM4-80GB": 2.04e12,
                   "A100": 1.56e12}
-LIBRARIES = 64 * 2**20  # bytes that PyTorch, MKL and oneDNN allocate at first use
+LIBRARIES = 96 * 2**20  # bytes of the buffers of PyTorch, MKL and oneDNN, and gaps in the heap
 GPU_MEMORY = {"H100": 80e9, "H200": 141e9}  # bytes (NVIDIA's data sheets)
 # the settings that a model's number of parameters comes from
 SHAPE = "n_layer, n_embd, n_ff, vocab_size or the widths of heads and latents"
