@@ -24,18 +24,15 @@ import compare
 import train
 from compare import CompareConfig, Run, Timing, matching_n_ff, plan, run_bench, run_training
 from nanogqa.configurator import UserError, parse
+from nanogqa.estimates import paired, steps_to, student_t, verdict
 from nanogqa.log import read_rows
 from nanogqa.report import (
     apart,
     bandwidth_beyond_cache,
-    paired,
     paired_curves,
     report,
-    steps_to,
-    student_t,
     summarize,
     table,
-    verdict,
 )
 from nanogqa.results import load_results
 
