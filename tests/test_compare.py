@@ -250,7 +250,7 @@ def test_results_of_other_settings_are_refused(comparison, capsys):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     for change, words in (("--max_steps=13", "max_steps 12 there, 13 here"),
                           ("--n_kv_head=4,2", "other variants"),
-                          ("--seeds=3", "seeds 2 there, 3 here"),
+                          ("--seeds=1", "seeds 2 there, 1 here (they can only be raised)"),
                           ("--learning_rate=1e-3", "learning_rate 0.003 there")):
         with pytest.raises(SystemExit) as exit:
             compare.main([*args, change])
@@ -258,6 +258,53 @@ def test_results_of_other_settings_are_refused(comparison, capsys):
         assert exit.value.code == 2 and words in error and "\n" not in error
         assert "--overwrite=True" in error
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_higher_seeds_adds_runs(again, monkeypatch, capsys):
+    """It was refused: a comparison could not gain power without starting again."""
+    folder, args = again
+    monkeypatch.setattr(compare, "measure_speed", stop)  # what is timed stays
+    before = {run.name: state_of(run) for run in (folder / "runs").iterdir()}
+    old = results_of(folder)
+    compare.main([*args, "--seeds=3"])
+    assert "6 runs of 12 steps, 4 of them finished" in capsys.readouterr().out
+    for name, state in before.items():
+        assert state_of(folder / "runs" / name) == state
+    results = load_results(folder / "results.json", CompareConfig)
+    assert results["settings"] == dict(old["settings"], seeds=3)
+    assert results["speed"] == old["speed"]
+    assert [(r["variant"], r["seed"]) for r in results["records"]] == [
+        (name, seed) for name in ("MHA", "MQA") for seed in (1337, 1338, 1339)]
+    for record in old["records"]:
+        assert record in results["records"]
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# Comparison of 2 variants, 3 seeds\n")
+    with pytest.raises(SystemExit) as exit:  # and it cannot be lowered again
+        compare.main(args)
+    assert exit.value.code == 2 and "seeds 3 there, 2 here" in capsys.readouterr().err
+
+
+def test_added_runs_that_were_interrupted(again, monkeypatch, capsys):
+    """Until all of them are finished, results.json and the report are those of fewer seeds, and
+    the number of seeds is still free."""
+    folder, args = again
+    kept = [(folder / name).read_bytes() for name in ("results.json", "report.md")]
+    seen = []
+
+    def stop_at_last(run, bar):
+        if len(seen) == 3:
+            raise Stop
+        seen.append(run.folder.name)
+        train_here(run, bar)
+    monkeypatch.setattr(compare, "run_training", stop_at_last)
+    with pytest.raises(Stop):
+        compare.main([*args, "--seeds=4"])
+    assert seen == ["MHA-n_ff96-seed1339", "MQA-n_ff112-seed1339", "MHA-n_ff96-seed1340"]
+    assert [(folder / name).read_bytes() for name in ("results.json", "report.md")] == kept
+    compare.main(args)
+    compare.main([*args, "--seeds=3"])
+    assert "6 runs of 12 steps, 6 of them finished" in capsys.readouterr().out
+    assert len(results_of(folder)["records"]) == 6 and len(seen) == 3
 
 
 def test_results_without_newer_settings_are_resumed(comparison, capsys):
