@@ -59,7 +59,7 @@ class CompareConfig(TrainConfig):
     out_dir: str = "out/compare"  # folder for runs, results and the report
     max_steps: int = 800          # optimizer steps of each run
     eval_interval: int = 100      # steps between evaluations
-    seeds: int = 3                # runs of each variant, with seed, seed + 1 and so on
+    seeds: int = 3                # runs of each variant: seed, seed + 1 and so on; raise it to add
     match: Matching = "both"  # shape: change only listed settings; params: also adjust n_ff; both
     controls: bool = False        # add MHA baselines of equal cache: fewer heads, narrower heads
     decode_batch_size: int | None = None  # batch sizes to time decoding with; default: 1,16
