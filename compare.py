@@ -6,7 +6,8 @@
     python compare.py config/gpt2_124m.py --dataset=PATH --n_kv_head=12,4,2,1 --seeds=3
 
 Losses and differences have error bars. Takes every setting of train.py. Writes runs, results.json,
-report.md and, with matplotlib, pictures into out_dir. Run the same command again to resume.
+report.md and, with matplotlib, pictures into out_dir. Run the same command again to resume, or
+with a higher --seeds to add runs.
 """
 import datetime
 import json
@@ -58,7 +59,7 @@ class CompareConfig(TrainConfig):
     out_dir: str = "out/compare"  # folder for runs, results and the report
     max_steps: int = 800          # optimizer steps of each run
     eval_interval: int = 100      # steps between evaluations
-    seeds: int = 3                # runs of each variant, with seed, seed + 1 and so on
+    seeds: int = 3                # runs of each variant: seed, seed + 1 and so on; raise it to add
     match: Matching = "both"  # shape: change only listed settings; params: also adjust n_ff; both
     controls: bool = False        # add MHA baselines of equal cache: fewer heads, narrower heads
     decode_batch_size: int | None = None  # batch sizes to time decoding with; default: 1,16
@@ -365,13 +366,18 @@ def open_results(config, runtime, wanted):
 
 
 def check_same_comparison(results, wanted, out_dir):
-    """Raises UserError where results differ from wanted; missing settings take their defaults."""
+    """Raises UserError where results differ from wanted, unless wanted has more seeds. Missing
+    settings take their defaults."""
     there = comparable(results)
     here = comparable(wanted)
     differences = []
     for key, value in here.items():
+        if key == "seeds" and value > there[key]:
+            continue  # the runs that are missing are added
         if there.get(key) != value:
             differences.append(f"{key} {there.get(key)} there, {value} here")
+            if key == "seeds":
+                differences[-1] += " (they can only be raised)"
     if not differences and complete_variants(results) != complete_variants(wanted):
         differences.append("other variants")
     if differences:
@@ -751,6 +757,8 @@ def main(argv):
                 shutil.rmtree(out_dir / "runs", ignore_errors=True)
             write_json(path, results)
         train_runs(runs, config, results["speed"], dataset)
+        # until here results.json is that of the finished comparison with fewer seeds, if any
+        results["settings"]["seeds"] = config.seeds
         results["records"] = collect_records(variants, runs, config, dataset)
         write_json(path, results)
         write_report(results, out_dir)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from nanogqa.report import summarize, table
+from nanogqa.report import published_table, summarize, table
 
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
              "results/README.md"]
@@ -24,11 +24,6 @@ NAMES = {"MHA": "MHA", "GQA-2": "GQA, 2 heads", "MQA": "MQA", "MLA": "MLA"}  # o
 def read(name):
     """The content of a JSON file of results/."""
     return json.loads((ROOT / "results" / name).read_text(encoding="utf-8"))
-
-
-def signed(estimate, digits=3):
-    """An Estimate of nanogqa/report.py as a difference with half its interval."""
-    return f"{estimate.mean:+.{digits}f} ± {estimate.error:.{digits}f}"
 
 
 # -- results/compare -------------------------------------------------------------------------------
@@ -81,20 +76,23 @@ def findings():
     """Quality, memory and time of the four variants (front page)."""
     rows = []
     for summary in variants("params"):
-        difference = ""
+        difference = together = ""
         if not summary.is_first:
-            difference = signed(summary.difference)
+            difference = summary.difference.text(3)
+            together = f"± {summary.difference.half_together:.3f}"
         cell = slowest_cell(summary)
         rows.append([
             NAMES[summary.name],
             difference,
+            together,
             f"{cell['kv_cache_bytes'] / 1e6:,.0f}",
             f"{cell['peak_memory_bytes'] / 1e6:,.0f}",
             f"{cell['step_ms']:.1f}",
             f"{cell['prefill_s']:.1f}",
         ])
-    return table(["", "loss minus MHA's, nats per byte, 95 % interval", "cache, MB",
-                  "peak memory, MB", "decoding step, ms", "reading the prompts, s"], rows)
+    return table(["", "loss minus MHA's, nats per byte, 95 % interval", "all intervals together",
+                  "cache, MB", "peak memory, MB", "decoding step, ms", "reading the prompts, s"],
+                 rows)
 
 
 def comparison():
@@ -104,32 +102,46 @@ def comparison():
         row = [NAMES[shape.name], f"{shape.facts['kv_bytes_per_token']:,}"]
         for summary in (shape, params):
             row.append(f"{summary.loss.mean:.3f} ± {summary.loss.error:.3f}")
-            row.append("" if summary.is_first else signed(summary.difference))
+            row.append(with_both_intervals(summary.difference))
         rows.append(row)
     return table(["", "cache, bytes per token", "shape held equal", "difference to MHA",
                   "parameters held equal", "difference to MHA"], rows)
 
 
-def decoding_times():
-    """Decoding steps at every batch and context (docs/comparing.md)."""
-    cells = [(1, 256), (1, 1024), (1, 4096), (16, 256), (16, 1024), (16, 4096)]
+def with_both_intervals(difference):
+    """A Difference of nanogqa/estimates.py as text; empty for the first variant."""
+    if difference is None:
+        return ""
+    return f"{difference.text(3)} (± {difference.half_together:.3f})"
+
+
+CELLS = [(1, 256), (1, 1024), (1, 4096), (16, 256), (16, 1024), (16, 4096)]
+
+
+def over_cells(key, unit, digits):
+    """A table of one quantity of decoding at every batch and context, multiplied by unit."""
     rows = []
     for summary in variants("shape"):
-        times = [timing(summary.shape, *cell)["step_ms"] for cell in cells]
-        rows.append([NAMES[summary.name], *(f"{ms:.2f}" for ms in times)])
-    return table(["", *(f"{batch} x {tokens:,}" for batch, tokens in cells)], rows)
+        row = [NAMES[summary.name]]
+        for batch, tokens in CELLS:
+            row.append(f"{timing(summary.shape, batch, tokens)[key] * unit:,.{digits}f}")
+        rows.append(row)
+    return table(["", *(f"{batch} x {tokens:,}" for batch, tokens in CELLS)], rows)
 
 
-def published():
-    """Published losses minus that of MHA, in nats, with and without equal parameters."""
-    texts = {}
-    for kind, ending in (("matched", ""), ("unmatched", "_unmatched")):
-        perplexity = read("published.json")[kind]
-        for variant in ("GQA-4", "MQA", "MLA"):
-            difference = math.log(perplexity[variant] / perplexity["MHA"])
-            name = variant.lower().removesuffix("-4")
-            texts[f"published_{name}{ending}"] = f"{difference:+.3f}"
-    return texts
+def decoding_times():
+    """Milliseconds of a decoding step (docs/comparing.md)."""
+    return over_cells("step_ms", 1, 2)
+
+
+def prefill_times():
+    """Milliseconds to read the prompts (docs/comparing.md)."""
+    return over_cells("prefill_s", 1e3, 0)
+
+
+def peak_memory():
+    """Megabytes at the peak of a decoding run (docs/comparing.md)."""
+    return over_cells("peak_memory_bytes", 1e-6, 0)
 
 
 # -- results/*.json --------------------------------------------------------------------------------
@@ -230,7 +242,7 @@ def ablation():
     for name, i, change in changes:
         summary = summarize(read(f"ablation/{name}.json"))[i]
         rows.append([change, f"{summary.loss.mean:.3f} ± {summary.loss.error:.3f}",
-                     signed(summary.difference)])
+                     summary.difference.text(3)])
     return table(["change", "validation loss, nats per byte", "difference, 95 % interval"], rows)
 
 
@@ -275,8 +287,9 @@ def llama():
 # -- tables and sentences --------------------------------------------------------------------------
 
 TABLES = {function.__name__: function for function in (
-    attention, findings, comparison, decoding_times, shakespeare, against_nanogpt, bench_decode,
-    bench_train, transformers_train, transformers_decode, ablation, uptraining)}
+    attention, findings, comparison, decoding_times, prefill_times, peak_memory, published_table,
+    shakespeare, against_nanogpt, bench_decode, bench_train, transformers_train,
+    transformers_decode, ablation, uptraining)}
 
 
 def values():
@@ -289,7 +302,7 @@ def values():
         macos=f"{download['macOS, arm64'] / 1e9:.1f} GB",
         tokens=f"{settings['max_steps'] * settings['tokens_per_step'] / 1e6:.1f} million",
         mha_cache=f"{sizes[0]:,}", gqa_cache=f"{sizes[1]:,}",
-        **first_run(), **llama(), **published(), **ratios(), **ranges())
+        **first_run(), **llama(), **ratios(), **one_long_text(), **ranges())
 
 
 def ratios():
@@ -303,17 +316,33 @@ def ratios():
     return shares
 
 
+def one_long_text():
+    """Peak memory and time to read the prompt for one text of 4,096 tokens (front page)."""
+    texts = {}
+    for summary in variants("params"):
+        row = timing(summary.shape, 1, 4096)
+        key = summary.name.lower().removesuffix("-2")
+        texts[f"{key}_long_peak"] = f"{row['peak_memory_bytes'] / 1e6:.0f}"
+        texts[f"{key}_long_prefill"] = f"{row['prefill_s'] * 1e3:.0f}"
+    return texts
+
+
 def ranges():
     """The smallest and the largest of several figures, as NAME_low and NAME_high."""
     short = [timing(summary.shape, 1, 256)["step_ms"] for summary in variants("shape")]
+    found = []
+    for match in ("shape", "params"):
+        for summary in variants(match)[1:]:
+            found.append(summary.difference.detectable)
     excess = []
     for modes in read("compare/results.json")["speed"].values():
         for row in modes["decode"]:
             excess.append(row["peak_memory_bytes"] / row["memory_bound_bytes"])
     texts = {}
     for name, numbers, digits in (
-            ("short", short, 1), ("excess", excess, 1), ("muon", muon_overhead(), 0),
-            ("train", slowdowns("train"), 1), ("decode", slowdowns("decode"), 1)):
+            ("short", short, 1), ("found", found, 3), ("excess", excess, 1),
+            ("muon", muon_overhead(), 0), ("train", slowdowns("train"), 1),
+            ("decode", slowdowns("decode"), 1)):
         texts[f"{name}_low"] = f"{min(numbers):.{digits}f}"
         texts[f"{name}_high"] = f"{max(numbers):.{digits}f}"
     return texts
@@ -327,8 +356,11 @@ SENTENCES = {
         "in bfloat16 this is 2 x {llama_factors} x 2 bytes, or {llama}",
         "A text of {llama_context} tokens takes {llama_all}, more than the weights",
         "32 query heads it would take {llama_mha}",
-        "MLA is behind after these {tokens} tokens",
-        "At batch 1 and a context of 256 tokens all four take {short_low} to {short_high} ms per "
+        "finds {found_low} to {found_high} nats with a power of 80 %",
+        "With one text of 4,096 tokens, GQA, MQA and MLA peak at {gqa_long_peak}, {mqa_long_peak} "
+        "and {mla_long_peak} MB and read the prompt in {gqa_long_prefill}, {mqa_long_prefill} and "
+        "{mla_long_prefill} ms. MHA takes {mha_long_peak} MB and {mha_long_prefill} ms",
+        "With one text of 256 tokens, all four take {short_low} to {short_high} ms per decoding "
         "step",
         "transformers takes {decode_low} to {decode_high} times as long per decoding step",
     ),
@@ -343,10 +375,8 @@ SENTENCES = {
         "{train_low} to {train_high} times as long per training step in the same process",
     ),
     "docs/comparing.md": (
-        "MLA is behind after these {tokens} tokens",
-        "a loss relative to MHA of {published_gqa} nats for GQA with 4 heads, {published_mqa} for "
-        "MQA and {published_mla} for MLA",
-        "they report {published_gqa_unmatched} for GQA and {published_mqa_unmatched} for MQA",
+        "after these {tokens} tokens",
+        "would have found {found_low} to {found_high} nats with a power of 80 %",
         "a step takes {gqa_step} of MHA's time with GQA, {mqa_step} with MQA and {mla_step} with "
         "MLA. MLA takes {mla_prefill} times as long as MHA to read the prompts",
     ),

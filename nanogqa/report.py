@@ -1,107 +1,19 @@
-"""Statistics, tables and pictures of a comparison, from the content of its results.json."""
-import itertools
-import math
+"""Tables and pictures of a comparison, from the content of its results.json."""
 import statistics
 import textwrap
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from nanogqa.estimates import (
+    Difference,
+    Estimate,
+    estimate_differences,
+    mean_over_seeds,
+    paired,
+    steps_to,
+)
 from nanogqa.files import replacing
-
-# The smallest and the largest difference in nats between MHA, GQA and MQA in Zadouri et al. 2025
-# (arXiv 2505.21487, tables 2, 12 and 18): 183 million parameters, one seed.
-PUBLISHED_SMALLEST = 0.008
-PUBLISHED_LARGEST = 0.040
-
-
-# -- statistics ------------------------------------------------------------------------------------
-
-class Estimate(NamedTuple):
-    """A mean over seeds and its error; None where one seed gives no error."""
-    mean: float
-    error: float | None           # standard error, or half the width of a 95 % interval
-
-    def text(self, sign=""):
-        text = f"{self.mean:{sign}.4f}"
-        if self.error is not None:
-            text += f" ± {self.error:.4f}"
-        return text
-
-
-def student_t(df, p=0.975):
-    """The p quantile of Student's t with df degrees of freedom.
-
-    Bisects the closed form of the distribution function.
-    """
-    low, high = 0.0, 1e6
-    for _ in range(100):
-        middle = (low + high) / 2
-        if two_sided_probability(middle, df) < 2 * p - 1:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def two_sided_probability(t, df):
-    """P(|T| < t) of Student's t with df degrees of freedom.
-
-    Abramowitz and Stegun 1964: 26.7.3 for odd df, 26.7.4 for even df.
-    """
-    theta = math.atan(t / math.sqrt(df))
-    odd = df % 2 == 1
-    term = 1.0
-    if odd:
-        term = math.cos(theta)
-    total = 0.0
-    for k in range(2 + odd, df + 1, 2):
-        total += term
-        term *= math.cos(theta) ** 2 * (k - 1) / k
-    if odd:
-        return 2 / math.pi * (theta + math.sin(theta) * total)
-    return math.sin(theta) * total
-
-
-def mean_over_seeds(values):
-    """The mean of values and its standard error."""
-    if len(values) < 2:
-        return Estimate(statistics.mean(values), None)
-    return Estimate(statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)))
-
-
-def paired(values, reference):
-    """The mean of values - reference and half the width of its 95 % interval.
-
-    Both lists are ordered by seed: the difference is taken within each seed.
-    """
-    differences = [value - other for value, other in zip(values, reference, strict=True)]
-    mean, standard_error = mean_over_seeds(differences)
-    if standard_error is None:
-        return Estimate(mean, None)
-    return Estimate(mean, student_t(len(differences) - 1) * standard_error)
-
-
-def steps_to(curve, loss):
-    """The step at which a curve of (step, loss) points first falls to loss; None if it never does.
-
-    The curve is interpolated linearly between its points.
-    """
-    for (step, before), (next_step, after) in itertools.pairwise(curve):
-        if before > loss >= after:
-            return step + (next_step - step) * (before - loss) / (before - after)
-    return None
-
-
-def verdict(mean, half):
-    """What a difference in loss, with half the width of its interval, says of a variant."""
-    if half is None:
-        return "one seed: no error bar"
-    if abs(mean) <= half:
-        return "not distinguishable"
-    if mean < 0:
-        return "better"
-    return "worse"
-
+from nanogqa.published import PUBLISHED, relative_differences
 
 # -- one summary for each variant ------------------------------------------------------------------
 
@@ -116,7 +28,7 @@ class Summary:
     loss: Estimate                # nats per token, with the standard error
     bits_per_byte: float
     metrics: dict                 # {name: Estimate} of the metrics beyond loss and bits per byte
-    difference: Estimate          # of the losses to the first variant's, with half the interval
+    difference: Difference | None  # to the first variant's loss; None for the first
     curves: list                  # of each seed: [step, validation loss] pairs
     mean_curve: list              # of all seeds: (step, validation loss) pairs
     steps_to_first: float | None  # steps until its mean curve reaches the first variant's loss
@@ -129,16 +41,24 @@ def summarize(results):
     for record in results["records"]:
         groups.setdefault((record["match"], record["variant"]), []).append(record)
     first = {}  # {matching: records of its first variant}
-    summaries = []
+    samples = {}  # {shape: paired differences}: one model in both matchings is one comparison
     for (match, _), records in groups.items():
         first.setdefault(match, records)
-        summaries.append(summarize_variant(records, first[match]))
+        if records is not first[match]:
+            samples[records[0]["shape"]] = paired(column(records, "val_loss"),
+                                                  column(first[match], "val_loss"))
+    differences = estimate_differences(samples)
+    summaries = []
+    for (match, _), records in groups.items():
+        difference = None
+        if records is not first[match]:
+            difference = differences[records[0]["shape"]]
+        summaries.append(summarize_variant(records, first[match], difference))
     return summaries
 
 
-def summarize_variant(records, first):
+def summarize_variant(records, first, difference):
     """The Summary of one variant; first holds the records of the first variant, seed by seed."""
-    losses = column(records, "val_loss")
     first_losses = column(first, "val_loss")
     curves = column(records, "curve")
     curve = mean_curve(curves)
@@ -148,10 +68,10 @@ def summarize_variant(records, first):
         shape=records[0]["shape"],
         facts=records[0],
         is_first=records is first,
-        loss=mean_over_seeds(losses),
+        loss=mean_over_seeds(column(records, "val_loss")),
         bits_per_byte=statistics.mean(column(records, "val_bpb")),
         metrics=summarize_metrics(records),
-        difference=paired(losses, first_losses),
+        difference=difference,
         curves=curves,
         mean_curve=curve,
         steps_to_first=steps_to(curve, statistics.mean(first_losses)),
@@ -184,22 +104,13 @@ def mean_curve(curves):
     return mean
 
 
-def resolution(summaries):
-    """Half the width of a paired 95 % interval in nats, pooled over the variants.
-
-    None where there are no intervals: with one seed or one variant.
-    """
-    squares = []
-    for summary in summaries:
-        if not summary.is_first and summary.difference.error is not None:
-            squares.append(summary.difference.error ** 2)
-    if not squares:
-        return None
-    return math.sqrt(statistics.mean(squares))
+def compared(summaries):
+    """The summaries that are compared to a first variant, each model once."""
+    return by_shape([summary for summary in summaries if not summary.is_first]).values()
 
 
 def by_shape(summaries):
-    """{shape: its first summary}: variants that are one model in both matchings are timed once."""
+    """{shape: its first summary}: a variant that is one model in both matchings counts once."""
     shapes = {}
     for summary in summaries:
         shapes.setdefault(summary.shape, summary)
@@ -215,9 +126,19 @@ def with_match(summaries, match):
 ABOUT_QUALITY = (
     "Losses are in nats per token, mean over seeds ± standard error. Differences are between runs "
     "with the same seed, which share the order of the data and the initial value of every weight "
-    "of equal name and shape. The intervals are Student's; each one has a confidence of 95 % by "
-    "itself, not all of them together. Steps are read off the mean curve by linear interpolation; "
-    "their time counts training steps alone."
+    "of equal name and shape. Their intervals are Student's: each one has a confidence of 95 % by "
+    "itself. The wider ones of the next column hold all together with 95 % (Bonferroni). The "
+    "verdict is that of the adjusted p value, which is below 0.05 where a difference is found "
+    "(Holm): with a chance of 95 %, no difference is found in the whole report where there is none."
+    " Steps are read off the mean curve by linear interpolation, and only where a difference is "
+    "found; their time counts training steps alone."
+)
+ABOUT_RESOLUTION = (
+    "There is one row for each model that is compared to {first}, also if it is in both matchings. "
+    "Found with 80 % power means: if the true difference is this large, and seeds vary as they did "
+    "here, 80 of 100 such comparisons find it. With few seeds, how much they vary is itself "
+    "uncertain. Published differences are compared in % of the loss of MHA: that is the same per "
+    "token and per byte. Each was measured with one seed, so its own error is unknown:"
 )
 ABOUT_SPEED = (
     "bench.py measures speeds and memory with random weights of the same shape. It times every "
@@ -235,8 +156,10 @@ def report(results, pictures):
     for match, title in titles.items():
         matched = with_match(summaries, match)
         if matched:
-            blocks += [f"## {title}", quality_table(matched, results["speed"])]
-    blocks += [ABOUT_QUALITY, "## What this run can resolve", resolution_text(summaries)]
+            blocks += [f"## {title}", quality_table(matched)]
+            if len(matched) > 1:
+                blocks.append(difference_table(matched, results["speed"]))
+    blocks += [ABOUT_QUALITY, "## What this run can resolve", *resolution(summaries)]
     blocks += ["## Speed", *speed_tables(results["speed"], summaries), ABOUT_SPEED]
     for path in pictures:
         blocks.append(f"![{path.stem}]({path.name})")
@@ -266,23 +189,32 @@ def introduction(results, summaries):
     return blocks
 
 
-def quality_table(summaries, speed):
-    """Costs, losses and differences of the variants of one matching."""
+def quality_table(summaries):
+    """Costs and losses of the variants of one matching."""
     first = summaries[0]
     metrics = metric_names(summaries)
     head = ["variant", "n_ff", "parameters", "without embedding", "training FLOPs per token",
             "cache, bytes per token", "validation loss", "bits per byte"]
     for name in metrics:
         head.append(name.removeprefix("val_").replace("_", " "))
-    head += [f"difference to {first.name}, 95 % interval", "", f"steps to the loss of {first.name}"]
     rows = []
     for summary in summaries:
         row = cost_cells(summary, first.facts["params"])
         row += [summary.loss.text(), f"{summary.bits_per_byte:.4f}"]
         for name in metrics:
             row.append(metric_cell(summary, name))
-        row += [*difference_cells(summary), steps_cell(summary, speed)]
         rows.append(row)
+    return table(head, rows)
+
+
+def difference_table(summaries, speed):
+    """Differences of the variants of one matching to its first."""
+    name = summaries[0].name
+    head = ["variant", f"loss minus that of {name}, 95 % interval", "all intervals together",
+            "p (Holm)", "verdict", f"steps to the loss of {name}"]
+    rows = []
+    for summary in summaries:
+        rows.append([summary.name, *difference_cells(summary), steps_cell(summary, speed)])
     return table(head, rows)
 
 
@@ -315,14 +247,32 @@ def metric_cell(summary, name):
 
 
 def difference_cells(summary):
-    """The difference to the first variant and its verdict; empty for the first itself."""
-    if summary.is_first:
-        return ["", ""]
-    return [summary.difference.text("+"), verdict(*summary.difference)]
+    """A difference, its interval together with all others, p and verdict; empty for the first."""
+    difference = summary.difference
+    if difference is None:
+        return ["", "", "", ""]
+    cells = [difference.text(), half_cell(difference.half_together), "", difference.verdict]
+    if difference.p_holm is not None:
+        cells[2] = f"{difference.p_holm:.3f}"
+        if difference.p_holm < 0.001:
+            cells[2] = "< 0.001"
+    return cells
+
+
+def half_cell(half):
+    """Half the width of an interval; empty where one seed gives none."""
+    if half is None:
+        return ""
+    return f"± {half:.4f}"
 
 
 def steps_cell(summary, speed):
-    """Steps and seconds until the first variant's final loss."""
+    """Steps and seconds until the first variant's final loss; "same" where no difference is found.
+    """
+    if summary.difference and summary.difference.p_holm is None:
+        return "unknown"
+    if summary.difference and not summary.difference.found:
+        return "same"
     steps = summary.steps_to_first
     if steps is None:
         return "never"
@@ -330,23 +280,51 @@ def steps_cell(summary, speed):
     return f"{steps:,.0f} ({steps * step_ms / 1e3:,.0f} s)"
 
 
-def resolution_text(summaries):
-    """Which differences this comparison can detect, next to those that papers report."""
-    half = resolution(summaries)
-    if half is None:
-        return ("One seed, or one variant, gives no error bar: any difference above may be due to "
-                "chance.")
-    if half < PUBLISHED_SMALLEST:
-        conclusion = "This run can detect all of them."
-    elif half < PUBLISHED_LARGEST:
-        conclusion = "This run can detect the larger of them, but not the smaller."
-    else:
-        conclusion = "This run cannot rank such variants; it bounds their differences."
-    return (f"The intervals have a half-width of {half:.4f} nats, pooled over the variants: the "
-            "smallest difference that this run can detect. Zadouri et al. 2025 (arXiv 2505.21487) "
-            f"report differences of {PUBLISHED_SMALLEST:.3f} to {PUBLISHED_LARGEST:.3f} nats "
-            "between MHA, GQA and MQA, with 183 million parameters and one seed. "
-            f"{conclusion}")
+def resolution(summaries):
+    """Blocks of text: which differences this comparison can find, and which are published."""
+    first = summaries[0]
+    published = relative_differences()
+    rows = []
+    for summary in compared(summaries):
+        difference = summary.difference
+        if difference.half is None:
+            continue
+        share = difference.detectable / first.loss.mean
+        count = sum(size >= share for size in published)
+        rows.append([shape_label(summary), half_cell(difference.half),
+                     half_cell(difference.half_together), f"{difference.detectable:.4f}",
+                     f"{100 * share:.1f}", f"{count} of {len(published)}"])
+    if not rows:
+        return ["One seed, or one variant, gives no error bar: any difference above may be due to "
+                "chance."]
+    head = ["variant", "95 % interval", "all intervals together", "found with 80 % power",
+            f"in % of the loss of {first.name}", "published differences at least as large"]
+    return [table(head, rows), ABOUT_RESOLUTION.format(first=first.name), published_table()]
+
+
+def published_table():
+    """Published differences to MHA and their sources."""
+    variants = list(PUBLISHED[0].perplexity)[1:]
+    head = ["source", "parameters, million", "tokens, billion", "parameters equal"]
+    for variant in variants:
+        head.append(f"{variant} minus MHA, nats per token")
+    rows = []
+    for row in PUBLISHED:
+        matched = "no"
+        if row.matched:
+            matched = "yes"
+        cells = [f"[{row.paper}]({row.url}), {row.table}", f"{row.params / 1e6:,.0f}",
+                 f"{row.tokens / 1e9:.0f}", matched]
+        for variant in variants:
+            cells.append(published_cell(row, variant))
+        rows.append(cells)
+    return table(head, rows)
+
+
+def published_cell(row, variant):
+    if variant not in row.perplexity:
+        return ""
+    return f"{row.difference(variant):+.3f} ({100 * row.relative_difference(variant):+.1f} %)"
 
 
 def speed_tables(speed, summaries):
@@ -520,7 +498,8 @@ def draw_quality(summaries, colors):
     axes[0].set_yticks(list(labels), labels.values())
     axes[0].set(ylim=(len(labels) - 0.5, -0.5), ylabel="KV cache, bytes per token")
     seeds = len(first.curves)
-    text = f"Final loss, paired by seed: 95 % intervals, dots are the {seeds} seeds"
+    text = (f"Final loss, paired by seed; dots are the {seeds} seeds. 95 % intervals:\nthick, each "
+            "by itself; thin, all together")
     if seeds == 1:
         text = "Final loss of one seed, which gives no interval"
     figure.suptitle(text, fontsize=14)
@@ -528,12 +507,15 @@ def draw_quality(summaries, colors):
 
 
 def draw_differences(axis, place, summary, differences, color):
-    """The mean difference of a variant, its interval, and below them a dot for each seed."""
+    """The mean difference of a variant, its two intervals, and below them a dot for each seed."""
     if summary.is_first:
         axis.plot(0, place, marker="D", color=color)
         return
-    axis.errorbar(summary.difference.mean, place, xerr=summary.difference.error, marker="D",
-                  capsize=5, color=color)
+    mean = summary.difference.mean
+    axis.errorbar(mean, place, xerr=summary.difference.half_together, marker="D", capsize=5,
+                  color=color, elinewidth=1.5)
+    axis.errorbar(mean, place, xerr=summary.difference.half, color=color, elinewidth=7,
+                  alpha=0.5)
     axis.plot(differences, [place + 0.25] * len(differences), marker="o", linestyle="", alpha=0.6,
               color=color, markersize=5)
 

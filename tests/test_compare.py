@@ -24,18 +24,27 @@ import compare
 import train
 from compare import CompareConfig, Run, Timing, matching_n_ff, plan, run_bench, run_training
 from nanogqa.configurator import UserError, parse
+from nanogqa.estimates import (
+    Difference,
+    Estimate,
+    detectable,
+    estimate_differences,
+    holm,
+    p_value,
+    paired,
+    power,
+    steps_to,
+    student_t,
+)
 from nanogqa.log import read_rows
+from nanogqa.published import PUBLISHED
 from nanogqa.report import (
     apart,
     bandwidth_beyond_cache,
-    paired,
     paired_curves,
     report,
-    steps_to,
-    student_t,
     summarize,
     table,
-    verdict,
 )
 from nanogqa.results import load_results
 
@@ -191,10 +200,14 @@ def test_the_report_shows_the_numbers_of_results_json(comparison):
     (a, b), (c, d) = losses["MHA"], losses["MQA"]
     difference = (c + d - a - b) / 2
     half = 12.7062 * abs((c - a) - (d - b)) / 2
-    shown = re.search(r"\| ([+-]\d+\.\d{4}) ± (\d+\.\d{4}) \| ([^|]*) \|", text)
+    shown = re.search(
+        r"\| ([+-]\d+\.\d{4}) ± (\d+\.\d{4}) \| ± (\d+\.\d{4}) \| (\S+) \| ([^|]*) \|", text)
     assert float(shown[1]) == pytest.approx(difference, abs=6e-5)
-    assert float(shown[2]) == pytest.approx(half, abs=1e-4)
-    assert shown[3] == verdict(difference, half)
+    assert float(shown[2]) == pytest.approx(half, abs=1e-4) and shown[3] == shown[2]
+    p = 1 - 2 / math.pi * math.atan(abs(difference) / half * 12.7062)  # of one comparison
+    assert float(shown[4]) == pytest.approx(p, abs=6e-4)
+    assert shown[5] == ("not distinguishable" if p > 0.05 else "worse" if difference > 0 else
+                        "better")
     assert "- MQA: n_head 4, n_kv_head 1\n" in text
     speed = results["speed"][records[0]["shape"]]
     assert [cell["batch_size"] for cell in speed["decode"]] == [1, 2]
@@ -224,7 +237,7 @@ def test_records_and_report_have_every_metric(comparison):
     for accuracy, record in zip((0.25, 0.35, 0.5, 0.5), results["records"], strict=True):
         record["metrics"]["val_token_accuracy"] = accuracy
     text = report(results, [])
-    assert "| bits per byte | token accuracy | difference to MHA" in text
+    assert "| bits per byte | token accuracy |\n" in text
     mha, mqa = (line for line in text.splitlines() if re.match(r"\| M[HQ]A \| \d+ \|", line))
     assert "| 0.3000 ± 0.0500 |" in mha and "| 0.5000 ± 0.0000 |" in mqa
     del results["records"][2]["metrics"]["val_token_accuracy"]
@@ -237,7 +250,7 @@ def test_results_of_other_settings_are_refused(comparison, capsys):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     for change, words in (("--max_steps=13", "max_steps 12 there, 13 here"),
                           ("--n_kv_head=4,2", "other variants"),
-                          ("--seeds=3", "seeds 2 there, 3 here"),
+                          ("--seeds=1", "seeds 2 there, 1 here (they can only be raised)"),
                           ("--learning_rate=1e-3", "learning_rate 0.003 there")):
         with pytest.raises(SystemExit) as exit:
             compare.main([*args, change])
@@ -245,6 +258,53 @@ def test_results_of_other_settings_are_refused(comparison, capsys):
         assert exit.value.code == 2 and words in error and "\n" not in error
         assert "--overwrite=True" in error
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_higher_seeds_adds_runs(again, monkeypatch, capsys):
+    """It was refused: a comparison could not gain power without starting again."""
+    folder, args = again
+    monkeypatch.setattr(compare, "measure_speed", stop)  # what is timed stays
+    before = {run.name: state_of(run) for run in (folder / "runs").iterdir()}
+    old = results_of(folder)
+    compare.main([*args, "--seeds=3"])
+    assert "6 runs of 12 steps, 4 of them finished" in capsys.readouterr().out
+    for name, state in before.items():
+        assert state_of(folder / "runs" / name) == state
+    results = load_results(folder / "results.json", CompareConfig)
+    assert results["settings"] == dict(old["settings"], seeds=3)
+    assert results["speed"] == old["speed"]
+    assert [(r["variant"], r["seed"]) for r in results["records"]] == [
+        (name, seed) for name in ("MHA", "MQA") for seed in (1337, 1338, 1339)]
+    for record in old["records"]:
+        assert record in results["records"]
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# Comparison of 2 variants, 3 seeds\n")
+    with pytest.raises(SystemExit) as exit:  # and it cannot be lowered again
+        compare.main(args)
+    assert exit.value.code == 2 and "seeds 3 there, 2 here" in capsys.readouterr().err
+
+
+def test_added_runs_that_were_interrupted(again, monkeypatch, capsys):
+    """Until all of them are finished, results.json and the report are those of fewer seeds, and
+    the number of seeds is still free."""
+    folder, args = again
+    kept = [(folder / name).read_bytes() for name in ("results.json", "report.md")]
+    seen = []
+
+    def stop_at_last(run, bar):
+        if len(seen) == 3:
+            raise Stop
+        seen.append(run.folder.name)
+        train_here(run, bar)
+    monkeypatch.setattr(compare, "run_training", stop_at_last)
+    with pytest.raises(Stop):
+        compare.main([*args, "--seeds=4"])
+    assert seen == ["MHA-n_ff96-seed1339", "MQA-n_ff112-seed1339", "MHA-n_ff96-seed1340"]
+    assert [(folder / name).read_bytes() for name in ("results.json", "report.md")] == kept
+    compare.main(args)
+    compare.main([*args, "--seeds=3"])
+    assert "6 runs of 12 steps, 6 of them finished" in capsys.readouterr().out
+    assert len(results_of(folder)["records"]) == 6 and len(seen) == 3
 
 
 def test_results_without_newer_settings_are_resumed(comparison, capsys):
@@ -580,20 +640,87 @@ def test_quantiles_of_t():
     for df, value in ((1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216),
                       (30, 2.04227)):  # any table of t
         assert student_t(df) == pytest.approx(value, rel=1e-5)
+    # scipy 1.17: stats.t.ppf(1 - 0.025 / count, df), for intervals that hold together
+    for df, count, value in ((3, 3, 4.856657), (3, 5, 5.840909), (15, 3, 2.693739),
+                             (15, 5, 2.946713), (23, 5, 2.807336)):
+        assert student_t(df, 1 - 0.025 / count) == pytest.approx(value, rel=1e-6)
+
+
+def test_p_values():
+    # scipy 1.17: 2 * stats.t.sf(t, df)
+    for t, df, value in ((1.0, 1, 0.5), (3.95, 3, 0.0289444140), (2.5, 15, 0.0245058032),
+                         (0.5, 23, 0.6218252753), (6.0, 4, 0.00388253705)):
+        assert p_value(Estimate(-2 * t, 2.0), df) == pytest.approx(value, rel=1e-8)
+    assert p_value(Estimate(0.1, 0.0), 3) == 0.0 and p_value(Estimate(0.0, 0.0), 3) == 1.0
+
+
+def test_holm():
+    # the example of Wikipedia's article on the method; R's p.adjust gives the same
+    adjusted = holm({"H1": 0.01, "H2": 0.04, "H3": 0.03, "H4": 0.005})
+    assert adjusted == pytest.approx({"H1": 0.03, "H2": 0.06, "H3": 0.06, "H4": 0.02})
+    assert holm({"a": 0.6, "b": 0.7}) == {"a": 1.0, "b": 1.0} and holm({}) == {}
+    assert holm({"a": 0.03}) == {"a": 0.03}
+
+
+def test_detectable_differences():
+    # scipy 1.17: stats.nct.sf(threshold, df, noncentrality)
+    for noncentrality, df, threshold, value in (
+            (15, 1, 12.7, 0.7609871987), (4.2, 3, 3.18, 0.7911330883), (7, 3, 5.84, 0.7520798002),
+            (4, 15, 2.947, 0.8345231659), (2.8, 99, 1.98, 0.7930290141)):
+        assert power(noncentrality, df, threshold) == pytest.approx(value, abs=1e-9)
+    # the noncentrality at which stats.nct.sf is 0.8
+    for df, count, value in ((1, 1, 16.334009), (3, 1, 4.255899), (3, 5, 7.440484),
+                             (15, 1, 2.997866), (15, 5, 3.850819), (23, 3, 3.453679)):
+        assert detectable(df, 0.05 / count) == pytest.approx(value, rel=1e-5)
+    # pairs that a t test needs for effects of 1, 0.8, 0.5 deviations: G*Power 3.1, Cohen 1988
+    for effect, pairs in ((1.0, 10), (0.8, 15), (0.5, 34)):
+        assert detectable(pairs - 1, 0.05) / math.sqrt(pairs) <= effect
+        assert detectable(pairs - 2, 0.05) / math.sqrt(pairs - 1) > effect
 
 
 def test_paired_interval():
-    mean, half = paired([11.0, 22.0, 33.0], [10.0, 20.0, 30.0])  # differences 1, 2, 3: deviation 1
-    assert mean == 2.0 and half == pytest.approx(4.30265 / math.sqrt(3), rel=1e-5)
-    assert paired([1.0], [3.0]) == (-2.0, None)
-    # what runs of one seed share cancels, however large, and 95 % of the intervals hold the truth
-    rng, covered, n = random.Random(0), 0, 4000
+    assert paired([11.0, 22.0, 33.0], [10.0, 20.0, 30.0]) == [1.0, 2.0, 3.0]
+    [one] = estimate_differences({"a": [1.0, 2.0, 3.0]}).values()  # deviation 1
+    assert one.mean == 2.0 and one.half == pytest.approx(4.30265 / math.sqrt(3), rel=1e-5)
+    assert one.half_together == one.half and one.p_holm == one.p
+    assert one.detectable == pytest.approx(detectable(2, 0.05) / math.sqrt(3))
+    assert estimate_differences({"a": [-2.0], "b": [0.5]}) == {
+        "a": Difference(-2.0), "b": Difference(0.5)}
+    assert estimate_differences({}) == {}
+
+
+def test_intervals_and_verdicts_hold_what_they_promise():
+    """Comparisons share the runs of the first variant, as in a report; the true differences are 0,
+    0 and 1. What runs of one seed share cancels, however large."""
+    rng = random.Random(0)
+    truth = {"a": 0.0, "b": 0.0, "c": 1.0}
+    n = 4000
+    single = together = wrong = 0
     for _ in range(n):
-        shared = [rng.gauss(0, 10) for _ in range(3)]
-        mean, half = paired([x + 0.3 + rng.gauss(0, 0.1) for x in shared],
-                            [x + rng.gauss(0, 0.1) for x in shared])
-        covered += abs(mean - 0.3) <= half
-    assert covered / n == pytest.approx(0.95, abs=0.015)
+        shared = [rng.gauss(0, 10) for _ in range(4)]
+        first = [x + rng.gauss(0, 0.1) for x in shared]
+        samples = {}
+        for name, mean in truth.items():
+            samples[name] = paired([x + mean + rng.gauss(0, 0.1) for x in shared], first)
+        found = estimate_differences(samples)
+        errors = {name: abs(found[name].mean - mean) for name, mean in truth.items()}
+        single += errors["a"] <= found["a"].half
+        together += all(errors[name] <= found[name].half_together for name in truth)
+        wrong += found["a"].found or found["b"].found
+        for one in found.values():  # an interval that excludes zero goes with a verdict
+            assert one.found or abs(one.mean) <= one.half_together
+    assert single / n == pytest.approx(0.95, abs=0.015)
+    assert 0.94 < together / n < 0.98
+    assert 0.03 < wrong / n < 0.055
+
+
+def test_a_detectable_difference_is_found_in_four_of_five_comparisons():
+    rng = random.Random(0)
+    true = detectable(3, 0.05) * 0.1 / 2  # four seeds: the true standard error is 0.1 / 2
+    samples = [[rng.gauss(-true, 0.1) for _ in range(4)] for _ in range(2000)]
+    found = [estimate_differences({"a": sample})["a"].verdict for sample in samples]
+    assert found.count("better") / 2000 == pytest.approx(0.8, abs=0.03)
+    assert found.count("worse") == 0
 
 
 def test_steps_to_a_loss():
@@ -603,9 +730,87 @@ def test_steps_to_a_loss():
 
 
 def test_verdicts():
-    differences = ((-0.2, 0.1), (0.2, 0.1), (0.05, 0.1), (-0.1, 0.1), (0.2, None))
-    assert [verdict(*x) for x in differences] == [
-        "better", "worse", "not distinguishable", "not distinguishable", "one seed: no error bar"]
+    """The single interval of the second excludes zero; the p value of all together decides."""
+    verdicts = []
+    for mean, p_holm in ((-0.2, 0.04), (0.2, 0.06), (0.2, 0.049), (-0.2, 1.0)):
+        verdicts.append(Difference(mean, half=0.1, half_together=0.3, p_holm=p_holm).verdict)
+    assert verdicts == ["better", "not distinguishable", "worse", "not distinguishable"]
+    assert Difference(0.2).verdict == "one seed: no error bar"
+
+
+def changed_losses(results, shift):
+    """A copy of results where the loss of each variant is MHA's of the same seed plus shift[name],
+    plus or minus a little, at every evaluation."""
+    results = copy.deepcopy(results)
+    curves = {}
+    for record in results["records"]:
+        if record["variant"] == "MHA":
+            curves[record["seed"]] = record["curve"]
+    for record in results["records"]:
+        change = shift.get(record["variant"], 0.0) + record["seed"] % 2 * 1e-4
+        if record["variant"] != "MHA":
+            record["curve"] = [[step, loss + change] for step, loss in curves[record["seed"]]]
+            record["val_loss"] = record["curve"][-1][1]
+    return results
+
+
+def committed():
+    return results_of(ROOT / "results/compare")
+
+
+def test_steps_to_a_loss_stand_where_a_difference_is_found():
+    """A difference that was not distinguishable had "790 (62 s)" beside it, or "never"."""
+    text = report(changed_losses(committed(), {"GQA-2": -0.1, "MQA": 0.1, "MLA": -1e-5}), [])
+    cells = {}
+    for line in text.splitlines():
+        name, *rest = line.strip("| ").split(" | ")
+        if len(rest) == 5 and "±" in line:
+            cells.setdefault(name, rest[-2:])
+    assert cells["MQA"] == ["worse", "never"] and cells["MLA"] == ["not distinguishable", "same"]
+    word, steps = cells["GQA-2"]
+    assert word == "better" and re.fullmatch(r"\d{3} \(\d+ s\)", steps)
+    assert 400 < int(steps[:3]) < 700
+
+
+def test_one_model_in_both_matchings_is_one_comparison():
+    """MLA has the parameters of MHA in both: its interval was counted twice in the resolution."""
+    results = committed()
+    summaries = {(s.name, s.match): s for s in summarize(results)}
+    mla = summaries["MLA", "shape"]
+    assert mla.difference == summaries["MLA", "params"].difference
+    assert mla.difference.half_together / mla.difference.half == pytest.approx(
+        5.840909 / 3.182446, rel=1e-5), "five comparisons, not six"
+    text = report(results, [])
+    [part] = re.findall(r"## What this run can resolve\n\n(\| variant .*?)\n\n", text, re.S)
+    names = [line.split(" | ")[0] for line in part.splitlines()[2:]]
+    assert names == ["| GQA-2", "| MQA", "| MLA", "| GQA-2 (n_ff 392)", "| MQA (n_ff 416)"]
+    gqa = summaries["GQA-2", "shape"].difference
+    assert gqa.detectable == pytest.approx(gqa.half / 3.182446 * 7.440484, rel=1e-5)
+    assert (f"| GQA-2 | ± {gqa.half:.4f} | ± {gqa.half_together:.4f} | {gqa.detectable:.4f} | "
+            f"{100 * gqa.detectable / summaries['MHA', 'shape'].loss.mean:.1f} |") in part
+
+
+def test_published_differences_carry_their_sources():
+    text = report(committed(), [])
+    for row in PUBLISHED:
+        cells = (f"| [{row.paper}]({row.url}), {row.table} | {row.params / 1e6:,.0f} | "
+                 f"{row.tokens / 1e9:.0f} |")
+        assert text.count(cells) == 1 and re.search(r"tables? \d", row.table)
+    assert "| -0.008 (-0.3 %) | +0.015 (+0.5 %) | -0.024 (-0.9 %) |" in text
+    # each variant is told how many of them it would have found
+    precise = report(changed_losses(committed(), {}), [])
+    counts = re.findall(r"\| (\d+) of (\d+) \|", precise)
+    total = sum(len(row.perplexity) - 1 for row in PUBLISHED)
+    assert counts == [(str(total), str(total))] * 5
+    assert re.findall(r"\| (\d+) of \d+ \|", text) == ["0"] * 5
+
+
+def test_one_seed_gives_no_test(comparison):
+    results = results_of(comparison[0])
+    results["records"] = [record for record in results["records"] if record["seed"] == 1337]
+    text = report(results, [])
+    assert "| one seed: no error bar | unknown |" in text
+    assert "any difference above may be due to chance" in text and "published" not in text
 
 
 # -- tables and pictures ---------------------------------------------------------------------------
@@ -646,7 +851,8 @@ def test_pictures_show_what_they_claim(comparison, tmp_path, monkeypatch):
     compare.write_report(results, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "curves.png", "decode.png", "quality.png", "report.md"]
-    for name, words in {"quality": ("paired by seed", "95 % intervals", "dots are the 4 seeds"),
+    for name, words in {"quality": ("paired by seed", "95 % intervals", "dots are the 4 seeds",
+                                    "thin, all together"),
                         "curves": ("paired by seed",),
                         "decode": ("AMD EPYC", "float32", "random weights")}.items():
         assert all(word in seen[name].get_suptitle() for word in words)
@@ -659,6 +865,15 @@ def test_pictures_show_what_they_claim(comparison, tmp_path, monkeypatch):
         seen["decode"].axes[0].get_xlabel(), seen["decode"].axes[0].get_ylabel()))
     dots = [line for line in seen["quality"].axes[0].lines if len(line.get_xdata()) == 4]
     assert len(dots) == 3, "a dot for each seed of each variant but the first"
+    widths = []
+    for bars in seen["quality"].axes[0].containers:
+        [[(left, _), (right, _)]] = bars[2][0].get_segments()
+        widths.append((right - left) / 2)
+    wanted = []
+    for summary in summarize(results):
+        if summary.match == "shape" and not summary.is_first:
+            wanted += [summary.difference.half_together, summary.difference.half]
+    assert widths == pytest.approx(wanted)
 
 
 def test_the_floor_of_decoding_has_one_bandwidth():

@@ -195,9 +195,10 @@ DEFINITIONS = {
     "docs/training.md": ("a trace of 5 steps",),
     "docs/data.md": ("A 20 GB data set opens in less than a second and 300 MB of memory (tested)",),
     "docs/bench.md": ("contexts of 1,024 tokens or more",),
-    "docs/comparing.md": ("its 95 % interval", "the 10 billion tokens of its config",
-                          "183 million parameters, 25 billion tokens",
-                          "16 texts of 4,096 tokens"),
+    "docs/comparing.md": ("a confidence of 95 % by itself", "with a chance of 95 %",
+                          "found with a power of 80 %. Without", "its 95 % interval",
+                          "the 10 billion tokens of its config", "16 texts of 4,096 tokens",
+                          "With one text of 4,096 tokens"),
     "docs/converting.md": ("after 5 % of the steps",),
     "docs/variant.md": ("in parts of 7 tokens", "a token takes 2,048 bytes"),
 }

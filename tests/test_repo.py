@@ -118,7 +118,7 @@ def test_help_lists_choices_unless_the_text_explains_each():
 
 PROGRAM_ORDER = ["model", "train", "sample", "bench", "compare", "convert"]
 PACKAGE_ORDER = ["configurator", "files", "schema", "distributed", "dropout", "fast", "costs", "runtime", "terminal", "timing", "log", "tokenizer",
-                 "hf_tokenizer", "prompts", "dataloader", "batches", "writer", "folder", "saver", "checkpoint", "resume", "results", "report", "pool"]
+                 "hf_tokenizer", "prompts", "dataloader", "batches", "writer", "folder", "saver", "checkpoint", "resume", "results", "estimates", "published", "report", "pool"]
 
 
 def imported(path):
