@@ -334,15 +334,10 @@ def ranges():
     for match in ("shape", "params"):
         for summary in variants(match)[1:]:
             found.append(summary.difference.detectable)
-    excess = []
-    for modes in read("compare/results.json")["speed"].values():
-        for row in modes["decode"]:
-            excess.append(row["peak_memory_bytes"] / row["memory_bound_bytes"])
     texts = {}
     for name, numbers, digits in (
-            ("short", short, 1), ("found", found, 3), ("excess", excess, 1),
-            ("muon", muon_overhead(), 0), ("train", slowdowns("train"), 1),
-            ("decode", slowdowns("decode"), 1)):
+            ("short", short, 1), ("found", found, 3), ("muon", muon_overhead(), 0),
+            ("train", slowdowns("train"), 1), ("decode", slowdowns("decode"), 1)):
         texts[f"{name}_low"] = f"{min(numbers):.{digits}f}"
         texts[f"{name}_high"] = f"{max(numbers):.{digits}f}"
     return texts
@@ -357,18 +352,16 @@ SENTENCES = {
         "A text of {llama_context} tokens takes {llama_all}, more than the weights",
         "32 query heads it would take {llama_mha}",
         "finds {found_low} to {found_high} nats with a power of 80 %",
-        "With one text of 4,096 tokens, GQA, MQA and MLA peak at {gqa_long_peak}, {mqa_long_peak} "
-        "and {mla_long_peak} MB and read the prompt in {gqa_long_prefill}, {mqa_long_prefill} and "
-        "{mla_long_prefill} ms. MHA takes {mha_long_peak} MB and {mha_long_prefill} ms",
+        "With one text of 4,096 tokens, GQA, MQA and MLA peaked at {gqa_long_peak}, "
+        "{mqa_long_peak} and {mla_long_peak} MB and read the prompt in {gqa_long_prefill}, "
+        "{mqa_long_prefill} and {mla_long_prefill} ms. MHA took {mha_long_peak} MB and "
+        "{mha_long_prefill} ms",
         "With one text of 256 tokens, all four take {short_low} to {short_high} ms per decoding "
         "step",
         "transformers takes {decode_low} to {decode_high} times as long per decoding step",
     ),
     "docs/training.md": (
         "a step takes {muon_low} to {muon_high} % longer",
-    ),
-    "docs/sampling.md": (
-        "the peak of the process is {excess_low} to {excess_high} times the calculated bound",
     ),
     "docs/bench.md": (
         "transformers takes {decode_low} to {decode_high} times as long per decoding step, and "
