@@ -169,7 +169,8 @@ class KVCache:
 
     def __init__(self, config, batch_size, max_length, like=None, padding=None, static=False):
         """like: a tensor that gives the cache its device and dtype; None: the defaults."""
-        like = torch.empty(0) if like is None else like
+        if like is None:
+            like = torch.empty(0)
         require(1 <= max_length <= config.block_size, f"a cache of {max_length} tokens: it must be "
                 f"1 to block_size={config.block_size}")
         self.device, self.max_length = like.device, max_length
