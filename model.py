@@ -456,9 +456,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, n_targets=None, cache=None, logits="all"):
         """(B, T) token ids -> (logits, loss).
 
-        logits selects which to return: "all" (B, T, V), "last" (B, 1, V) or "none". loss is the sum
-        over targets other than -1, divided by n_targets: their number (None), for the mean, or the
-        count of a whole training step, so that the losses of its micro-steps add up.
+        logits selects which to return: "all" (B, T, V), "last" (B, 1, V), "none", or "targets",
+        those of the n positions with a target, (n, V). loss is the sum over targets other than -1,
+        divided by n_targets: their number (None), or that of a whole step, whose losses add up.
         With a cache, the ids continue what it holds. Raises ValueError if they do not fit.
         """
         T = idx.size(1)
@@ -484,7 +484,7 @@ class GPT(nn.Module):
             if n_targets is None:
                 n_targets = (targets >= 0).sum().clamp(min=1)
             loss = self.head_loss(x, self.head_weight, targets, n_targets)
-        out = None
-        if logits != "none":
-            out = F.linear(x, self.embed.weight) if self.lm_head is None else self.lm_head(x)
-        return out, loss
+        if logits == "none":
+            return None, loss
+        x = x[targets >= 0] if logits == "targets" else x
+        return F.linear(x, self.embed.weight) if self.lm_head is None else self.lm_head(x), loss
