@@ -56,6 +56,7 @@ class GPTConfig:
     nope_head_dim: int | None = None  # MLA: other part of a key; None: 1.5 head_dim - rope_head_dim
     v_head_dim: int | None = None  # MLA: width of a value; None: head_dim
     tie_embeddings: bool = True  # use the embedding table as the output head
+    embed_std: float = 0.02  # standard deviation of the embedding table before training
     dropout: float = 0.0  # on the embedding and each sublayer's output, never on attention weights
 
     def __post_init__(self):
@@ -162,9 +163,8 @@ class KVCache:
     The caller allocates it; the model keeps no state between calls. The cache also holds the
     position: layers append at the same place, and GPT.forward increases length after the last one.
 
-    Rows of different lengths are padded on the left: padding, (B,), is the number of padded places
-    in each row. A static cache is for torch.compile: its length is a tensor and attention reads all
-    places under a mask, so that one graph serves every step.
+    Rows of different lengths are padded on the left by padding, (B,), places. A static cache is for
+    torch.compile: length is a tensor and all places are read, with a mask: one graph serves all.
     """
 
     def __init__(self, config, batch_size, max_length, like=None, padding=None, static=False):
@@ -419,7 +419,7 @@ class HeadLoss(nn.Module):
         return total / n_targets
 
 
-def initial_weight(name, shape, seed):
+def initial_weight(name, shape, seed, embed_std):
     """The parameter of that name before training, float32. Each matrix has its own generator,
     seeded by (seed, name), so that models that differ in one shape start from the same values
     everywhere else, on any number of ranks and any device."""
@@ -427,7 +427,7 @@ def initial_weight(name, shape, seed):
         return torch.full(shape, float(not name.endswith("bias")))  # biases are 0, norms 1
     key = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-    std = 0.02 if name == "embed.weight" else shape[1] ** -0.5
+    std = embed_std if name == "embed.weight" else shape[1] ** -0.5
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
@@ -446,7 +446,7 @@ class GPT(nn.Module):
         self.head_loss = HeadLoss()
         if not self.embed.weight.is_meta:  # meta tensors have a shape and no values
             for name, parameter in self.named_parameters():
-                parameter.data.copy_(initial_weight(name, parameter.shape, seed))
+                parameter.data.copy_(initial_weight(name, parameter.shape, seed, config.embed_std))
 
     @property
     def head_weight(self):

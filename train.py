@@ -100,7 +100,9 @@ def make_model(config, state, runtime):
     dropout.by_sequence(model)
     if config.parallel == "fsdp":
         def weight_of(name, shape):  # None: sharded, load_optimizers reads it
-            return state["model"].get(name) if state else initial_weight(name, shape, config.seed)
+            if state is not None:
+                return state["model"].get(name)
+            return initial_weight(name, shape, config.seed, config.embed_std)
         distributed.shard(model, runtime, weight_of)
     model.recompute = config.recompute
     checkpoint.freeze(model, config.trainable)
@@ -177,10 +179,7 @@ def update(model, optimizers, grad_clip):
 
 @torch.no_grad()
 def evaluate(forward, batches, runtime):
-    """Metrics over the fixed validation windows, whatever the number of ranks.
-
-    A dict that the log, the terminal and compare.py iterate over: see Dataset.metrics.
-    """
+    """Metrics over the fixed validation windows, whatever the number of ranks: Dataset.metrics."""
     total = torch.zeros(3, dtype=torch.float64)  # sum of losses, right answers, targets
     forward.eval()
     for x, y in batches.validation():

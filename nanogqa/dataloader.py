@@ -48,10 +48,11 @@ FILES = [{
 META = {
     "dtype": dtype, "vocab_size": vocabulary, "tokenizer": tokenizer, "sha256": schema.sha256,
     "splits": {"train": FILES, "val": FILES},
-    "answer_after?": schema.count,     # only the token after this id is a target: an answer
+    # only answers are targets: the tokens that many places after this id (None: 1, the next one)
+    "answer_after?": schema.count, "answer_distance?": schema.positive,
     "sequence_length?": schema.positive,  # windows begin where a sequence of that many tokens does
 }
-ABOUT_TARGETS = ("answer_after", "sequence_length")
+ABOUT_TARGETS = ("answer_after", "answer_distance", "sequence_length")
 
 
 def file_name(split, part=None):
@@ -101,6 +102,7 @@ class Split:
         self.vocab_size = meta["vocab_size"]
         self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         self.answer_after = meta.get("answer_after")
+        self.answer_distance = meta.get("answer_distance", 1)
         self.sequence_length = meta.get("sequence_length")
         self.files = meta["splits"][name]
         # ends[i]: position in the split just after the last token of file i
@@ -169,6 +171,10 @@ class Split:
                 filled += len(part)
         return self.check(out)
 
+    def answer_place(self):
+        """Where answers are, for messages."""
+        return f"{self.answer_distance} after id {self.answer_after}"
+
     def inputs_and_targets(self, windows):
         """Inputs and targets, (rows, length - 1) each, of (rows, length) tokens.
 
@@ -176,7 +182,10 @@ class Split:
         """
         x, y = windows[:, :-1], windows[:, 1:]
         if self.answer_after is not None:
-            y = np.where(x == self.answer_after, y, -1)
+            is_answer = np.zeros(windows.shape, dtype=bool)
+            is_mark = windows == self.answer_after
+            is_answer[:, self.answer_distance:] = is_mark[:, :-self.answer_distance]
+            y = np.where(is_answer[:, 1:], y, -1)
         return x, y
 
 
@@ -226,8 +235,8 @@ class Dataset:
             if (val_batch(split, [start], 1, block_size)[1] >= 0).any():
                 return
         raise UserError(
-            f"{split.folder} has no answer (what follows id {self.answer_after}) in the windows of "
-            "one of its splits: raise eval_tokens, or correct answer_after in its prepare.py"
+            f"{split.folder} has no answer, {split.answer_place()}, in the windows of one of its "
+            "splits: raise eval_tokens, or correct answer_after in its prepare.py"
         )
 
     @property
@@ -236,8 +245,10 @@ class Dataset:
         return tuple(self.metrics(0.0, 0.0))
 
     def metrics(self, val_loss, val_acc=None):
-        """What an evaluation reports: val_loss in nats per target, with val_acc, the share of
-        answers that are right, or else with val_bpb in bits per byte of the text."""
+        """What an evaluation reports, for the log, the terminal and compare.py to iterate over:
+        val_loss in nats per target, with val_acc, the share of answers that are right (None where
+        it is not known), or, if all tokens are targets, with val_bpb in bits per byte of the text.
+        """
         if self.answer_after is not None:
             return dict(val_loss=val_loss, val_acc=val_acc)
         return dict(val_loss=val_loss, val_bpb=bits_per_byte(val_loss, self.val))

@@ -80,7 +80,7 @@ def announce(config, model, batches, runtime):
         f"{kv_bytes_per_token(model.config):,} bytes per token in float32")
     loss_on = ""
     if dataset.answer_after is not None:
-        loss_on = f"; the loss counts answers alone, the tokens after id {dataset.answer_after}"
+        loss_on = f"; the loss counts answers alone: tokens {dataset.train.answer_place()}"
     say(f"data: {config.dataset}, {dataset.train.n_tokens:,} training tokens, tokenizer "
         f"{meta['tokenizer']}, sha256 {meta['sha256'][:16]}{loss_on}")
     say(f"batch: {per_step:,} tokens per step = {plural(batches.batch_size, 'sequence')} x "

@@ -1,25 +1,22 @@
 """data/recall, and data sets whose loss counts answers alone."""
 import contextlib
-import importlib.util
 import io
 import itertools
 import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import kept_in_memory, load
-from test_compare import bench_here, train_here
-from test_inputs import fails
-from test_train import ROOT, out, rows, torchrun
+from conftest import load
+from test_compare import train_here
+from test_inputs import fails, program
+from test_train import out, rows, torchrun
 
-import bench
 import compare
 import sample
 import train
@@ -29,18 +26,14 @@ from nanogqa.dataloader import Dataset, train_batch, val_batch
 from nanogqa.runtime import pick_runtime
 from nanogqa.writer import write_dataset
 
-spec = importlib.util.spec_from_file_location("recall", ROOT / "data/recall/prepare.py")
-recall = importlib.util.module_from_spec(spec)
-sys.modules["recall"] = recall
-spec.loader.exec_module(recall)
-
+prepare = program("recall")
 SMALL = ["--fields=3", "--records=4", "--length=64", "--train=60", "--val=9"]
 
 
 def prepared(folder, *args):
     """Prepares a small data set in folder; the folder as text."""
     with contextlib.redirect_stdout(io.StringIO()):
-        recall.main([*SMALL, f"--data_dir={folder}", *args])
+        prepare([*SMALL, f"--data_dir={folder}", *args])
     return str(folder)
 
 
@@ -64,9 +57,9 @@ def sequences_of(folder, split, length=64):
 
 
 def solve(ids, fields):
-    """The answers of a sequence, by where they are: {place: id}. It is read from the right to find
-    what a question means, and knows of the generator only that ids 0, 1 and 2 end the text, end a
-    record and precede an answer, and that relations are all pairs of fields in order."""
+    """The answers of a sequence by where they are, {place: id}. It knows of the generator only that
+    ids 0, 1 and 2 end the text, end a record and begin a question, and that relations are all pairs
+    of fields in order."""
     ids = ids.tolist()
     pairs = list(itertools.permutations(range(fields), 2))
     records, rest = [], ids
@@ -76,8 +69,8 @@ def solve(ids, fields):
         rest = rest[end + 1:]
     answers = {}
     for place in range(len(ids) - len(rest), len(ids) - 3, 4):
-        relation, value, sign, _ = ids[place:place + 4]
-        if relation == 0:
+        sign, relation, value, _ = ids[place:place + 4]
+        if sign == 0:
             break
         assert sign == 2
         asked, wanted = pairs[relation - 3]
@@ -102,11 +95,11 @@ def test_an_independent_solver_answers_every_question(tmp_path, fields, records,
         for ids in sequences:
             answers = solve(ids, width)
             assert {place: ids[place] for place in answers} == answers
-            assert set(np.flatnonzero(ids[:-1] == 2) + 1) == set(answers)
+            assert set(np.flatnonzero(ids == 2) + 3) == set(answers)
             n = int((ids == 1).sum())
             possible = n * relations
             assert len(answers) == min(possible, (length - 1 - n * (width + 1)) // 4) > 0
-            asked = {tuple(ids[place - 3:place - 1]) for place in answers}
+            asked = {tuple(ids[place - 2:place]) for place in answers}
             assert len(asked) == len(answers), "no question is asked twice"
             table = ids[:n * (width + 1)].reshape(n, width + 1)[:, :-1]
             assert len(set(table.flatten().tolist())) == n * width
@@ -128,10 +121,10 @@ def test_the_seed_alone_decides(questions, tmp_path, capsys):
         assert not np.array_equal(sequences_of(other, split), sequences_of(questions, split))
     more = prepared(tmp_path / "more", "--train=80")
     assert np.array_equal(sequences_of(more, "train")[:60], sequences_of(questions, "train"))
-    recall.main([*SMALL, f"--data_dir={other}", "--seed=2"])
+    prepare([*SMALL, f"--data_dir={other}", "--seed=2"])
     assert "already holds this data set" in capsys.readouterr().out
     before = (Path(other) / "meta.json").read_bytes()
-    assert "other settings" in fails(recall.main, [*SMALL, f"--data_dir={other}"], capsys)
+    assert "other settings" in fails(prepare, [*SMALL, f"--data_dir={other}"], capsys)
     assert (Path(other) / "meta.json").read_bytes() == before
 
 
@@ -142,7 +135,7 @@ def test_the_seed_alone_decides(questions, tmp_path, capsys):
     (["--train=1"], "train must be at least 2"),
 ])
 def test_bad_settings_of_the_generator(tmp_path, capsys, args, words):
-    assert words in fails(recall.main, [*SMALL, f"--data_dir={tmp_path / 'new'}", *args], capsys)
+    assert words in fails(prepare, [*SMALL, f"--data_dir={tmp_path / 'new'}", *args], capsys)
     assert not (tmp_path / "new").exists()
 
 
@@ -155,7 +148,7 @@ def solver(width, wrong=()):
         vocab_size = int(x.max()) + 2
         guess = torch.full_like(x, vocab_size - 1)  # an id that the data does not have
         for row, ids in enumerate(x):
-            for place, answer in solve(torch.cat([ids, ids[:1]]).numpy(), width).items():
+            for place, answer in solve(ids, width).items():
                 guess[row, place - 1] = answer
             for place in wrong:
                 guess[row, place - 1] = vocab_size - 1
@@ -221,7 +214,7 @@ def test_a_batch_without_an_answer_has_loss_0_and_no_gradient(questions):
 def test_a_run_logs_the_accuracy_and_resumes(run, questions, tmp_path, capsys):
     train.main(run)
     text = capsys.readouterr().out
-    assert "the loss counts answers alone, the tokens after id 2" in text
+    assert "the loss counts answers alone: tokens 3 after id 2" in text
     log = rows(tmp_path / "run")
     assert [row["val_acc"] is not None for row in log] == [True, False, True, False, True]
     assert "val_bpb" not in log[0] and f"val_acc {log[-1]['val_acc']:.4f}" in text
@@ -306,6 +299,8 @@ def edit(folder, **changes):
     (dict(answer_after=201), "answer_after is outside the vocabulary"),
     (dict(answer_after=True), "which is not a count"),
     (dict(sequence_length=0), "which is not a positive"),
+    (dict(answer_distance=0), "which is not a positive"),
+    (dict(answer_distance=10**9), "has no answer, 1000000000 after id 2,"),
 ])
 def test_a_wrong_meta_is_refused(run, questions, tmp_path, capsys, changes, words):
     folder = shutil.copytree(questions, tmp_path / "data")
@@ -314,7 +309,8 @@ def test_a_wrong_meta_is_refused(run, questions, tmp_path, capsys, changes, word
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("changes", [dict(answer_after=1), dict(sequence_length=32)])
+@pytest.mark.parametrize("changes", [
+    dict(answer_after=1), dict(answer_distance=2), dict(sequence_length=32)])
 def test_a_resumed_run_has_the_same_targets(run, questions, tmp_path, capsys, changes):
     folder = shutil.copytree(questions, tmp_path / "data")
     args = [*run, f"--dataset={folder}", "--max_steps=2"]
@@ -333,17 +329,18 @@ def test_any_text_can_have_answers(tmp_path, capsys):
     train.main([f"--dataset={tmp_path / 'sums'}", *args])
     assert "val_acc 0." in capsys.readouterr().out
     none = sums(tmp_path / "none", answer_after=ord("?"))
-    assert "has no answer (what follows id 63)" in fails(
+    assert "has no answer, 1 after id 63," in fails(
         train.main, [f"--dataset={none}", *args, "--overwrite=True"], capsys)
     sums(tmp_path / "plain")
     plain = Dataset(tmp_path / "plain").meta["sha256"]
     assert plain != Dataset(tmp_path / "sums").meta["sha256"], "it tells the targets apart"
 
 
-def test_compare_reports_the_accuracy(questions, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compare, "run_bench", bench_here)
+def test_compare_reports_the_accuracy(questions, tmp_path, monkeypatch):
+    timing = dict(step_ms=1.0, tok_s=1.0, peak_memory_bytes=1, batch_size=1, prompt_len=8,
+                  prefill_s=1.0, mbu=None, bytes_per_step=1, kv_cache_bytes=1)
+    monkeypatch.setattr(compare, "run_bench", lambda plan: [timing])
     monkeypatch.setattr(compare, "run_training", train_here)
-    monkeypatch.setattr(bench, "bandwidth", kept_in_memory(bench.bandwidth))
     compare.main([f"--dataset={questions}", f"--out_dir={tmp_path}", "--device=cpu", "--seeds=2",
                   "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=64", "--match=shape",
                   "--tokens_per_step=128", "--max_steps=2", "--eval_interval=1",
