@@ -420,9 +420,8 @@ class HeadLoss(nn.Module):
 
 
 def initial_weight(name, shape, seed, embed_std):
-    """The parameter of that name before training, float32. Each matrix has its own generator,
-    seeded by (seed, name), so that models that differ in one shape start from the same values
-    everywhere else, on any number of ranks and any device."""
+    """The parameter of that name before training, float32. Each matrix has its own generator, of
+    (seed, name), so it depends neither on other shapes nor on the number of ranks or the device."""
     if len(shape) == 1:
         return torch.full(shape, float(not name.endswith("bias")))  # biases are 0, norms 1
     key = hashlib.sha256(f"{seed} {name}".encode()).digest()
@@ -486,5 +485,6 @@ class GPT(nn.Module):
             loss = self.head_loss(x, self.head_weight, targets, n_targets)
         if logits == "none":
             return None, loss
-        x = x[targets >= 0] if logits == "targets" else x
+        if logits == "targets":
+            x = x[targets >= 0]
         return F.linear(x, self.embed.weight) if self.lm_head is None else self.lm_head(x), loss
