@@ -132,6 +132,8 @@ def check_records(results):
             raise ValueError("a record has the shape of another model")
     if steps[0] != sorted(set(steps[0])) or steps.count(steps[0]) < len(steps):
         raise ValueError("curves have different steps")
+    if len({record["val_bpb"] is None for record in records}) > 1:
+        raise ValueError("some runs have bits per byte and others have none")
     settings = results["settings"]
     if len(records) != len(results["variants"]) * settings["seeds"]:
         raise ValueError("there is not one record for each variant and seed")
