@@ -40,7 +40,7 @@ from nanogqa.configurator import (
     program,
     subset,
 )
-from nanogqa.dataloader import Dataset, bits_per_byte, prepare_default
+from nanogqa.dataloader import Dataset, prepare_default
 from nanogqa.files import created, write_json
 from nanogqa.log import read_rows
 from nanogqa.report import write_report
@@ -680,12 +680,12 @@ def collect_records(variants, runs, config, dataset):
     records = []
     for variant in variants:
         for seed in seeds_of(config):
-            records.append(record_of(variant, seed, rows[variant.run_name(seed)], dataset.val))
+            records.append(record_of(variant, seed, rows[variant.run_name(seed)], dataset))
     return records
 
 
-def record_of(variant, seed, rows, split):
-    """The record of a run with these rows of metrics.jsonl, evaluated on split."""
+def record_of(variant, seed, rows, dataset):
+    """The record of a run with these rows of metrics.jsonl, evaluated on dataset."""
     curve = []
     speeds = []
     for row in rows:
@@ -695,7 +695,7 @@ def record_of(variant, seed, rows, split):
             curve.append([row["step"], row["val_loss"]])
     return dict(
         variant=variant.name, match=variant.match, seed=seed, **variant.facts,
-        val_loss=last["val_loss"], val_bpb=bits_per_byte(last["val_loss"], split),
+        val_loss=last["val_loss"], val_bpb=dataset.metrics(last["val_loss"]).get("val_bpb"),
         metrics=metrics_of(last), run=variant.run_name(seed), shape=variant.shape,
         tokens_per_sec=statistics.median(speeds), curve=curve)
 

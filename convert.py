@@ -104,7 +104,7 @@ ROPE_SCALING = {
 }
 ROPE = {"rope_theta", *ROPE_SCALING}
 FAMILY = {"attention", "qk_norm", "qkv_bias"}  # these choose one of FAMILIES
-TRAINING = {"dropout"}                         # no effect on the trained function
+TRAINING = {"dropout", "embed_std"}            # no effect on the trained function
 
 # what to_hf can express, for each kind of attention
 EXPORTABLE = {

@@ -56,6 +56,7 @@ class GPTConfig:
     nope_head_dim: int | None = None  # MLA: other part of a key; None: 1.5 head_dim - rope_head_dim
     v_head_dim: int | None = None  # MLA: width of a value; None: head_dim
     tie_embeddings: bool = True  # use the embedding table as the output head
+    embed_std: float = 0.02  # standard deviation of the embedding table before training
     dropout: float = 0.0  # on the embedding and each sublayer's output, never on attention weights
 
     def __post_init__(self):
@@ -162,9 +163,8 @@ class KVCache:
     The caller allocates it; the model keeps no state between calls. The cache also holds the
     position: layers append at the same place, and GPT.forward increases length after the last one.
 
-    Rows of different lengths are padded on the left: padding, (B,), is the number of padded places
-    in each row. A static cache is for torch.compile: its length is a tensor and attention reads all
-    places under a mask, so that one graph serves every step.
+    Rows of different lengths are padded on the left by padding, (B,), places. A static cache is for
+    torch.compile: length is a tensor and all places are read, with a mask: one graph serves all.
     """
 
     def __init__(self, config, batch_size, max_length, like=None, padding=None, static=False):
@@ -418,15 +418,14 @@ class HeadLoss(nn.Module):
         return total / n_targets
 
 
-def initial_weight(name, shape, seed):
-    """The parameter of that name before training, float32. Each matrix has its own generator,
-    seeded by (seed, name), so that models that differ in one shape start from the same values
-    everywhere else, on any number of ranks and any device."""
+def initial_weight(name, shape, seed, embed_std):
+    """The parameter of that name before training, float32. Each matrix has its own generator, of
+    (seed, name), so it depends neither on other shapes nor on the number of ranks or the device."""
     if len(shape) == 1:
         return torch.full(shape, float(not name.endswith("bias")))  # biases are 0, norms 1
     key = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-    std = 0.02 if name == "embed.weight" else shape[1] ** -0.5
+    std = embed_std if name == "embed.weight" else shape[1] ** -0.5
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
@@ -445,7 +444,7 @@ class GPT(nn.Module):
         self.head_loss = HeadLoss()
         if not self.embed.weight.is_meta:  # meta tensors have a shape and no values
             for name, parameter in self.named_parameters():
-                parameter.data.copy_(initial_weight(name, parameter.shape, seed))
+                parameter.data.copy_(initial_weight(name, parameter.shape, seed, config.embed_std))
 
     @property
     def head_weight(self):
@@ -455,9 +454,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, n_targets=None, cache=None, logits="all"):
         """(B, T) token ids -> (logits, loss).
 
-        logits selects which to return: "all" (B, T, V), "last" (B, 1, V) or "none". loss is the sum
-        over targets other than -1, divided by n_targets: their number (None), for the mean, or the
-        count of a whole training step, so that the losses of its micro-steps add up.
+        logits selects which to return: "all" (B, T, V), "last" (B, 1, V), "none", or "targets",
+        those of the n positions with a target, (n, V). loss is the sum over targets other than -1,
+        divided by n_targets: their number (None), or that of a whole step, whose losses add up.
         With a cache, the ids continue what it holds. Raises ValueError if they do not fit.
         """
         T = idx.size(1)
@@ -483,7 +482,8 @@ class GPT(nn.Module):
             if n_targets is None:
                 n_targets = (targets >= 0).sum().clamp(min=1)
             loss = self.head_loss(x, self.head_weight, targets, n_targets)
-        out = None
-        if logits != "none":
-            out = F.linear(x, self.embed.weight) if self.lm_head is None else self.lm_head(x)
-        return out, loss
+        if logits == "none":
+            return None, loss
+        if logits == "targets":
+            x = x[targets >= 0]
+        return F.linear(x, self.embed.weight) if self.lm_head is None else self.lm_head(x), loss

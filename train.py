@@ -14,17 +14,16 @@ import torch
 
 from model import GPT, GPTConfig, initial_weight
 from nanogqa import checkpoint, distributed, dropout, folder, log, resume, terminal, timing
-from nanogqa.batches import Batches, check_multiple
+from nanogqa.batches import Batches, check_multiple, n_right
 from nanogqa.configurator import UserError, check_pattern, in_range, parse, program, subset
 from nanogqa.costs import meta_model, mfu
-from nanogqa.dataloader import Dataset, bits_per_byte, prepare_default
+from nanogqa.dataloader import Dataset, prepare_default
 from nanogqa.distributed import StopSignal
 from nanogqa.fast import accelerate, keep_freed_memory
 from nanogqa.runtime import compile_model, pick_runtime
 from nanogqa.saver import make_saver
 
 SKIPS = 10  # consecutive steps with a non-finite gradient after which a run stops
-METRICS = ("val_loss", "val_bpb")  # keys of evaluate(); None in rows without one
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -100,7 +99,9 @@ def make_model(config, state, runtime):
     dropout.by_sequence(model)
     if config.parallel == "fsdp":
         def weight_of(name, shape):  # None: sharded, load_optimizers reads it
-            return state["model"].get(name) if state else initial_weight(name, shape, config.seed)
+            if state is not None:
+                return state["model"].get(name)
+            return initial_weight(name, shape, config.seed, config.embed_std)
         distributed.shard(model, runtime, weight_of)
     model.recompute = config.recompute
     checkpoint.freeze(model, config.trainable)
@@ -177,22 +178,20 @@ def update(model, optimizers, grad_clip):
 
 @torch.no_grad()
 def evaluate(forward, batches, runtime):
-    """Metrics over the fixed validation windows, whatever the number of ranks.
-
-    A dict that the log, the terminal and compare.py iterate over: val_loss in nats per token, and
-    val_bpb in bits per byte.
-    """
-    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, number of targets
+    """Metrics over the fixed validation windows, whatever the number of ranks: Dataset.metrics."""
+    total = torch.zeros(3, dtype=torch.float64)  # sum of losses, right answers, targets
     forward.eval()
     for x, y in batches.validation():
+        x, y = runtime.tensor(x), runtime.tensor(y)
         with runtime.autocast():
-            loss = forward(runtime.tensor(x), runtime.tensor(y), logits="none")[1]
+            logits, loss = forward(x, y, logits=batches.eval_logits)
         n_targets = int((y >= 0).sum())
-        total += torch.tensor([loss.item() * n_targets, n_targets], dtype=torch.float64)
+        sums = [loss.item() * n_targets, n_right(logits, y), n_targets]
+        total += torch.tensor(sums, dtype=torch.float64)
     forward.train()
-    loss_sum, n_targets = distributed.total(total).tolist()
-    val_loss = loss_sum / n_targets
-    return dict(val_loss=val_loss, val_bpb=bits_per_byte(val_loss, batches.dataset.val))
+    total = distributed.total(total)
+    val_loss, val_acc, _ = (total / total[2]).tolist()
+    return batches.dataset.metrics(val_loss, val_acc)
 
 
 def check_finite(finite, what, step, config, runtime):
@@ -274,7 +273,7 @@ def train(given, stack):
         evaluating = new and (last or step % config.eval_interval == 0)
         logging = new and (evaluating or step % config.log_interval == 0)
 
-        metrics = dict.fromkeys(METRICS)
+        metrics = dict.fromkeys(dataset.metric_names)  # None in rows without an evaluation
         if logging:
             if loss is not None:  # .item() waits for the device, so that the rate is right
                 loss = distributed.total(loss).item() / runtime.ranks
@@ -328,8 +327,7 @@ def train(given, stack):
                      "same command with --init_from=resume continues")
         raise SystemExit(128 + stopping)
     if not new:  # resumed where it had ended
-        val_loss = state["val_loss"]
-        metrics = dict(val_loss=val_loss, val_bpb=bits_per_byte(val_loss, dataset.val))
+        metrics = dataset.metrics(state["val_loss"])
     logger.print(f"done in {rate.elapsed()}: {terminal.result(metrics)}")
     logger.print(f"time: {times}")
     logger.print(terminal.sampling_command(config, dataset))

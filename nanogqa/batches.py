@@ -28,6 +28,10 @@ class Batches:
         self.config = config
         self.rank, self.ranks = runtime.rank, runtime.ranks
         self.batch_size, self.micro_steps = batch_shape(config, runtime.ranks)
+        # which logits an evaluation needs, as in GPT.forward
+        self.eval_logits = "none"
+        if dataset.answer_after is not None:
+            self.eval_logits = "targets"
 
     def step(self, step):
         """The MicroBatches of a training step."""
@@ -51,6 +55,14 @@ class Batches:
             first += self.rank * self.batch_size
             chosen = starts[first:first + self.batch_size]
             yield val_batch(val, chosen, self.batch_size, block_size)
+
+
+def n_right(logits, targets):
+    """The number of targets that the model finds likeliest: logits are (n, V), one row for each of
+    the n targets that are not -1. 0 if logits is None."""
+    if logits is None:
+        return 0
+    return int((logits.argmax(-1) == targets[targets >= 0]).sum())
 
 
 def dropout_seeds(config, first, count):

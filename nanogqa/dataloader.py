@@ -1,4 +1,5 @@
-"""Reads data sets: their splits, shuffled training windows, fixed validation windows."""
+"""Reads data sets: their splits, shuffled training windows, fixed validation windows, and what an
+evaluation reports of them."""
 import bisect
 import hashlib
 import itertools
@@ -36,7 +37,7 @@ def vocabulary(value):
 
 def tokenizer(value):
     """The name of a tokenizer that a data set may have."""
-    known = ("byte", *tiktoken.list_encoding_names())
+    known = ("none", "byte", *tiktoken.list_encoding_names())
     return isinstance(value, str) and (value.startswith(HF_TOKENIZER) or value in known)
 
 
@@ -47,7 +48,11 @@ FILES = [{
 META = {
     "dtype": dtype, "vocab_size": vocabulary, "tokenizer": tokenizer, "sha256": schema.sha256,
     "splits": {"train": FILES, "val": FILES},
+    # only answers are targets: the tokens that many places after this id (None: 1, the next one)
+    "answer_after?": schema.count, "answer_distance?": schema.positive,
+    "sequence_length?": schema.positive,  # windows begin where a sequence of that many tokens does
 }
+ABOUT_TARGETS = ("answer_after", "answer_distance", "sequence_length")
 
 
 def file_name(split, part=None):
@@ -71,6 +76,8 @@ def read_meta(folder):
                                  f"{file_name(split, 0)}, {file_name(split, 1)} and so on")
             if sum(file["bytes"] for file in files) == 0:
                 raise ValueError(f"the {split} split is empty")
+        if meta.get("answer_after", 0) >= meta["vocab_size"]:
+            raise ValueError("answer_after is outside the vocabulary")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not the meta.json of a data set ({one_line(error)}): "
                         f"{remedy(folder)}") from None
@@ -94,6 +101,9 @@ class Split:
         self.folder = Path(folder)
         self.vocab_size = meta["vocab_size"]
         self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        self.answer_after = meta.get("answer_after")
+        self.answer_distance = meta.get("answer_distance", 1)
+        self.sequence_length = meta.get("sequence_length")
         self.files = meta["splits"][name]
         # ends[i]: position in the split just after the last token of file i
         self.ends = list(itertools.accumulate(file["tokens"] for file in self.files))
@@ -161,6 +171,23 @@ class Split:
                 filled += len(part)
         return self.check(out)
 
+    def answer_place(self):
+        """Where answers are, for messages."""
+        return f"{self.answer_distance} after id {self.answer_after}"
+
+    def inputs_and_targets(self, windows):
+        """Inputs and targets, (rows, length - 1) each, of (rows, length) tokens.
+
+        A target is the token after its input. With answer_after, all but answers are -1.
+        """
+        x, y = windows[:, :-1], windows[:, 1:]
+        if self.answer_after is not None:
+            is_answer = np.zeros(windows.shape, dtype=bool)
+            is_mark = windows == self.answer_after
+            is_answer[:, self.answer_distance:] = is_mark[:, :-self.answer_distance]
+            y = np.where(is_answer[:, 1:], y, -1)
+        return x, y
+
 
 class Dataset:
     """A prepared data set: splits train and val, and meta, the content of meta.json.
@@ -174,6 +201,7 @@ class Dataset:
         if not (self.folder / "meta.json").exists():
             raise UserError(f"data set {name!r} is not prepared: {remedy(self.folder)}")
         self.meta = read_meta(self.folder)
+        self.answer_after = self.meta.get("answer_after")
         self.train = Split(self.folder, "train", self.meta)
         self.val = Split(self.folder, "val", self.meta)
 
@@ -191,6 +219,39 @@ class Dataset:
                     f"split, data set {self.name!r} has one of {split.n_tokens}: lower block_size, "
                     "or use more text"
                 )
+        length = self.train.sequence_length or 1
+        if config.block_size % length:
+            raise UserError(
+                f"block_size={config.block_size} is not a multiple of {length}, the length of the "
+                f"sequences of data set {self.name!r}: set block_size={length}"
+            )
+        if self.answer_after is not None:
+            self.check_answers(self.train, config.block_size)
+            self.check_answers(self.val, config.block_size, config.eval_tokens)
+
+    def check_answers(self, split, block_size, eval_tokens=None):
+        """Raises UserError if the windows of a split hold no answer. Reads up to the first one."""
+        for start in val_windows(split, block_size, eval_tokens):
+            if (val_batch(split, [start], 1, block_size)[1] >= 0).any():
+                return
+        raise UserError(
+            f"{split.folder} has no answer, {split.answer_place()}, in the windows of one of its "
+            "splits: raise eval_tokens, or correct answer_after in its prepare.py"
+        )
+
+    @property
+    def metric_names(self):
+        """The keys of metrics()."""
+        return tuple(self.metrics(0.0, 0.0))
+
+    def metrics(self, val_loss, val_acc=None):
+        """What an evaluation reports, for the log, the terminal and compare.py to iterate over:
+        val_loss in nats per target, with val_acc, the share of answers that are right (None where
+        it is not known), or, if all tokens are targets, with val_bpb in bits per byte of the text.
+        """
+        if self.answer_after is not None:
+            return dict(val_loss=val_loss, val_acc=val_acc)
+        return dict(val_loss=val_loss, val_bpb=bits_per_byte(val_loss, self.val))
 
     def verify(self):
         """Raises UserError unless the files have the sha256 in meta.json. Reads all of them.
@@ -209,7 +270,7 @@ class Dataset:
             if file_sha256(path) != file.get("sha256"):
                 raise UserError(f"{path} is damaged (its sha256 is not that in meta.json): "
                                 f"{remedy(self.folder)}")
-        if combined_sha256(self.meta["splits"]) != self.meta["sha256"]:
+        if combined_sha256(self.meta["splits"], self.meta) != self.meta["sha256"]:
             raise UserError(f"{self.folder / 'meta.json'} is damaged (its sha256 is not that of its"
                             f" files): {remedy(self.folder)}")
 
@@ -219,12 +280,18 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def combined_sha256(splits):
-    """The sha256 of a data set: that of the lines `sha256sum` prints for its files, train first."""
+def combined_sha256(splits, about):
+    """The sha256 of a data set: that of the lines `sha256sum` prints for its files, train first.
+
+    Fields of about that change the targets follow them, so that a resumed run has the same.
+    """
     lines = ""
     for split in SPLITS:
         for file in splits[split]:
             lines += f"{file['sha256']}  {file['name']}\n"
+    for key in ABOUT_TARGETS:
+        if key in about:
+            lines += f"{about[key]}  {key}\n"
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -293,20 +360,21 @@ def shuffled(index, n, key):
 def train_batch(split, seed, first, count, block_size):
     """Inputs and targets of sequences first to first + count - 1, int64 (count, block_size) each.
 
-    A pure function of its arguments. Each epoch cuts the split into blocks at its own offset and
-    visits each block once in its own order. A target is the token after its input.
+    A pure function of its arguments. Each epoch cuts the split into blocks at its own offset, or at
+    0 where sequences have a fixed length, and visits each block once in its own order.
     """
     n_blocks = max(1, (split.n_tokens - block_size) // block_size)
     # number of offsets at which n_blocks blocks still fit
     n_offsets = min(block_size, split.n_tokens - n_blocks * block_size)
+    if split.sequence_length is not None:
+        n_offsets = 1
     starts = []
     for sequence in range(first, first + count):
         epoch, index = divmod(sequence, n_blocks)
         offset = keyed(seed, epoch, "offset") % n_offsets
         block = shuffled(index, n_blocks, keyed(seed, epoch, "order"))
         starts.append(offset + block * block_size)
-    windows = split.windows(starts, block_size + 1)
-    return windows[:, :-1], windows[:, 1:]
+    return split.inputs_and_targets(split.windows(starts, block_size + 1))
 
 
 # -- validation windows ----------------------------------------------------------------------------
@@ -332,9 +400,7 @@ def val_batch(split, starts, rows, block_size):
     y = np.full((rows, block_size), -1, dtype=np.int64)
     for row, start in enumerate(starts):
         n = min(block_size, split.n_tokens - 1 - start)
-        window = split.windows([start], n + 1)[0]
-        x[row, :n] = window[:-1]
-        y[row, :n] = window[1:]
+        x[row, :n], y[row, :n] = split.inputs_and_targets(split.windows([start], n + 1))
     return x, y
 
 

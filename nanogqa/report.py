@@ -1,4 +1,5 @@
 """Tables and pictures of a comparison, from the content of its results.json."""
+import itertools
 import statistics
 import textwrap
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Summary:
     facts: dict                   # its first record, for what does not depend on the seed
     is_first: bool                # the variant that the others of its matching are compared to
     loss: Estimate                # nats per token, with the standard error
-    bits_per_byte: float
+    bits_per_byte: float | None   # None where the loss counts answers alone
     metrics: dict                 # {name: Estimate} of the metrics beyond loss and bits per byte
     difference: Difference | None  # to the first variant's loss; None for the first
     curves: list                  # of each seed: [step, validation loss] pairs
@@ -62,6 +63,10 @@ def summarize_variant(records, first, difference):
     first_losses = column(first, "val_loss")
     curves = column(records, "curve")
     curve = mean_curve(curves)
+    bits = column(records, "val_bpb")
+    bits_per_byte = None
+    if None not in bits:
+        bits_per_byte = statistics.mean(bits)
     return Summary(
         name=records[0]["variant"],
         match=records[0]["match"],
@@ -69,7 +74,7 @@ def summarize_variant(records, first, difference):
         facts=records[0],
         is_first=records is first,
         loss=mean_over_seeds(column(records, "val_loss")),
-        bits_per_byte=statistics.mean(column(records, "val_bpb")),
+        bits_per_byte=bits_per_byte,
         metrics=summarize_metrics(records),
         difference=difference,
         curves=curves,
@@ -194,13 +199,18 @@ def quality_table(summaries):
     first = summaries[0]
     metrics = metric_names(summaries)
     head = ["variant", "n_ff", "parameters", "without embedding", "training FLOPs per token",
-            "cache, bytes per token", "validation loss", "bits per byte"]
+            "cache, bytes per token", "validation loss"]
+    in_bits = all(summary.bits_per_byte is not None for summary in summaries)
+    if in_bits:
+        head.append("bits per byte")
     for name in metrics:
-        head.append(name.removeprefix("val_").replace("_", " "))
+        head.append(shown_name(name))
     rows = []
     for summary in summaries:
         row = cost_cells(summary, first.facts["params"])
-        row += [summary.loss.text(), f"{summary.bits_per_byte:.4f}"]
+        row.append(summary.loss.text())
+        if in_bits:
+            row.append(f"{summary.bits_per_byte:.4f}")
         for name in metrics:
             row.append(metric_cell(summary, name))
         rows.append(row)
@@ -226,6 +236,13 @@ def metric_names(summaries):
             if name not in names:
                 names.append(name)
     return names
+
+
+def shown_name(metric):
+    """The name of a metric for readers: val_acc is the share of answers that are right."""
+    if metric == "val_acc":
+        return "right answers"
+    return metric.removeprefix("val_").replace("_", " ")
 
 
 def cost_cells(summary, first_params):
@@ -405,7 +422,7 @@ STYLE = {"font.size": 13, "axes.titlesize": 13, "axes.labelsize": 13, "lines.lin
 
 
 def draw(results, out_dir):
-    """Draws the three pictures and returns their paths; without matplotlib only prints a hint."""
+    """Draws the pictures and returns their paths; without matplotlib only prints a hint."""
     try:
         import matplotlib
         import matplotlib.figure  # noqa: F401  (optional)
@@ -422,6 +439,8 @@ def draw(results, out_dir):
             "quality": draw_quality(summaries, colors),
             "decode": draw_decoding(summaries, colors, results),
         }
+        if metric_names(summaries):
+            figures["metrics"] = draw_metrics(summaries, colors)
         paths = []
         for name, figure in figures.items():
             paths.append(out_dir / f"{name}.png")
@@ -520,6 +539,26 @@ def draw_differences(axis, place, summary, differences, color):
               color=color, markersize=5)
 
 
+def draw_metrics(summaries, colors):
+    """The metrics beyond loss and bits per byte at the end of training: an axis for each metric and
+    matching, and a line for each variant that has the metric."""
+    matches = matches_of(summaries)
+    names = metric_names(summaries)
+    variants = list(colors)
+    figure, axes = new_figure(len(names) * len(matches), colors, len(colors), sharex=False)
+    for axis, (name, match) in zip(axes, itertools.product(names, matches), strict=True):
+        for summary in with_match(summaries, match):
+            if name in summary.metrics:
+                mean, error = summary.metrics[name]
+                axis.errorbar(mean, variants.index(summary.name), xerr=error, marker="D",
+                              capsize=5, color=colors[summary.name])
+        axis.set(title=equal(match), xlabel=shown_name(name))
+    axes[0].set_yticks(range(len(variants)), variants)
+    axes[0].set_ylim(len(variants) - 0.5, -0.5)
+    figure.suptitle("At the end: mean over seeds ± standard error", fontsize=14)
+    return figure
+
+
 def draw_decoding(summaries, colors, results):
     """Time of a decode step over the context, an axis for each batch size."""
     speed = results["speed"]
@@ -590,8 +629,8 @@ def draw_decode_times(axis, timings, color, floor):
         axis.plot(column(beyond, "prompt_len"), fastest, linestyle=":", marker=".", color=color)
 
 
-def new_figure(n, names, lines=6):
-    """A figure with n axes side by side that share their ranges, and the axes.
+def new_figure(n, names, lines=6, sharex=True):
+    """A figure with n axes side by side that share their ranges (of x if sharex), and the axes.
 
     There is room for the longest of the names beside each, and for that many lines of two rows.
     """
@@ -599,7 +638,7 @@ def new_figure(n, names, lines=6):
     longest = max(map(len, names))
     size = (max(8, n * (4.9 + 0.12 * longest)), max(4.6, 1.6 + 0.55 * lines))
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(1, n, squeeze=False, sharex=True, sharey=True)[0]
+    return figure, figure.subplots(1, n, squeeze=False, sharex=sharex, sharey=True)[0]
 
 
 def minus(name):

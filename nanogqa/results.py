@@ -5,6 +5,7 @@ from dataclasses import fields
 
 from nanogqa import schema
 from nanogqa.configurator import UserError, convert, one_line
+from nanogqa.schema import positive
 
 # -- what it holds ---------------------------------------------------------------------------------
 
@@ -13,14 +14,14 @@ def shape_of(name, n_ff):
     return f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', name)}-n_ff{n_ff}"
 
 
-def positive(value):
-    """A whole number from 1 to 2^62."""
-    return schema.count(value) and value > 0
-
-
 def quantity(value):
     """A number below 1e15 in size, so that sums of squares stay finite."""
     return schema.number(value) and abs(value) < 1e15
+
+
+def bits(value):
+    """A number below 1e15 in size, or None where the loss counts answers alone."""
+    return value is None or quantity(value)
 
 
 def duration(value):
@@ -57,7 +58,7 @@ RECORD = {
     "variant": str, "match": matching, "seed": schema.count, "shape": str, "run": str,
     "heads?": str, "n_ff": positive, "params": positive, "non_embedding_params": positive,
     "flops_per_token": positive, "kv_bytes_per_token": positive, "val_loss": quantity,
-    "val_bpb": quantity, "metrics?": {str: quantity}, "tokens_per_sec": quantity, "curve": [point],
+    "val_bpb": bits, "metrics?": {str: quantity}, "tokens_per_sec": quantity, "curve": [point],
 }
 RESULTS = {
     "settings": SETTINGS, "dataset_sha256": str, "tokenizer": str, "machine": MACHINE, "date": str,
@@ -131,6 +132,8 @@ def check_records(results):
             raise ValueError("a record has the shape of another model")
     if steps[0] != sorted(set(steps[0])) or steps.count(steps[0]) < len(steps):
         raise ValueError("curves have different steps")
+    if len({record["val_bpb"] is None for record in records}) > 1:
+        raise ValueError("some runs have bits per byte and others have none")
     settings = results["settings"]
     if len(records) != len(results["variants"]) * settings["seeds"]:
         raise ValueError("there is not one record for each variant and seed")

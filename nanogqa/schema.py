@@ -69,6 +69,11 @@ def count(value):
     return type(value) is int and 0 <= value < 2**62
 
 
+def positive(value):
+    """A whole number from 1 to 2^62."""
+    return count(value) and value > 0
+
+
 def number(value):
     """A finite number."""
     if type(value) is int:

@@ -78,8 +78,11 @@ def announce(config, model, batches, runtime):
     say(f"model: {num_params(model):,} parameters ({num_params(model, embedding=False):,} "
         f"without the embedding table), {off_default(model.config, ['n_head'])}, KV cache "
         f"{kv_bytes_per_token(model.config):,} bytes per token in float32")
+    loss_on = ""
+    if dataset.answer_after is not None:
+        loss_on = f"; the loss counts answers alone: tokens {dataset.train.answer_place()}"
     say(f"data: {config.dataset}, {dataset.train.n_tokens:,} training tokens, tokenizer "
-        f"{meta['tokenizer']}, sha256 {meta['sha256'][:16]}")
+        f"{meta['tokenizer']}, sha256 {meta['sha256'][:16]}{loss_on}")
     say(f"batch: {per_step:,} tokens per step = {plural(batches.batch_size, 'sequence')} x "
         f"{config.block_size} tokens x {plural(runtime.ranks, 'rank')} x "
         f"{plural(batches.micro_steps, 'micro-step')}; {plural(config.max_steps, 'step')} = "
@@ -101,7 +104,10 @@ def announce_resume(state, settings, runtime):
 
 
 def sampling_command(config, dataset):
-    """The command that samples from the run, as text."""
+    """The command that samples from the run, as text; eval_only where ids stand for no text."""
+    if dataset.meta["tokenizer"] == "none":
+        return (f"evaluate it again: python train.py --out_dir={config.out_dir} "
+                "--init_from=resume --eval_only=True")
     prompt = ""
     if dataset.meta.get("python"):
         prompt = "def "
@@ -126,5 +132,6 @@ def announce_sampling(config, gpt_config, runtime, step, ids):
 
 
 def result(metrics):
-    """The metrics of an evaluation as text."""
-    return ", ".join(f"{key} {value:.4f}" for key, value in metrics.items())
+    """The metrics of an evaluation as text, those that are known."""
+    known = {key: value for key, value in metrics.items() if value is not None}
+    return ", ".join(f"{key} {value:.4f}" for key, value in known.items())

@@ -58,7 +58,8 @@ def get_tokenizer(name, folder="."):
         return byte_tokenizer()
     if name == "none":
         raise UserError(
-            "this checkpoint came without a tokenizer: train it on a data set to give it one"
+            "this checkpoint came without a tokenizer, so its ids stand for no text: train it on a "
+            "data set of text to give it one"
         )
     if name.startswith(HF_TOKENIZER):
         return file_tokenizer(name, folder)

@@ -133,6 +133,13 @@ def open_tokenizer(tokenizer, data_dir, overwrite=False):
     return DataTokenizer(name, tokenizer, get_tokenizer(name, tokenizer))
 
 
+@dataclass
+class NoText:
+    """Takes the place of a tokenizer where token ids stand for no text."""
+    n_vocab: int
+    eot_token: int    # ends each sequence
+
+
 # -- writing ---------------------------------------------------------------------------------------
 
 class DatasetWriter:
@@ -281,7 +288,7 @@ class DatasetWriter:
         for name in names + self.copy_tokenizer():
             if (self.part / name).exists():  # else moved by a run that was killed here
                 os.replace(self.part / name, self.data_dir / name)
-        meta = dict(self.about, sha256=combined_sha256(self.splits), splits=self.splits)
+        meta = dict(self.about, sha256=combined_sha256(self.splits, self.about), splits=self.splits)
         write_json(self.data_dir / "meta.json", meta)
         shutil.rmtree(self.part)
         return meta
@@ -300,8 +307,8 @@ class DatasetWriter:
             for file in meta["splits"][split]:
                 digest = file_sha256(self.data_dir / file["name"])
                 found[split].append(dict(name=file["name"], sha256=digest))
-        wanted = combined_sha256(self.splits)
-        if combined_sha256(found) == wanted:
+        wanted = combined_sha256(self.splits, self.about)
+        if combined_sha256(found, meta) == wanted:
             print(f"{self.data_dir} already holds this data set")
             return meta
         if meta["sha256"] == wanted:
@@ -348,8 +355,10 @@ def print_counts(data_dir, meta):
         if len(files) > 1:
             names += f" to {files[-1]['name']}"
         tokens = sum(file["tokens"] for file in files)
-        n_bytes = sum(file["bytes"] for file in files)
-        print(f"{Path(data_dir) / names}: {tokens:,} tokens from {n_bytes:,} bytes of text")
+        text = ""
+        if meta["tokenizer"] != "none":
+            text = f" from {sum(file['bytes'] for file in files):,} bytes of text"
+        print(f"{Path(data_dir) / names}: {tokens:,} tokens{text}")
     print(
         f"tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids, "
         f"content sha256 {meta['sha256'][:16]}"
@@ -362,9 +371,21 @@ def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
     about is added to meta.json. On an error the data set in data_dir stays as it was. Prints the
     counts.
     """
-    data_dir = Path(data_dir)
     opened = open_tokenizer(tokenizer, data_dir, overwrite)
-    about.update(opened.describe())
+    encoded = encode(documents, opened.encoding)
+    write_encoded(encoded, data_dir, opened, about, overwrite)
+
+
+def encode(documents, encoding):
+    """Yields (split, ids, size of the text in bytes) for each (split, text)."""
+    for split, text in documents:
+        yield split, encoding.encode_ordinary(text), len(text.encode())
+
+
+def write_encoded(encoded, data_dir, opened, about, overwrite=False):
+    """As write_dataset, for triples that encode() yields and a DataTokenizer; about is a dict."""
+    data_dir = Path(data_dir)
+    about = {**about, **opened.describe()}
     find_finished(data_dir, about, overwrite)  # refuses other settings before the work
     try:
         remove_dead_parts(data_dir)
@@ -372,8 +393,8 @@ def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
         part = data_dir / f".{socket.gethostname()}-{os.getpid()}.part"
         writer = DatasetWriter(part, opened, about)
         try:
-            for split, text in tqdm(documents, "tokenizing", unit=" documents", disable=None):
-                writer.add(split, opened.encoding.encode_ordinary(text), len(text.encode()))
+            for document in tqdm(encoded, "writing", unit=" documents", disable=None):
+                writer.add(*document)
             meta = writer.finish(if_empty="give more text with --input", overwrite=overwrite)
         finally:
             writer.discard()

@@ -69,7 +69,7 @@ def trained(toy_data, tmp_path_factory):
     (["--vocab_size=200"], "has 257 token ids, more than vocab_size=200"),
     (["--device=tpu"], "unknown device 'tpu': choose auto, cpu, cuda"),
     (["--device=cuda:99"], "--device=cpu"),
-    (["--dataset=none"], "there is no data set 'none': choose one of hub, python, shakespeare, text"),
+    (["--dataset=none"], "there is no data set 'none': choose one of hub, python, recall, shakespeare, text"),
     (["--init_from=resume"], "init_from takes scratch"),
     (["--init_from=nowhere"], "init_from takes scratch, resume, auto, a folder"),
     (["--eval_only=True"], "eval_only needs weights"),

@@ -323,6 +323,14 @@ def test_variants_share_every_weight_of_equal_shape():
     assert not torch.equal(base["layers.0.attn.q_proj.weight"], base["layers.1.attn.q_proj.weight"])
 
 
+def test_embed_std_scales_the_embedding_alone():
+    small = GPT(toy_config(tie_embeddings=False)).state_dict()
+    large = GPT(toy_config(tie_embeddings=False, embed_std=1.0)).state_dict()
+    for name, weight in small.items():
+        torch.testing.assert_close(large[name], weight * 50 if name == "embed.weight" else weight)
+    assert large["embed.weight"].std().item() == pytest.approx(1, abs=0.05)
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_costs_equal_a_hand_count(tied):
     """2 layers, 4 heads of 8, 2 key/value heads, width 32, MLP 64, vocabulary 65, counted by hand."""

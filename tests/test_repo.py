@@ -26,10 +26,11 @@ from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 HubConfig = prepare("hub").__wrapped__.__globals__["HubConfig"]
+RecallConfig = prepare("recall").__wrapped__.__globals__["RecallConfig"]
 PROGRAMS = {"train.py": TrainConfig, "sample.py": SampleConfig, "bench.py": BenchConfig,
             "compare.py": CompareConfig, **{f"convert.py {name}": cls for name, (_, cls) in COMMANDS.items()}, **{f"data/{name}/prepare.py": PrepareConfig
                                                                   for name in ("python", "shakespeare", "text")},
-            "data/hub/prepare.py": HubConfig}
+            "data/hub/prepare.py": HubConfig, "data/recall/prepare.py": RecallConfig}
 CONFIGS = sorted(path.name for path in (ROOT / "config").glob("*.py"))
 PUBLISHED = {"gpt2_350m.py": 354.8e6, "gpt2_1.5b.py": 1557.6e6, "llama_1b.py": 1235.8e6, "llama_8b.py": 8030.3e6}  # parameters
 
