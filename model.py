@@ -163,8 +163,9 @@ class KVCache:
     The caller allocates it; the model keeps no state between calls. The cache also holds the
     position: layers append at the same place, and GPT.forward increases length after the last one.
 
-    Rows of different lengths are padded on the left by padding, (B,), places. A static cache is for
-    torch.compile: length is a tensor and all places are read, with a mask: one graph serves all.
+    Rows of different lengths are padded on the left: padding, (B,), is the number of padded places
+    in each row. A static cache is for torch.compile: its length is a tensor, and attention reads
+    all places under a mask, so that one graph serves every step.
     """
 
     def __init__(self, config, batch_size, max_length, like=None, padding=None, static=False):
@@ -262,7 +263,7 @@ def attend(q, k, v, mask=None, scale=None):
 
     Keys and values are not copied to H heads. Several tokens use enable_gqa where the fused kernel
     shares heads without a copy. Otherwise the H / K queries that share a head become rows of one
-    query matrix: any kernel accepts that, and for one token it is the fastest.
+    query matrix: any kernel accepts that, and for one token it is faster.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
@@ -419,7 +420,7 @@ class HeadLoss(nn.Module):
 
 
 def initial_weight(name, shape, seed, embed_std):
-    """The parameter of that name before training, float32. Each matrix has its own generator, of
+    """The parameter of that name before training, float32. Each matrix has a generator seeded by
     (seed, name), so it depends neither on other shapes nor on the number of ranks or the device."""
     if len(shape) == 1:
         return torch.full(shape, float(not name.endswith("bias")))  # biases are 0, norms 1
@@ -456,7 +457,8 @@ class GPT(nn.Module):
 
         logits selects which to return: "all" (B, T, V), "last" (B, 1, V), "none", or "targets",
         those of the n positions with a target, (n, V). loss is the sum over targets other than -1,
-        divided by n_targets: their number (None), or that of a whole step, whose losses add up.
+        divided by n_targets: their number (None), for the mean, or the count of a whole training
+        step, so that the losses of its micro-steps add up.
         With a cache, the ids continue what it holds. Raises ValueError if they do not fit.
         """
         T = idx.size(1)

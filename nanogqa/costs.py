@@ -16,8 +16,8 @@ PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e1
 # peak memory bandwidth in bytes/s, likewise
 PEAK_BANDWIDTH = {"H200": 4.8e12, "H100 PCIe": 2.0e12, "H100": 3.35e12, "A100-SXM4-80GB": 2.04e12,
                   "A100": 1.56e12}
-LIBRARIES = 96 * 2**20  # bytes of the buffers of PyTorch, MKL and oneDNN, and gaps in the heap
 GPU_MEMORY = {"H100": 80e9, "H200": 141e9}  # bytes (NVIDIA's data sheets)
+LIBRARIES = 96 * 2**20  # bytes of the buffers of PyTorch, MKL and oneDNN, and gaps in the heap
 # the settings that a model's number of parameters comes from
 SHAPE = "n_layer, n_embd, n_ff, vocab_size or the widths of heads and latents"
 
@@ -37,7 +37,7 @@ def num_params(model, embedding=True):
 
 class NoInit(TorchFunctionMode):
     """Leaves out the initial values of torch.nn, which GPT replaces by its own. For a model without
-    values, PyTorch would import its compiler to draw them, for more than a second."""
+    values, PyTorch would import its compiler to draw them, which takes long."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":

@@ -190,8 +190,8 @@ def synchronizing(model, wanted):
 
 # -- models split over ranks (FSDP2) ---------------------------------------------------------------
 
-# PyTorch's modules for FSDP and sharded checkpoints take as long to import as a third of torch, so
-# that the functions that need them import them.
+# PyTorch's modules for FSDP and sharded checkpoints take long to import, and few runs need them, so
+# the functions that use them import them.
 
 def check_parallel(config, ranks):
     """Raises UserError if --parallel=fsdp cannot work on that many ranks."""

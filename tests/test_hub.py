@@ -842,7 +842,7 @@ def test_damaged_json_files_write_nothing_elsewhere(tmp_path, tried):
     "files,key,value",
     [
         ("train", "name", "../../../val.bin"),
-        ("train", "name", "/tmp/val.bin"),
+        ("train", "name", "/elsewhere/val.bin"),
         ("train", "name", "progress.json"),
         ("train", "name", "train_00001.bin"),
         ("train", "tokens", 10**6),

@@ -263,8 +263,7 @@ print(sorted(set(sys.modules) - before))
 
 
 def test_programs_start_without_what_few_runs_need():
-    """The modules for FSDP and the compiler take as long to import as a third of torch each. A
-    model without values used to import the compiler, through torch.nn's initialization."""
+    """A model without values used to import the compiler, through torch.nn's initialization."""
     out = subprocess.run([sys.executable, "-c", STARTS], cwd=ROOT, capture_output=True, check=True,
                          encoding="utf-8", timeout=100).stdout
     imported = ast.literal_eval(out.splitlines()[-1])
