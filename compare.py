@@ -7,7 +7,7 @@
 
 Losses and differences have error bars. Takes every setting of train.py. Writes runs, results.json,
 report.md and, with matplotlib, pictures into out_dir. Run the same command again to resume, or
-with a higher --seeds to add runs.
+with a higher --seeds to add runs. Checkpoints of runs in results.json are not needed for that.
 """
 import datetime
 import json
@@ -531,15 +531,19 @@ class Run:
         rows = read_rows(self.folder / "metrics.jsonl")
         return [row for row in rows if row["step"] <= self.config.max_steps]
 
-    def look(self, dataset):
-        """Reads from its folder how far it has got.
+    def look(self, dataset, curves):
+        """Reads from its folder how far it has got. curves are those of recorded_curves.
 
         It counts as finished if its checkpoint is that of the last step, and if metrics.jsonl holds
-        all evaluations up to it, the last with the loss of the checkpoint. Raises UserError if the
-        folder holds another run.
+        all evaluations up to it, the last with the loss of the checkpoint. A run that is recorded
+        in results.json may have lost its checkpoint. Raises UserError if the folder holds another
+        run.
         """
         self.steps, self.finished, self.damage = 0, False, ""
         if not folder.exists(self.folder):
+            rows = self.rows()
+            if rows and curve_of(rows) == curves.get(self.folder.name):
+                self.steps, self.finished = self.config.max_steps, True
             return
         try:
             state = checkpoint.load(self.folder, GPTConfig)
@@ -556,6 +560,16 @@ class Run:
             self.steps = state["step"]
             evaluated = state["val_loss"] is not None
             self.finished = evaluated and self.steps == self.config.max_steps
+
+
+def recorded_curves(results):
+    """{name of the run: its curve} of the records in results."""
+    return {record["run"]: record["curve"] for record in results["records"]}
+
+
+def curve_of(rows):
+    """[[step, val_loss], ...] of the evaluations among rows of metrics.jsonl."""
+    return [[row["step"], row["val_loss"]] for row in rows if row.get("val_loss") is not None]
 
 
 def damage_of(rows, state, config):
@@ -590,8 +604,9 @@ def plan_runs(variants, config):
     return list(runs.values())
 
 
-def train_runs(runs, config, speed, dataset):
+def train_runs(runs, config, results, dataset):
     """Trains every run that is not finished, with one progress bar for all of them."""
+    speed, curves = results["speed"], recorded_curves(results)
     for run in runs:
         if run.damage:
             print(f"{run.folder.name} starts again: {run.damage}")
@@ -605,7 +620,7 @@ def train_runs(runs, config, speed, dataset):
         for run in runs:
             if not run.finished:
                 run_training(run, bar)
-                run.look(dataset)
+                run.look(dataset, curves)
             if not run.finished:
                 raise UserError(f"training {run.folder.name} ended at step {run.steps}: run the "
                                 f"same command again, and see {run.folder / 'train.log'}")
@@ -686,18 +701,13 @@ def collect_records(variants, runs, config, dataset):
 
 def record_of(variant, seed, rows, dataset):
     """The record of a run with these rows of metrics.jsonl, evaluated on dataset."""
-    curve = []
-    speeds = []
-    for row in rows:
-        speeds.append(row.get("tokens_per_sec") or 0.0)
-        if row.get("val_loss") is not None:
-            last = row
-            curve.append([row["step"], row["val_loss"]])
+    speeds = [row.get("tokens_per_sec") or 0.0 for row in rows]
+    last = [row for row in rows if row.get("val_loss") is not None][-1]
     return dict(
         variant=variant.name, match=variant.match, seed=seed, **variant.facts,
         val_loss=last["val_loss"], val_bpb=dataset.metrics(last["val_loss"]).get("val_bpb"),
         metrics=metrics_of(last), run=variant.run_name(seed), shape=variant.shape,
-        tokens_per_sec=statistics.median(speeds), curve=curve)
+        tokens_per_sec=statistics.median(speeds), curve=curve_of(rows))
 
 
 def metrics_of(row):
@@ -744,8 +754,9 @@ def main(argv):
     results = open_results(config, runtime, identity(config, given, variants, dataset))
     runs = plan_runs(variants, config)
     if not config.overwrite:
+        curves = recorded_curves(results)
         for run in runs:
-            run.look(dataset)
+            run.look(dataset, curves)
     print_variants(variants)
 
     out_dir = Path(config.out_dir)
@@ -756,7 +767,7 @@ def main(argv):
             if config.overwrite:
                 shutil.rmtree(out_dir / "runs", ignore_errors=True)
             write_json(path, results)
-        train_runs(runs, config, results["speed"], dataset)
+        train_runs(runs, config, results, dataset)
         # until here results.json is that of the finished comparison with fewer seeds, if any
         results["settings"]["seeds"] = config.seeds
         results["records"] = collect_records(variants, runs, config, dataset)

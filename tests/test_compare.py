@@ -391,6 +391,7 @@ def test_a_run_with_a_damaged_log_starts_again(again, comparison, capsys, names)
 def test_a_run_counts_as_finished_by_its_checkpoint(again, comparison, capsys):
     """Its log alone does not say that: the checkpoint may be missing, damaged or an older one."""
     folder, args = again
+    (folder / "results.json").write_text(json.dumps(dict(results_of(folder), records=[])), encoding="utf-8")
     missing, damaged, older, _ = sorted((folder / "runs").iterdir())
     (missing / "ckpt.pt").unlink()
     content = (damaged / "ckpt.pt").read_bytes()
@@ -407,6 +408,27 @@ def test_a_run_counts_as_finished_by_its_checkpoint(again, comparison, capsys):
                                 strict=True):
         same = 3 if record["run"] == older.name else 4
         assert record["curve"][:same] == expected["curve"][:same] and len(record["curve"]) == 4
+
+
+def test_recorded_runs_need_no_checkpoint(again, monkeypatch, capsys):
+    """So that checkpoints can be deleted, and a comparison can go on from its records and logs alone. A log that differs from
+    its record counts for nothing."""
+    folder, args = again
+    old = results_of(folder)["records"]
+    for run in (folder / "runs").iterdir():
+        (run / "ckpt.pt").unlink()
+    trained = []
+    monkeypatch.setattr(compare, "run_training", lambda run, bar: (trained.append(run.folder.name), train_here(run, bar)))
+    compare.main([*args, "--seeds=3"])
+    assert trained == ["MHA-n_ff96-seed1339", "MQA-n_ff112-seed1339"]
+    assert "6 runs of 12 steps, 4 of them finished" in capsys.readouterr().out
+    assert all(record in results_of(folder)["records"] for record in old)
+    changed = folder / "runs" / "MQA-n_ff112-seed1338"
+    (changed / "metrics.jsonl").write_text(other_loss(rows_of(changed), 12), encoding="utf-8")
+    compare.main([*args, "--seeds=3"])
+    assert trained[2:] == [changed.name]
+    new = [record["curve"] for record in results_of(folder)["records"] if record["run"] == changed.name]
+    assert new == [record["curve"] for record in old if record["run"] == changed.name]
 
 
 def test_a_run_of_another_variant_is_refused(again, capsys):
