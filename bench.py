@@ -23,9 +23,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from model import GPT, SETTINGS_OF, GPTConfig, KVCache
+from model import GPT, SETTINGS_OF, GPTConfig
 from nanogqa import checkpoint, costs
 from nanogqa.batches import MicroBatch, dropout_seeds
+from nanogqa.cache import KVCache
 from nanogqa.configurator import UserError, build, choices_of, in_range, parse, program, subset
 from nanogqa.fast import keep_freed_memory, packs, prepare_for_decoding
 from nanogqa.runtime import check_memory, compile_for_decoding, compile_model, pick_runtime

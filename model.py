@@ -5,13 +5,13 @@ multi-query attention (MQA, Shazeer 2019, arXiv 1911.02150), and a divisor of n_
 grouped-query attention (GQA, Ainslie et al. 2023, arXiv 2305.13245). A second class,
 LatentAttention, adds multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434).
 
-nanogqa/fast.py replaces some modules with faster ones; tests check that the results agree.
+nanogqa/cache.py holds what the layers cache while a text grows. nanogqa/fast.py replaces some
+modules with faster ones; tests check that the results agree.
 
 Dimension letters, used in every shape comment:
     B batch   T new tokens   S tokens attended to (cached and new)   V vocab_size
     C n_embd  H n_head       K n_kv_head                             D head_dim
 """
-import copy
 import hashlib
 import math
 from dataclasses import dataclass, fields
@@ -109,7 +109,7 @@ class GPTConfig:
                 f"nope_head_dim + rope_head_dim = {key_width}, the width of keys: lower it")
 
     def cached(self):
-        """The LayerCache of each layer, from which KVCache and nanogqa/costs.py take sizes."""
+        """The LayerCache of each layer, from which cache.py and costs.py of nanogqa/ take sizes."""
         layer = LayerCache(self.n_kv_head, (self.head_dim, self.head_dim))
         if self.attention == "mla":
             layer = LayerCache(1, (self.kv_lora_rank + self.rope_head_dim,))
@@ -157,85 +157,13 @@ def apply_rope(x, cos, sin):
     return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).to(x.dtype)
 
 
-class KVCache:
-    """The cached tensors of all layers, for up to max_length tokens in each of batch_size rows.
-
-    The caller allocates it; the model keeps no state between calls. The cache also holds the
-    position: layers append at the same place, and GPT.forward increases length after the last one.
-
-    Rows of different lengths are padded on the left: padding, (B,), is the number of padded places
-    in each row. A static cache is for torch.compile: its length is a tensor, and attention reads
-    all places under a mask, so that one graph serves every step.
-    """
-
-    def __init__(self, config, batch_size, max_length, like=None, padding=None, static=False):
-        """like: a tensor that gives the cache its device and dtype; None: the defaults."""
-        if like is None:
-            like = torch.empty(0)
-        require(1 <= max_length <= config.block_size, f"a cache of {max_length} tokens: it must be "
-                f"1 to block_size={config.block_size}")
-        self.device, self.max_length = like.device, max_length
-        self.padding, self.static = padding, static
-        self.layers = []  # of each layer: a list of tensors (B, heads, max_length, width)
-        for layer in config.cached():
-            sizes = [(batch_size, layer.heads, max_length, width) for width in layer.widths]
-            self.layers.append([like.new_zeros(size) for size in sizes])
-        self.length = like.new_zeros((), dtype=torch.long) if static else 0  # tokens, with padding
-
-    @property
-    def nbytes(self):
-        return sum(x.nbytes for tensors in self.layers for x in tensors)
-
-    def places(self, T):
-        """Cache indices of the next T tokens, (T,). Raises ValueError if they do not fit."""
-        if not self.static and self.length + T > self.max_length:
-            # a slice assignment past the end silently drops tokens; index_copy_ raises
-            raise ValueError(f"the cache holds {self.length} of at most {self.max_length} tokens: "
-                             f"{T} more do not fit")
-        return self.length + torch.arange(T, device=self.device)
-
-    def keys(self, T):
-        """Cache indices of the S tokens that append returns for T new ones, (S,)."""
-        S = self.max_length if self.static else self.length + T
-        return torch.arange(S, device=self.device)
-
-    def positions(self, T):
-        """Positions of the next T tokens, (1 or B, T), from 0 for a row's first unpadded one."""
-        if self.padding is None:
-            return self.places(T)[None]
-        return (self.places(T) - self.padding[:, None]).clamp(min=0)
-
-    def append(self, layer, *new):
-        """Writes a layer's new tensors, (B, heads, T, width) each; returns all that it holds."""
-        end = self.length + new[0].size(2)
-        for kept, x in zip(self.layers[layer], new, strict=True):
-            if self.static:
-                kept.index_copy_(2, self.places(x.size(2)), x)
-            else:
-                kept[:, :, self.length:end] = x
-        return [kept if self.static else kept[:, :, :end] for kept in self.layers[layer]]
-
-    def rewind(self, length):
-        """Forgets all but the first length tokens."""
-        self.length += length - self.length  # in place: a static length keeps its address
-
-    def rows(self, index):
-        """A cache of some rows: copies of those in a list, or a slice, which shares its memory."""
-        other = copy.copy(self)
-        other.layers = [[x[index] for x in tensors] for tensors in self.layers]
-        if self.padding is not None:
-            other.padding = self.padding[index]
-        other.length = self.length + 0  # a separate tensor where it is one
-        return other
-
-
 @dataclass
 class Context:
     """What the layers of a forward pass share. A layer may leave tensors in it for later ones."""
     cos: torch.Tensor  # (1 or B, 1, T, D), as is sin: see apply_rope
     sin: torch.Tensor
     mask: torch.Tensor | None  # (1 or B, 1, T, S) bool: see attention_mask
-    cache: KVCache | None
+    cache: object  # a KVCache of nanogqa/cache.py, or None
 
 
 def attention_mask(T, cache):

@@ -10,8 +10,9 @@ from typing import Literal
 
 import torch
 
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
 from nanogqa import checkpoint, folder
+from nanogqa.cache import KVCache
 from nanogqa.configurator import build, in_range, parse, program
 from nanogqa.costs import prefill_chunk
 from nanogqa.fast import prepare_for_decoding

@@ -23,7 +23,6 @@ from model import (
     GPT,
     Context,
     GPTConfig,
-    KVCache,
     LatentAttention,
     attend,
     rope_cos_sin,
@@ -31,6 +30,7 @@ from model import (
 )
 from nanogqa import checkpoint, distributed
 from nanogqa.batches import Batches, MicroBatch
+from nanogqa.cache import KVCache
 from nanogqa.dataloader import Dataset
 from nanogqa.fast import accelerate, prepare_for_decoding
 from nanogqa.log import finite, read_rows

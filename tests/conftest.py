@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nanogqa.writer import write_dataset
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
+from nanogqa.cache import KVCache
 from nanogqa import checkpoint
 
 # two processes run tests: threads that wait for each other would take the time of the other process

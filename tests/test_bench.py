@@ -14,7 +14,8 @@ from torch import nn
 import bench
 import sample
 import train
-from model import GPT, KVCache
+from model import GPT
+from nanogqa.cache import KVCache
 from nanogqa import costs, fast
 from nanogqa.costs import Decoding, decoding_bytes
 from nanogqa.fast import FastLinear, accelerate, prepare_for_decoding

@@ -306,7 +306,8 @@ import test_docs
 import train
 from compare import CompareConfig
 from conftest import load_model, toy_config, toy_ids, toy_model
-from model import GPT, Context, KVCache, apply_rope, rope_cos_sin, rope_frequencies
+from model import GPT, Context, apply_rope, rope_cos_sin, rope_frequencies
+from nanogqa.cache import KVCache
 from nanogqa.configurator import UserError, parse
 
 out_dir = [arg for arg in sys.argv[1:] if arg.startswith("--out_dir=")][0].split("=")[1]

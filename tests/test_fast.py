@@ -3,7 +3,8 @@ import pytest
 import torch
 from conftest import toy_config, toy_ids, toy_model
 
-from model import GPT, KVCache
+from model import GPT
+from nanogqa.cache import KVCache
 from nanogqa import fast
 from nanogqa.fast import accelerate, prepare_for_decoding
 

@@ -14,7 +14,8 @@ import convert
 import model as model_module
 import sample
 import train
-from model import GPT, GPTConfig, KVCache, LatentAttention
+from model import GPT, GPTConfig, LatentAttention
+from nanogqa.cache import KVCache
 from nanogqa import fast
 from nanogqa.configurator import UserError, build, parse
 from nanogqa.costs import (

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
-from model import GPT, GPTConfig, KVCache, LayerCache, apply_rope, attend, rope_cos_sin, rope_frequencies
+from model import GPT, GPTConfig, LayerCache, apply_rope, attend, rope_cos_sin, rope_frequencies
+from nanogqa.cache import KVCache
 from nanogqa.costs import flops_per_token, kv_bytes_per_token, kv_cache_bytes, num_params
 from nanogqa.fast import ChunkedCrossEntropy, FastRMSNorm, RMSNormFunction, linear
 

@@ -118,7 +118,7 @@ def test_help_lists_choices_unless_the_text_explains_each():
 
 
 PROGRAM_ORDER = ["model", "train", "sample", "bench", "compare", "convert"]
-PACKAGE_ORDER = ["configurator", "files", "schema", "distributed", "dropout", "fast", "costs", "runtime", "terminal", "timing", "log", "tokenizer",
+PACKAGE_ORDER = ["cache", "configurator", "files", "schema", "distributed", "dropout", "fast", "costs", "runtime", "terminal", "timing", "log", "tokenizer",
                  "hf_tokenizer", "prompts", "dataloader", "batches", "writer", "folder", "saver", "checkpoint", "resume", "results", "estimates", "published", "report", "pool"]
 
 
@@ -150,8 +150,9 @@ def test_the_package_imports_one_way_and_never_a_program():
 
 
 def test_the_model_imports_torch_alone():
-    standard = {"copy", "hashlib", "math", "dataclasses", "typing"}
+    standard = {"hashlib", "math", "dataclasses", "typing"}
     assert {name.split(".")[0] for name in imported(ROOT / "model.py")} == {"torch"} | standard
+    assert set(imported(ROOT / "nanogqa" / "cache.py")) == {"copy", "torch"}
 
 
 def without_encoding(path):
@@ -200,7 +201,8 @@ def test_the_encoding_of_each_way_to_open_a_file_is_looked_at(tmp_path, monkeypa
 
 ALONE = """
 import torch
-from model import GPT, GPTConfig, KVCache
+from cache import KVCache
+from model import GPT, GPTConfig
 config = GPTConfig(block_size=32, vocab_size=65, n_layer=2, n_kv_head=2, n_embd=32)
 model, text = GPT(config), torch.arange(8 * 33).reshape(8, 33) % 13
 optimizer = torch.optim.AdamW(model.parameters(), 3e-2)
@@ -219,8 +221,9 @@ print(loss.item())
 
 
 def test_the_model_trains_and_decodes_alone(tmp_path):
-    """model.py in an empty folder, in a process that finds nothing else of this repository."""
+    """model.py and cache.py in an empty folder, in a process that finds nothing else of this repository."""
     shutil.copy(ROOT / "model.py", tmp_path)
+    shutil.copy(ROOT / "nanogqa" / "cache.py", tmp_path)
     done = subprocess.run([sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True,
                           text=True, check=True, timeout=100)
     assert float(done.stdout) < 2.5, "ln(65) = 4.2 before training"
