@@ -78,16 +78,16 @@ class BenchConfig(GPTConfig):
 
 
 def heads_of(config):
-    """The kind of attention and its sizes, for a row of results. Sizes of other kinds are None;
-    switches are there if they are off their defaults."""
+    """The kind of attention and its settings, for a row of results. Sizes of other kinds are None;
+    settings with a default, and those of every kind, are there if they are off their defaults."""
     row = {"attention": config.attention}
     defaults = {f.name: f.default for f in fields(config)}
     for kind, names in SETTINGS_OF.items():
         for name in names:
             value = getattr(config, name)
-            if isinstance(value, bool) and value == defaults[name]:
+            if value == defaults[name] and (value is not None or kind == "any"):
                 continue
-            if kind != config.attention:
+            if kind not in (config.attention, "any"):
                 value = None
             row[name] = value
     return row
@@ -181,12 +181,12 @@ def decode(config, runtime, peak):
     if runtime.compile:
         forward = compile_for_decoding(model, runtime)
     token, prefill_s = fill_cache(forward, cache, shape, config, runtime)
-    cache.rewind(config.prompt_len)
+    cache.set_length(config.prompt_len)
     time_run(forward, token, cache, min(WARMUP_TOKENS, config.new_tokens), runtime)
     warmup_s = clock(runtime) - began
     medians = []
     for _ in range(config.repeats):
-        cache.rewind(config.prompt_len)
+        cache.set_length(config.prompt_len)
         medians.append(time_run(forward, token, cache, config.new_tokens, runtime))
     step = min(medians)
 
@@ -255,8 +255,8 @@ def fill_cache(forward, cache, shape, config, runtime):
 def time_run(forward, token, cache, steps, runtime):
     """Median seconds of that many greedy steps, the first of which reads token, (B, 1).
 
-    Time depends on how many tokens the cache holds, not on which: rewinding it is enough between
-    two runs.
+    Time depends on how many tokens the cache holds, not on which: setting its length is enough
+    between two runs.
     """
     seconds = []
     for _ in range(steps):

@@ -3,7 +3,8 @@
 n_kv_head selects the attention: n_head is multi-head attention (MHA, Vaswani et al. 2017), 1 is
 multi-query attention (MQA, Shazeer 2019, arXiv 1911.02150), and a divisor of n_head in between is
 grouped-query attention (GQA, Ainslie et al. 2023, arXiv 2305.13245). A second class,
-LatentAttention, adds multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434).
+LatentAttention, adds multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434). Other
+settings shrink the cache of each: window, kv_share, kv_tied.
 
 nanogqa/cache.py holds what the layers cache while a text grows. nanogqa/fast.py replaces some
 modules with faster ones; tests check that the results agree.
@@ -22,10 +23,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# settings that belong to one kind of attention alone
+# settings that belong to one kind of attention alone, and those of every kind
 SETTINGS_OF = {
-    "gqa": ("n_kv_head", "qkv_bias"),
+    "gqa": ("n_kv_head", "qkv_bias", "rope_fraction", "kv_tied", "kv_share"),
     "mla": ("kv_lora_rank", "q_lora_rank", "rope_head_dim", "nope_head_dim", "v_head_dim"),
+    "any": ("window", "global_every"),
 }
 
 
@@ -49,6 +51,11 @@ class GPTConfig:
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     qk_norm: bool = True  # normalize queries and keys (Qwen3); MLA: its latents
     qkv_bias: bool = False  # biases on q_proj, k_proj and v_proj (Qwen2)
+    rope_fraction: float = 1.0  # share of a head's pairs that RoPE rotates; 0: none (NoPE)
+    kv_tied: bool = False  # values are the rotated keys, so that only keys are cached
+    kv_share: int = 1  # every so many layers, one has keys and values, which the next ones reuse
+    window: int | None = None  # last tokens that a layer attends to, its own included; None: all
+    global_every: int = 0  # with a window: every so many layers, one attends to all; 0: none does
     attention: Literal["gqa", "mla"] = "gqa"  # gqa: key/value heads; mla: latent attention
     kv_lora_rank: int | None = None  # MLA: width of the latent; None: min(4 head_dim, n_embd / 2)
     q_lora_rank: int | None = None  # MLA: width of the queries' latent; None: not compressed
@@ -63,9 +70,10 @@ class GPTConfig:
         """Sets defaults that follow from other settings. Raises ValueError if settings clash."""
         for field in fields(GPTConfig):
             name, value = field.name, getattr(self, field.name)
-            if field.type in (int, int | None) and value is not None:
+            if field.type in (int, int | None) and value is not None and name != "global_every":
                 require(value >= 1, f"{name} must be at least 1, not {value}")
-            if field.type is float and name != "dropout":  # far from the limits of float32
+            if field.type is float and name not in ("dropout", "rope_fraction"):
+                # far from the limits of float32
                 require(1e-30 <= value <= 1e30, f"{name} must be from 1e-30 to 1e30, not {value}")
         require(self.n_layer <= 1024, f"n_layer must be at most 1024, not {self.n_layer}")
         H, C = self.n_head, self.n_embd
@@ -81,8 +89,8 @@ class GPTConfig:
         for kind in SETTINGS_OF:
             for name in SETTINGS_OF[kind]:
                 value = getattr(self, name)
-                require(kind == self.attention or value == unset[name], f"{name}={value} is for "
-                        f"attention={kind}: leave {name} out, or set attention={kind}")
+                require(kind in (self.attention, "any") or value == unset[name], f"{name}={value} "
+                        f"is for attention={kind}: leave {name} out, or set attention={kind}")
         if self.attention == "mla":
             self.set_latents()
         rotary = {"gqa": "head_dim", "mla": "rope_head_dim"}[self.attention]
@@ -93,6 +101,11 @@ class GPTConfig:
                 "rope_low_freq_factor must be above 0 and below rope_high_freq_factor")
         require(self.rope_factor == 1 or self.rope_original_block_size,
                 "rope_factor needs rope_original_block_size, the context before the extension")
+        require(0 <= self.rope_fraction <= 1,
+                f"rope_fraction must be at least 0 and at most 1: {self.rope_fraction}")
+        require(self.global_every >= 0, f"global_every must be at least 0, not {self.global_every}")
+        require(self.window or not self.global_every, f"global_every={self.global_every} is for "
+                "models with a window: set window, or leave global_every out")
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1: {self.dropout}")
 
     def set_latents(self):
@@ -110,10 +123,24 @@ class GPTConfig:
 
     def cached(self):
         """The LayerCache of each layer, from which cache.py and costs.py of nanogqa/ take sizes."""
-        layer = LayerCache(self.n_kv_head, (self.head_dim, self.head_dim))
+        heads, widths = self.n_kv_head, (self.head_dim, self.head_dim)
+        if self.kv_tied:
+            widths = (self.head_dim,)
         if self.attention == "mla":
-            layer = LayerCache(1, (self.kv_lora_rank + self.rope_head_dim,))
-        return [layer] * self.n_layer
+            heads, widths = 1, (self.kv_lora_rank + self.rope_head_dim,)
+        layers = []
+        same = {self.window: [], None: []}  # local and global layers so far
+        for i in range(self.n_layer):
+            window = self.window
+            if self.global_every and (i + 1) % self.global_every == 0:
+                window = None
+            source = None
+            below = len(same[window]) % self.kv_share
+            if below > 0:
+                source = same[window][-below]
+            same[window].append(i)
+            layers.append(LayerCache(heads, widths, window, source))
+        return layers
 
 
 def require(condition, message):
@@ -123,24 +150,27 @@ def require(condition, message):
 
 @dataclass(frozen=True)
 class LayerCache:
-    """A layer's cache: one tensor (B, heads, S, width) for each entry of widths."""
+    """What a layer reads: tensors (B, heads, S, width), one for each entry of widths."""
     heads: int
-    widths: tuple[int, ...]  # keys and values; MLA: one latent
-    tokens: int | None = None  # last tokens that are read; None: all (KVCache has room for all)
+    widths: tuple[int, ...]  # keys and values; kv_tied: keys; MLA: latents
+    window: int | None = None  # the last tokens that it reads; None: all
+    source: int | None = None  # the layer below that caches them; None: the layer itself
 
 
 def rope_frequencies(config, device=None):
-    """(D/2,) radians per position of each pair, float32: theta^(-2i/D) (RoPE, arXiv 2104.09864).
+    """(D/2,) radians per position of each pair, float32: theta^(-2i/R) (RoPE, arXiv 2104.09864) for
+    the first R/2 pairs, the share rope_fraction, and 0 for the others.
     With rope_factor, low frequencies are divided by it as in Llama 3.1's reference code."""
     D = config.rope_head_dim if config.attention == "mla" else config.head_dim
-    exponent = torch.arange(0, D, 2, device=device, dtype=torch.float32) / D
+    R = 2 * round(config.rope_fraction * D / 2)
+    exponent = torch.arange(0, R, 2, device=device, dtype=torch.float32) / R
     frequency = 1.0 / config.rope_theta**exponent
-    if config.rope_factor == 1:
-        return frequency
-    turns = config.rope_original_block_size * frequency / (2 * math.pi)  # of each pair
-    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequency * (keep + (1 - keep) / config.rope_factor)
+    if config.rope_factor != 1:
+        turns = config.rope_original_block_size * frequency / (2 * math.pi)  # of each pair
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (keep + (1 - keep) / config.rope_factor)
+    return F.pad(frequency, (0, (D - R) // 2))
 
 
 def rope_cos_sin(positions, frequency):
@@ -159,23 +189,35 @@ def apply_rope(x, cos, sin):
 
 @dataclass
 class Context:
-    """What the layers of a forward pass share. A layer may leave tensors in it for later ones."""
+    """What the layers of a forward pass share."""
     cos: torch.Tensor  # (1 or B, 1, T, D), as is sin: see apply_rope
     sin: torch.Tensor
-    mask: torch.Tensor | None  # (1 or B, 1, T, S) bool: see attention_mask
+    masks: dict  # of each window: what attention_mask returns
     cache: object  # a KVCache of nanogqa/cache.py, or None
 
 
-def attention_mask(T, cache):
+def attention_mask(T, window, cache, device):
     """Returns a bool mask (1 or B, 1, T, S), True where a new token may attend to a key, or None if
-    attend needs none: for the start of unpadded rows, or one token that sees every key."""
+    attend needs none: for the start of unpadded rows, or one token that sees every key.
+
+    A token attends to itself and those before it; window is their number at most, None: all.
+    """
+    start = T <= (window or T)  # the last of the first T tokens still sees the first
+    if cache is None and start:
+        return None
     if cache is None:
-        return None
-    if not cache.static and cache.padding is None and (T == 1 or cache.length == 0):
-        return None
-    keys = cache.keys(T)                                                # (S,)
-    mask = (cache.places(T)[:, None] >= keys)[None, None]               # (1, 1, T, S)
-    if cache.padding is not None:
+        places = keys = torch.arange(T, device=device)
+    else:
+        plain = not cache.static and cache.padding is None
+        if plain and (T == 1 or (start and cache.length == 0)):
+            return None
+        places, keys = cache.places(T), cache.keys(T, window)           # (T,), (S,)
+    distance = places[:, None] - keys                                   # (T, S)
+    mask = (distance >= 0) & (keys >= 0)
+    if window is not None:
+        mask = mask & (distance < window)
+    mask = mask[None, None]                                             # (1, 1, T, S)
+    if cache is not None and cache.padding is not None:
         mask = mask & (keys >= cache.padding[:, None, None, None])      # (B, 1, T, S)
     return mask
 
@@ -217,29 +259,44 @@ def norm(width, eps, wanted=True):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, cached):
         super().__init__()
         H, K, D, C = config.n_head, config.n_kv_head, config.head_dim, config.n_embd
-        self.layer, self.head_dim = layer, D
+        self.layer, self.cached, self.head_dim, self.kv_tied = layer, cached, D, config.kv_tied
         self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
+        if cached.source is None:
+            self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
+        if cached.source is None and not config.kv_tied:
+            self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=False)
         self.q_norm = norm(D, config.norm_eps, config.qk_norm)
-        self.k_norm = norm(D, config.norm_eps, config.qk_norm)
+        if cached.source is None:
+            self.k_norm = norm(D, config.norm_eps, config.qk_norm)
 
-    def forward(self, x, context):
+    def forward(self, x, context, kv):
+        """kv: keys and values of the layer below, for a layer without its own. Returns the output
+        and the keys and values that were read."""
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)                # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim)                # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim)                # (B, T, K, D)
         q = apply_rope(self.q_norm(q).transpose(1, 2), context.cos, context.sin)
-        k = apply_rope(self.k_norm(k).transpose(1, 2), context.cos, context.sin)
-        v = v.transpose(1, 2)                                           # (B, K, T, D)
+        if self.cached.source is None:
+            kv = self.keys_and_values(x, context)
+        y = attend(q, kv[0], kv[-1], context.masks[self.cached.window])  # (B, H, T, D)
+        if self.kv_tied:  # the query's own rotation is undone: values depend on the distance alone
+            y = apply_rope(y, context.cos, -context.sin)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), kv     # (B, T, C)
+
+    def keys_and_values(self, x, context):
+        """[k, v], or [k] if they are tied: (B, K, S, D) each."""
+        B, T, C = x.shape
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)                # (B, T, K, D)
+        kv = [apply_rope(self.k_norm(k).transpose(1, 2), context.cos, context.sin)]
+        if not self.kv_tied:
+            v = self.v_proj(x).view(B, T, -1, self.head_dim)            # (B, T, K, D)
+            kv.append(v.transpose(1, 2))                                # (B, K, T, D)
         if context.cache is not None:
-            k, v = context.cache.append(self.layer, k, v)               # (B, K, S, D)
-        y = attend(q, k, v, context.mask)                               # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))         # (B, T, C)
+            kv = context.cache.append(self.layer, *kv)                  # (B, K, S, D)
+        return kv
 
 
 class LatentAttention(nn.Module):
@@ -255,11 +312,12 @@ class LatentAttention(nn.Module):
     over tokens, queries attend to the (c, r) themselves, one head of width R + P as in MQA.
     """
 
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, cached):
         super().__init__()
         H, C, R, P = config.n_head, config.n_embd, config.kv_lora_rank, config.rope_head_dim
         N, U = config.nope_head_dim, config.v_head_dim
-        self.layer, self.widths, self.q_lora_rank = layer, (R, P, N, U), config.q_lora_rank
+        self.layer, self.cached = layer, cached
+        self.widths, self.q_lora_rank = (R, P, N, U), config.q_lora_rank
         if self.q_lora_rank is None:
             self.q_proj = nn.Linear(C, H * (N + P), bias=False)
         else:
@@ -271,7 +329,7 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(R, H * (N + U), bias=False)
         self.o_proj = nn.Linear(H * U, C, bias=False)
 
-    def forward(self, x, context):
+    def forward(self, x, context, kv):
         B, T, C = x.shape
         R, P, N, U = self.widths
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.q_lora_rank else self.q_proj(x)
@@ -283,11 +341,12 @@ class LatentAttention(nn.Module):
         if context.cache is not None:
             [latent] = context.cache.append(self.layer, torch.cat((c, r), -1))  # (B, 1, S, R + P)
             c, r = latent.split((R, P), dim=-1)                         # (B, 1, S, R or P)
-        if context.cache is None or T > R or (T > 1 and context.mask is None):
-            y = self.expanded(q_nope, q_rope, c, r, context.mask)
+        mask = context.masks[self.cached.window]
+        if context.cache is None or T > R or (T > 1 and mask is None):
+            y = self.expanded(q_nope, q_rope, c, r, mask)
         else:
-            y = self.absorbed(q_nope, q_rope, latent, context.mask)     # (B, H, T, U)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))         # (B, T, C)
+            y = self.absorbed(q_nope, q_rope, latent, mask)             # (B, H, T, U)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), kv     # (B, T, C)
 
     def expanded(self, q_nope, q_rope, c, r, mask):
         R, P, N, U = self.widths
@@ -324,17 +383,18 @@ ATTENTION = {"gqa": Attention, "mla": LatentAttention}
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, cached):
         super().__init__()
         self.attn_norm = norm(config.n_embd, config.norm_eps)
-        self.attn = ATTENTION[config.attention](config, layer)
+        self.attn = ATTENTION[config.attention](config, layer, cached)
         self.mlp_norm = norm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
         self.attn_dropout, self.mlp_dropout = nn.Dropout(config.dropout), nn.Dropout(config.dropout)
 
-    def forward(self, x, context):
-        x = x + self.attn_dropout(self.attn(self.attn_norm(x), context))
-        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)))
+    def forward(self, x, context, kv=None):
+        y, kv = self.attn(self.attn_norm(x), context, kv)
+        x = x + self.attn_dropout(y)
+        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x))), kv
 
 
 class HeadLoss(nn.Module):
@@ -366,7 +426,8 @@ class GPT(nn.Module):
         self.recompute = False  # True: keep only the input of each block for the backward pass
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.cached = config.cached()
+        self.layers = nn.ModuleList(Block(config, i, self.cached[i]) for i in range(config.n_layer))
         self.norm = norm(config.n_embd, config.norm_eps)
         untied = not config.tie_embeddings
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False) if untied else None
@@ -397,13 +458,18 @@ class GPT(nn.Module):
         else:
             positions = cache.positions(T)                              # (1 or B, T)
         cos, sin = rope_cos_sin(positions, rope_frequencies(self.config, idx.device))
-        context = Context(cos, sin, attention_mask(T, cache), cache)
+        masks = {}
+        for window in dict.fromkeys(layer.window for layer in self.cached):
+            masks[window] = attention_mask(T, window, cache, idx.device)
+        context = Context(cos, sin, masks, cache)
+        kv = dict.fromkeys(masks)  # of each window: the newest keys and values
         x = self.dropout(self.embed(idx))                               # (B, T, C)
-        for block in self.layers:
+        for block, layer in zip(self.layers, self.cached, strict=True):
             if self.recompute and self.training:
-                x = checkpoint(block, x, context, use_reentrant=False)
+                y = checkpoint(block, x, context, kv[layer.window], use_reentrant=False)
             else:
-                x = block(x, context)
+                y = block(x, context, kv[layer.window])
+            x, kv[layer.window] = y
         if cache is not None:
             cache.length += T
         x = self.norm(x[:, -1:] if logits == "last" else x)

@@ -77,7 +77,8 @@ def context_start(n_tokens, block_size):
 
 def prefill(model, idx, cache):
     """Reads (B, T) ids into cache, in parts; returns the logits after the last one, (B, 1, V)."""
-    rows, tokens = prefill_chunk(*idx.shape, cache.padding is not None, cache.static)
+    masked = cache.padding is not None or cache.has_rings
+    rows, tokens = prefill_chunk(*idx.shape, masked, cache.static)
     logits = []
     for first in range(0, len(idx), rows):
         part = cache.rows(slice(first, first + rows))

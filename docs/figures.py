@@ -374,7 +374,7 @@ SENTENCES = {
         "MLA. MLA takes {mla_prefill} times as long as MHA to read the prompts",
     ),
     "docs/variant.md": (
-        "says `KV cache {gqa_cache} bytes per token in float32`, where MHA has {mha_cache}",
+        "that of MHA, `KV cache {mha_cache} bytes per token in float32`",
     ),
     "results/README.md": (
         "each step takes {muon_low} to {muon_high} % longer on a CPU",

@@ -13,6 +13,9 @@ class KVCache:
     The caller allocates it; the model keeps no state between calls. The cache also holds the
     position: layers append at the same place, and GPT.forward increases length after the last one.
 
+    A layer with a window of W tokens has room for no more. Its tensors are rings: the token at
+    place p of its row is at index p mod W.
+
     Rows of different lengths are padded on the left: padding, (B,), is the number of padded places
     in each row. A static cache is for torch.compile: its length is a tensor, and attention reads
     all places under a mask, so that one graph serves every step.
@@ -27,28 +30,49 @@ class KVCache:
                              f"block_size={config.block_size}")
         self.device, self.max_length = like.device, max_length
         self.padding, self.static = padding, static
-        self.layers = []  # of each layer: a list of tensors (B, heads, max_length, width)
+        self.has_rings = False
+        self.layers = []  # of each layer: a list of tensors (B, heads, room, width)
         for layer in config.cached():
-            sizes = [(batch_size, layer.heads, max_length, width) for width in layer.widths]
-            self.layers.append([like.new_zeros(size) for size in sizes])
+            tensors = []
+            if layer.source is None:
+                room = self.room(layer.window)
+                self.has_rings = self.has_rings or self.is_ring(room)
+                for width in layer.widths:
+                    tensors.append(like.new_zeros(batch_size, layer.heads, room, width))
+            self.layers.append(tensors)
         self.length = like.new_zeros((), dtype=torch.long) if static else 0  # tokens, with padding
 
     @property
     def nbytes(self):
         return sum(x.nbytes for tensors in self.layers for x in tensors)
 
+    def room(self, window):
+        """Tokens of each row that a layer with this window has room for."""
+        return min(window or self.max_length, self.max_length)
+
+    def is_ring(self, room):
+        return room < self.max_length
+
     def places(self, T):
-        """Cache indices of the next T tokens, (T,). Raises ValueError if they do not fit."""
+        """Places of the next T tokens in their rows, (T,). Raises ValueError if they do not fit."""
         if not self.static and self.length + T > self.max_length:
-            # a slice assignment past the end silently drops tokens; index_copy_ raises
+            # a slice assignment past the end silently drops tokens; see indices for a static cache
             raise ValueError(f"the cache holds {self.length} of at most {self.max_length} tokens: "
                              f"{T} more do not fit")
         return self.length + torch.arange(T, device=self.device)
 
-    def keys(self, T):
-        """Cache indices of the S tokens that append returns for T new ones, (S,)."""
-        S = self.max_length if self.static else self.length + T
-        return torch.arange(S, device=self.device)
+    def keys(self, T, window=None):
+        """Places of the S tokens that append returns for T new ones, (S,); below 0: none yet."""
+        room = self.room(window)
+        if T > 1 and self.is_ring(room):
+            return torch.cat((self.held(room, self.length), self.places(T)))
+        return self.held(room, self.length + T)
+
+    def held(self, room, length):
+        """Places of the tokens at each index of a layer once length were written; below 0: none."""
+        filled = room if self.static else min(room, length)
+        newest = length - 1
+        return newest - (newest - torch.arange(filled, device=self.device)) % room
 
     def positions(self, T):
         """Positions of the next T tokens, (1 or B, T), from 0 for a row's first unpadded one."""
@@ -57,18 +81,50 @@ class KVCache:
         return (self.places(T) - self.padding[:, None]).clamp(min=0)
 
     def append(self, layer, *new):
-        """Writes a layer's new tensors, (B, heads, T, width) each; returns all that it holds."""
-        end = self.length + new[0].size(2)
-        for kept, x in zip(self.layers[layer], new, strict=True):
-            if self.static:
-                kept.index_copy_(2, self.places(x.size(2)), x)
-            else:
-                kept[:, :, self.length:end] = x
-        return [kept if self.static else kept[:, :, :end] for kept in self.layers[layer]]
+        """Writes a layer's new tensors, (B, heads, T, width) each; returns those to attend to."""
+        return [self.write(kept, x) for kept, x in zip(self.layers[layer], new, strict=True)]
+
+    def write(self, kept, x):
+        """Writes x, (B, heads, T, width), into kept, (B, heads, room, width); returns the S tokens
+        that x may attend to, (B, heads, S, width).
+
+        In a ring, the last of several tokens overwrite what the first ones attend to. So what was
+        there before is returned as a copy, followed by x.
+        """
+        T, room = x.size(2), kept.size(2)
+        if T > 1 and self.is_ring(room):
+            before = torch.cat((self.filled(kept, self.length), x), dim=2)
+            kept.index_copy_(2, self.indices(T, room)[-room:], x[:, :, -room:])
+            return before
+        if self.static:
+            kept.index_copy_(2, self.indices(T, room), x)
+        else:
+            start = self.length % room
+            kept[:, :, start:start + T] = x
+        return self.filled(kept, self.length + T)
+
+    def indices(self, T, room):
+        """Where the next T tokens are written. Past max_length it is room, which is an error."""
+        places = self.places(T)
+        return torch.where(places < self.max_length, places % room, room)
+
+    def filled(self, kept, length):
+        """The part of kept that holds something once length tokens were written; static: all."""
+        return kept if self.static else kept[:, :, :length]
 
     def rewind(self, length):
-        """Forgets all but the first length tokens."""
-        self.length += length - self.length  # in place: a static length keeps its address
+        """Forgets all but the first length tokens. Raises ValueError where a ring has overwritten
+        some that the next one would attend to."""
+        rooms = [x.size(2) for tensors in self.layers for x in tensors]
+        if self.has_rings and 0 < length < self.length and self.length > min(rooms):
+            raise ValueError(f"a layer with a window has forgotten what precedes token {length}: "
+                             "rewind to 0")
+        self.set_length(length)
+
+    def set_length(self, length):
+        """Continues at that place, whatever the cache holds: enough to time steps, not to decode.
+        In place, since a static length keeps its address."""
+        self.length += length - self.length
 
     def rows(self, index):
         """A cache of some rows: copies of those in a list, or a slice, which shares its memory."""

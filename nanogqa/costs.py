@@ -3,7 +3,7 @@
 Sizes of the cache follow from config.cached(), the description of what each layer caches, so that
 a change of the cache is made in model.py alone.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -57,42 +57,54 @@ def meta_model(GPT, config):
 
 
 def count_params(GPT, config):
-    """num_params(GPT(config)) without building it, as all blocks are alike."""
-    one = num_params(meta_model(GPT, replace(config, n_layer=1)))
-    two = num_params(meta_model(GPT, replace(config, n_layer=2)))
-    return one + (config.n_layer - 1) * (two - one)
+    """num_params(GPT(config)) without its values."""
+    return num_params(meta_model(GPT, config))
 
 
 def flops_per_token(model, T=None):
     """Training FLOPs, forward and backward, for one token of a T-token sequence (None: block_size).
 
-    6 per weight of a matrix product and 12 L H D T for attention, the causal half not subtracted
-    (PaLM, arXiv 2204.02311, appendix B). n_kv_head changes the first term only. For MLA, D is the
-    mean width of an expanded key and value.
+    6 per weight of a matrix product and 12 H D T for attention in each layer, the causal half not
+    subtracted (PaLM, arXiv 2204.02311, appendix B); T is at most the layer's window. n_kv_head
+    changes the first term only. For MLA, D is the mean width of an expanded key and value.
     """
     config = model.config
+    T = T or config.block_size
     products = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     if model.lm_head is not None:
         products -= model.embed.weight.numel()  # a lookup, not a product
     key_and_value = 2 * config.head_dim
     if config.attention == "mla":
         key_and_value = config.nope_head_dim + config.rope_head_dim + config.v_head_dim
-    attention = config.n_layer * config.n_head * key_and_value * (T or config.block_size)
-    return 6 * products + 6 * attention
+    read = sum(tokens_read(layer, T) for layer in config.cached())
+    return 6 * products + 6 * config.n_head * key_and_value * read
+
+
+def tokens_read(layer, tokens):
+    """How many of that many tokens a layer reads; layer is its LayerCache."""
+    return min(tokens, layer.window or tokens)
+
+
+def numbers_read(layer, tokens):
+    """Numbers that a layer reads of one sequence of that many tokens."""
+    return layer.heads * sum(layer.widths) * tokens_read(layer, tokens)
 
 
 def kv_cache_bytes(config, tokens, dtype=torch.float32):
     """Bytes that the layers cache for one sequence of that many tokens."""
-    numbers = 0
-    for layer in config.cached():
-        kept = min(tokens, layer.tokens or tokens)
-        numbers += layer.heads * sum(layer.widths) * kept
-    return numbers * dtype.itemsize
+    own = [layer for layer in config.cached() if layer.source is None]
+    return sum(numbers_read(layer, tokens) for layer in own) * dtype.itemsize
 
 
 def kv_bytes_per_token(config, dtype=torch.float32):
     """Bytes that the cache holds for one token: see GPTConfig.cached."""
     return kv_cache_bytes(config, 1, dtype)
+
+
+def kv_bytes_beyond_windows(config, dtype=torch.float32):
+    """Bytes by which the cache grows with a token once the layers with a window are full."""
+    full = max(layer.window or 0 for layer in config.cached())
+    return kv_cache_bytes(config, full + 1, dtype) - kv_cache_bytes(config, full, dtype)
 
 
 # -- decoding --------------------------------------------------------------------------------------
@@ -115,24 +127,26 @@ def caching_layer(config):
     return max(config.cached(), key=lambda layer: layer.heads * sum(layer.widths))
 
 
-def prefill_chunk(batch_size, prompt_len, padded, static):
+def prefill_chunk(batch_size, prompt_len, masked, static):
     """(rows, tokens) of a prompt that one forward pass reads: a prompt of up to 4,096 tokens at
-    once, since its start needs no mask, but few rows. With masks, a chunk has 1,024 tokens; a
-    static cache has all rows in every chunk, for one graph."""
+    once, since its start needs no mask, but few rows. With masks, of padded rows or windows, a
+    chunk has 1,024 tokens; a static cache has all rows in every chunk, for one graph."""
     if static:
         return batch_size, min(prompt_len, max(1, 2048 // batch_size))
     tokens = prompt_len
-    if padded or prompt_len > 4096:
+    if masked or prompt_len > 4096:
         tokens = min(1024, prompt_len)
     return max(1, min(batch_size, 2048 // tokens)), tokens
 
 
 def bytes_per_step(model, batch_size, tokens, dtype):
-    """Bytes that a decoding step has to read: the weights once, and the cache of every row."""
+    """Bytes that a decoding step has to read: the weights once, and the cache of every row, again
+    in each layer that reads it."""
     weights = num_params(model)
     if model.lm_head is not None:
         weights -= model.embed.weight.numel()  # each row reads one line of the table
-    return weights * dtype.itemsize + batch_size * kv_cache_bytes(model.config, tokens, dtype)
+    numbers = sum(numbers_read(layer, tokens) for layer in model.config.cached())
+    return (weights + batch_size * numbers) * dtype.itemsize
 
 
 def decoding_bytes(model, decoding):
@@ -148,9 +162,11 @@ def decoding_bytes(model, decoding):
     if decoding.packed and model.lm_head is None:
         matrices += model.embed.weight.numel()  # a tied table is held in both layouts
     cache = kv_cache_bytes(config, decoding.max_length, decoding.dtype)
+    masked = decoding.padded or any(in_ring(layer, decoding) for layer in config.cached())
     rows, tokens = prefill_chunk(
-        decoding.batch_size, decoding.prompt_len, decoding.padded, decoding.static)
+        decoding.batch_size, decoding.prompt_len, masked, decoding.static)
     activations = rows * tokens * numbers_per_token(config) * size
+    activations += rows * copied_numbers(config, decoding, tokens) * size
     activations += rows * expanded_numbers(config, decoding, tokens) * size
     return dict(
         weights=matrices * size,
@@ -178,16 +194,33 @@ def numbers_per_token(config):
     return 3 * config.n_embd + max(4 * config.n_ff, heads)
 
 
-def places_read(config, decoding, tokens):
-    """Cached tokens that the last part of a prompt attends to; 0 if the prompt is one part without
-    a mask."""
-    if decoding.prompt_len <= tokens and not decoding.static and not decoding.padded:
+def in_ring(layer, decoding):
+    """Whether the cache of a layer has room for its window alone."""
+    return layer.window is not None and layer.window < decoding.max_length
+
+
+def places_read(layer, decoding, tokens):
+    """Tokens that the last part of a prompt attends to in a layer; 0 if it needs no mask, as the
+    whole prompt is one part of that many tokens."""
+    plain = not decoding.static and not decoding.padded
+    if in_ring(layer, decoding):  # what is kept, and the part
+        if plain and decoding.prompt_len <= min(tokens, layer.window):
+            return 0
+        return layer.window + tokens
+    if plain and decoding.prompt_len <= tokens:
         return 0
-    S = decoding.max_length if decoding.static else decoding.prompt_len
-    layer = caching_layer(config)
-    if layer.tokens is not None:  # the tokens that are kept, and the chunk
-        S = min(S, layer.tokens + tokens)
-    return S
+    return decoding.max_length if decoding.static else decoding.prompt_len
+
+
+def copied_numbers(config, decoding, tokens):
+    """Numbers for each row that layers copy from rings to attend to a part of a prompt: of a layer,
+    and of the one below, whose copy is still there."""
+    copied = [0]
+    for layer in config.cached():
+        if in_ring(layer, decoding):
+            read = places_read(layer, decoding, tokens)
+            copied.append(2 * layer.heads * sum(layer.widths) * read)
+    return max(copied)
 
 
 def expanded_numbers(config, decoding, tokens):
@@ -195,23 +228,26 @@ def expanded_numbers(config, decoding, tokens):
     if config.attention != "mla" or tokens <= config.kv_lora_rank:
         return 0
     key = config.nope_head_dim + config.rope_head_dim
-    return places_read(config, decoding, tokens) * config.n_head * 4 * key
+    read = max(places_read(layer, decoding, tokens) for layer in config.cached())
+    return read * config.n_head * 4 * key
 
 
 def mask_bytes(config, decoding, rows, tokens):
-    """Bytes of the masks of a part of the prompt, (rows, tokens), or of a step, if that is more.
+    """Bytes of the masks of a part of the prompt, (rows, tokens), or of a step, if that is more:
+    one for each window.
 
     Two bool masks of (T, S) live at once while a mask is made, two more when attention turns it
     into numbers: for each row where rows are padded. model.attend repeats it H / K times where
     queries that share a head become rows of one matrix: in steps, and in prompts on a GPU.
     """
-    S = places_read(config, decoding, tokens)
-    repeats = config.n_head // caching_layer(config).heads
+    windows = {layer.window: layer for layer in config.cached()}
     number = 2 + decoding.dtype.itemsize
-    step = S * (2 + repeats * number)
-    prompt = tokens * S * (2 + number)
-    if decoding.folded:
-        prompt = tokens * step
+    step, prompt = 0, 0
+    for layer in windows.values():
+        S = places_read(layer, decoding, tokens)
+        folded = S * (2 + config.n_head // layer.heads * number)
+        step += folded
+        prompt += tokens * (folded if decoding.folded else S * (2 + number))
     if decoding.padded:
         return max(decoding.batch_size * step, rows * prompt)
     return max(step, prompt)

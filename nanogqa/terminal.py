@@ -2,8 +2,10 @@
 import contextlib
 import sys
 
+import torch
+
 from nanogqa.configurator import drop_output, off_default, one_line
-from nanogqa.costs import kv_bytes_per_token, kv_cache_bytes, num_params
+from nanogqa.costs import kv_bytes_beyond_windows, kv_bytes_per_token, kv_cache_bytes, num_params
 from nanogqa.distributed import world
 
 
@@ -77,7 +79,7 @@ def announce(config, model, batches, runtime):
     say(f"{runtime.why}; {plural(runtime.ranks, 'rank')}")
     say(f"model: {num_params(model):,} parameters ({num_params(model, embedding=False):,} "
         f"without the embedding table), {off_default(model.config, ['n_head'])}, KV cache "
-        f"{kv_bytes_per_token(model.config):,} bytes per token in float32")
+        f"{cache_text(model.config, torch.float32)} in float32")
     loss_on = ""
     if dataset.answer_after is not None:
         loss_on = f"; the loss counts answers alone: tokens {dataset.train.answer_place()}"
@@ -87,6 +89,15 @@ def announce(config, model, batches, runtime):
         f"{config.block_size} tokens x {plural(runtime.ranks, 'rank')} x "
         f"{plural(batches.micro_steps, 'micro-step')}; {plural(config.max_steps, 'step')} = "
         f"{epochs:.2f} epochs")
+
+
+def cache_text(config, dtype):
+    """The bytes that a token takes in the cache; fewer where layers with a window are full."""
+    text = f"{kv_bytes_per_token(config, dtype):,} bytes per token"
+    if config.window is not None:
+        beyond = kv_bytes_beyond_windows(config, dtype)
+        text += f" ({beyond:,} beyond the window of {config.window:,})"
+    return text
 
 
 def announce_resume(state, settings, runtime):
@@ -119,11 +130,10 @@ def announce_sampling(config, gpt_config, runtime, step, ids):
     longest, block_size = max(map(len, ids)), gpt_config.block_size
     cache = "no KV cache"
     if config.kv_cache:
-        per_token = kv_bytes_per_token(gpt_config, runtime.dtype)
         length = min(block_size, longest + config.max_new_tokens)
         row = kv_cache_bytes(gpt_config, length, runtime.dtype)
         total = row * len(ids) * config.num_samples
-        cache = f"KV cache {per_token:,} bytes per token, {total:,} in all"
+        cache = f"KV cache {cache_text(gpt_config, runtime.dtype)}, {total:,} in all"
     print(f"{runtime.why}; {config.out_dir} at step {step}, "
           f"{off_default(gpt_config, ['n_head'])}; {cache}", file=sys.stderr)
     if longest > block_size:

@@ -187,13 +187,13 @@ def mla_ways(device, dtype, toy):
     config = config_of("MLA", toy)
     T = config.block_size
     torch.manual_seed(1)
-    layer = LatentAttention(config, 0).to(runtime.device, runtime.dtype)
+    layer = LatentAttention(config, 0, config.cached()[0]).to(runtime.device, runtime.dtype)
     x = torch.randn(2, T, config.n_embd).to(runtime.device, runtime.dtype)
     positions = torch.arange(T, device=runtime.device)[None]
     cos, sin = rope_cos_sin(positions, rope_frequencies(config, runtime.device))
     mask = torch.ones(1, T, T, dtype=torch.bool, device=runtime.device).tril()
-    y = layer(x, Context(cos, sin, None, None))
-    absorbed = layer(x, Context(cos, sin, mask, KVCache(config, 2, T, x)))
+    y = layer(x, Context(cos, sin, {None: None}, None), None)[0]
+    absorbed = layer(x, Context(cos, sin, {None: mask}, KVCache(config, 2, T, x)), None)[0]
     return result([check("absorbed against expanded", difference(absorbed, y), CLOSE[dtype])])
 
 
@@ -455,7 +455,7 @@ def attention_cases(config, device, dtype):
         @torch.inference_mode()
         def call():
             cache = KVCache(config, 2, config.block_size, decoding.embed.weight, static=static)
-            cache.rewind(held)
+            cache.set_length(held)
             attention[eager](ids[:, :new].to(runtime.device), cache=cache, logits="last")
         return call
 

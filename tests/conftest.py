@@ -73,8 +73,25 @@ def check_ragged(model, chunks, static):
         model(idx[:, :14], cache=kept)
         out = model(idx[[2, 0], 14:], cache=kept.rows([2, 0]))[0]
         torch.testing.assert_close(out[:, 0], torch.stack([model(rows[i][None])[0][0, -1] for i in (2, 0)]), atol=1e-4, rtol=1e-4)
-        kept.rewind(3)
-        assert kept.length == 3
+        if not kept.has_rings:
+            kept.rewind(3)
+            assert kept.length == 3
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """A list that grows by one with every graph of torch.compile; they run without optimization."""
+    torch.compiler.reset()
+    made, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    def compile_with_backend(model, mode=None, **options):
+        return compile(model, backend=backend, **options)
+    monkeypatch.setattr(torch, "compile", compile_with_backend)
+    return made
 
 
 def kept_in_memory(function):

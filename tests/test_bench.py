@@ -241,19 +241,21 @@ def test_prompts_read_a_few_rows_at_a_time_give_the_same_text(monkeypatch, atten
 
 def test_parts_of_a_prompt():
     """A prompt without a mask is read at once, a few rows in each pass; one with a mask in chunks."""
-    assert costs.prefill_chunk(1, 4096, padded=False, static=False) == (1, 4096)
-    assert costs.prefill_chunk(16, 4096, padded=False, static=False) == (1, 4096)
-    assert costs.prefill_chunk(8, 1024, padded=False, static=False) == (2, 1024)
-    assert costs.prefill_chunk(8, 64, padded=False, static=False) == (8, 64)
-    assert costs.prefill_chunk(1, 5000, padded=False, static=False) == (1, 1024)
-    assert costs.prefill_chunk(3, 4000, padded=True, static=False) == (2, 1024)
-    assert costs.prefill_chunk(16, 4096, padded=True, static=True) == (16, 128)
+    assert costs.prefill_chunk(1, 4096, masked=False, static=False) == (1, 4096)
+    assert costs.prefill_chunk(16, 4096, masked=False, static=False) == (1, 4096)
+    assert costs.prefill_chunk(8, 1024, masked=False, static=False) == (2, 1024)
+    assert costs.prefill_chunk(8, 64, masked=False, static=False) == (8, 64)
+    assert costs.prefill_chunk(1, 5000, masked=False, static=False) == (1, 1024)
+    assert costs.prefill_chunk(3, 4000, masked=True, static=False) == (2, 1024)
+    assert costs.prefill_chunk(16, 4096, masked=True, static=True) == (16, 128)
 
 
 @pytest.mark.parametrize("shape", [
     dict(n_kv_head=8), dict(n_kv_head=8, n_ff=192), dict(n_kv_head=8, qk_norm=False),
     dict(n_kv_head=2), dict(n_kv_head=1), dict(n_kv_head=1, n_ff=192, qk_norm=False),
-    dict(attention="mla"), dict(attention="mla", q_lora_rank=24)], ids=str)
+    dict(attention="mla"), dict(attention="mla", q_lora_rank=24),
+    dict(n_kv_head=8, window=40, qk_norm=False, n_ff=8), dict(n_kv_head=1, window=500, global_every=2),
+    dict(attention="mla", window=100)], ids=str)
 @pytest.mark.parametrize("batch,length,static,padded", [
     (1, 64, False, False), (16, 256, False, False), (3, 700, False, False),
     (1, 2000, False, False), (1, 64, True, False), (2, 256, True, True), (2, 256, False, True)])
@@ -293,22 +295,6 @@ def test_decoding_holds_the_weights_once(tmp_path):
 
 
 # -- torch.compile ---------------------------------------------------------------------------------
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """A list that grows by one with every graph of torch.compile; they run without optimization."""
-    torch.compiler.reset()
-    made, compile = [], torch.compile
-
-    def backend(graph, inputs):
-        made.append(graph)
-        return graph.forward
-
-    def compile_with_backend(model, mode=None, **options):
-        return compile(model, backend=backend, **options)
-    monkeypatch.setattr(torch, "compile", compile_with_backend)
-    return made
-
 
 @pytest.mark.parametrize("prompts", [1, 3], ids=["one", "ragged"])
 def test_compiled_decoding_is_one_graph_for_prompts_and_one_for_tokens(graphs, n_kv_head, prompts):

@@ -32,7 +32,8 @@ from train import TrainConfig
 
 SHAPES = {"default": {}, "query-latent": dict(q_lora_rank=12),
           "odd-sizes": dict(kv_lora_rank=9, rope_head_dim=10, nope_head_dim=6, v_head_dim=5, tie_embeddings=False, head_dim=6),
-          "wide-values": dict(q_lora_rank=7, nope_head_dim=4, rope_head_dim=4, v_head_dim=8, qk_norm=False)}
+          "wide-values": dict(q_lora_rank=7, nope_head_dim=4, rope_head_dim=4, v_head_dim=8, qk_norm=False),
+          "window": dict(window=5)}
 
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES)
@@ -89,8 +90,9 @@ def reference_logits(model, ids):
         for t in range(len(xs)):
             outs = []
             for i in range(H):
-                weights = torch.stack([q[t][i] @ k[j][i] for j in range(t + 1)]).div(math.sqrt(N + P)).softmax(0)
-                outs.append(sum(weights[j] * v[j][i] for j in range(t + 1)))
+                seen = range(max(0, t + 1 - (c.window or t + 1)), t + 1)
+                weights = torch.stack([q[t][i] @ k[j][i] for j in seen]).div(math.sqrt(N + P)).softmax(0)
+                outs.append(sum(weight * v[j][i] for weight, j in zip(weights, seen, strict=True)))
             xs[t] = xs[t] + w[p + "o_proj.weight"] @ torch.cat(outs)
             y = norm(xs[t], f"layers.{layer}.mlp_norm")
             mlp = [w[f"layers.{layer}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down")]

@@ -8,15 +8,18 @@ from conftest import check_ragged, toy_config, toy_ids, toy_model
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model as model_module
 from model import GPT, GPTConfig, LayerCache, apply_rope, attend, rope_cos_sin, rope_frequencies
 from nanogqa.cache import KVCache
-from nanogqa.costs import flops_per_token, kv_bytes_per_token, kv_cache_bytes, num_params
+from nanogqa.costs import flops_per_token, kv_bytes_per_token, kv_cache_bytes, num_params, numbers_read
 from nanogqa.fast import ChunkedCrossEntropy, FastRMSNorm, RMSNormFunction, linear
 
 
 def reference_logits(model, ids):
-    """The whole forward of one sequence in float64, one head and one position at a time, RoPE by complex numbers."""
+    """The whole forward of one sequence in float64, one head and one position at a time, RoPE by complex numbers.
+
+    Layers are local or global. Of each of these two kinds, one of every kv_share has keys and values; the others read the last
+    ones. A local layer sees window tokens.
+    """
     c, w = model.config, {name: p.detach().double() for name, p in model.named_parameters()}
     H, K, D = c.n_head, c.n_kv_head, c.head_dim
 
@@ -24,9 +27,9 @@ def reference_logits(model, ids):
         return x / torch.sqrt((x * x).mean() + c.norm_eps) * weight
 
     def rotate(x, position):
-        out = x.clone()
-        for i in range(D // 2):
-            turned = complex(x[i], x[i + D // 2]) * cmath.exp(1j * position * c.rope_theta ** (-2 * i / D))
+        out, turning = x.clone(), round(c.rope_fraction * D / 2)
+        for i in range(turning):
+            turned = complex(x[i], x[i + D // 2]) * cmath.exp(1j * position * c.rope_theta ** (-i / turning))
             out[i], out[i + D // 2] = turned.real, turned.imag
         return out
 
@@ -40,19 +43,25 @@ def reference_logits(model, ids):
         return [rotate(part, position) for part in parts]
 
     xs = [w["embed.weight"][i] for i in ids.tolist()]
+    kept, number = {}, {"local": 0, "global": 0}
     for layer in range(c.n_layer):
         p = f"layers.{layer}."
+        kind = "local" if c.window and (c.global_every == 0 or (layer + 1) % c.global_every) else "global"
         normed = [norm(x, w[p + "attn_norm.weight"]) for x in xs]
         q = [heads(x, layer, "q", H, t) for t, x in enumerate(normed)]
-        k = [heads(x, layer, "k", K, t) for t, x in enumerate(normed)]
-        v = [heads(x, layer, "v", K) for x in normed]
+        if number[kind] % c.kv_share == 0:
+            k = [heads(x, layer, "k", K, t) for t, x in enumerate(normed)]
+            kept[kind] = k, k if c.kv_tied else [heads(x, layer, "v", K) for x in normed]
+        k, v = kept[kind]
+        number[kind] += 1
         for t in range(len(xs)):
+            seen = range(max(0, t + 1 - c.window) if kind == "local" else 0, t + 1)
             outs = []
             for h in range(H):
                 kv = h // (H // K)
-                scores = torch.stack([q[t][h] @ k[s][kv] / math.sqrt(D) for s in range(t + 1)])
-                weights = scores.softmax(0)
-                outs.append(sum(weights[s] * v[s][kv] for s in range(t + 1)))
+                weights = torch.stack([q[t][h] @ k[s][kv] / math.sqrt(D) for s in seen]).softmax(0)
+                out = sum(weight * v[s][kv] for weight, s in zip(weights, seen, strict=True))
+                outs.append(rotate(out, -t) if c.kv_tied else out)
             xs[t] = xs[t] + w[p + "attn.o_proj.weight"] @ torch.cat(outs)
             y = norm(xs[t], w[p + "mlp_norm.weight"])
             gate = w[p + "mlp.gate_proj.weight"] @ y
@@ -214,36 +223,14 @@ def test_keys_and_values_are_never_expanded(n_kv_head, T):
         assert max(made.numels) < S * D, "something as large as one head's keys was made"
 
 
-@pytest.mark.parametrize("changes", [dict(n_kv_head=2), dict(attention="mla")], ids=["gqa", "mla"])
-def test_one_function_makes_the_mask_of_every_path(monkeypatch, changes):
-    """A window of two tokens, in training and over a cache: no path may ignore a change of attention_mask."""
-    def windowed(T, cache):
-        places = torch.arange(T) if cache is None else cache.places(T)
-        distance = places[:, None] - torch.arange(int(places[-1]) + 1)
-        return ((distance >= 0) & (distance < 2))[None, None]
-    ids = toy_ids(1, 12)
-    model = toy_model(n_layer=1, **changes)
-    plain = model(ids)[0]
-    monkeypatch.setattr(model_module, "attention_mask", windowed)
-    changed = ids.clone()
-    changed[0, 3] = (changed[0, 3] + 1) % 65
-    with torch.inference_mode():
-        full, moved = model(ids)[0], model(changed)[0]
-        different = (full - moved)[0].abs().amax(dim=1) > 1e-4
-        assert different.nonzero().flatten().tolist() == [3, 4], "one layer reaches one token back"
-        assert not torch.allclose(full, plain, atol=1e-2)
-        cache = KVCache(model.config, 1, 12)
-        parts = [model(part, cache=cache)[0] for part in ids.split([5, 4, 1, 1, 1], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-4, rtol=1e-4)
-
-
 def test_bytes_follow_from_what_layers_cache():
-    """A layer may keep a number of tokens, or nothing at all."""
+    """A layer may keep a number of tokens, or nothing at all, as it reads what another one keeps."""
     class Config:
         def cached(self):
-            return [LayerCache(2, (8, 8)), LayerCache(1, (24,), tokens=10), LayerCache(4, ())]
+            return [LayerCache(2, (8, 8)), LayerCache(1, (24,), window=10), LayerCache(2, (8, 8), source=0)]
     assert kv_cache_bytes(Config(), 30) == 4 * (2 * 16 * 30 + 24 * 10)
     assert kv_bytes_per_token(Config(), torch.bfloat16) == 2 * (2 * 16 + 24)
+    assert sum(numbers_read(layer, 30) for layer in Config().cached()) == 2 * 2 * 16 * 30 + 24 * 10
 
 
 def test_rope_depends_on_distance_only_and_turns():
