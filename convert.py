@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from model import GPT, GPTConfig
-from nanogqa import checkpoint, costs, folder, saver
+from nanogqa import checkpoint, costs, folder, saver, schema
 from nanogqa import pool as pooling
 from nanogqa.configurator import UserError, build, help_text, one_line, parse, program
 from nanogqa.dataloader import Dataset, train_batch
@@ -103,17 +103,18 @@ ROPE_SCALING = {
     "rope_original_block_size": "original_max_position_embeddings",
 }
 ROPE = {"rope_theta", *ROPE_SCALING}
-FAMILY = {"attention", "qk_norm", "qkv_bias"}  # these choose one of FAMILIES
+WINDOWS = {"window", "global_every"}
+FAMILY = {"attention", "qk_norm", "qkv_bias", *WINDOWS}  # these choose one of FAMILIES
 TRAINING = {"dropout", "embed_std"}            # no effect on the trained function
 
 # what to_hf can express, for each kind of attention
 EXPORTABLE = {
     "gqa": {*HF_KEYS["gqa"], *ROPE, *FAMILY, *TRAINING},
     # head_dim has no effect beyond the defaults of MLA_SIZES
-    "mla": {*HF_KEYS["mla"], *ROPE, *FAMILY, *TRAINING, "head_dim"},
+    "mla": {*HF_KEYS["mla"], *ROPE, *FAMILY, *TRAINING, "head_dim"} - WINDOWS,
 }
 # what pool has a rule for, and what does not concern key/value heads
-POOLABLE = {*SIZES, *ROPE, *TRAINING, "head_dim", "qk_norm", "qkv_bias"}
+POOLABLE = {*SIZES, *ROPE, *TRAINING, *WINDOWS, "head_dim", "qk_norm", "qkv_bias"}
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,14 @@ class Family:
     attention: str = "gqa"
     qk_norm: bool = False
     qkv_bias: bool = False
+    windows: tuple[str, ...] = ("no",)  # in which layers: see windows_of
 
 
 FAMILIES = {  # by model_type
     "llama": Family("LlamaForCausalLM"),
-    "mistral": Family("MistralForCausalLM"),
-    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+    "mistral": Family("MistralForCausalLM", windows=("no", "all")),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, windows=("no", "all", "some")),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, windows=("no", "all", "some")),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", attention="mla", qk_norm=True),
 }
 # deepseek_v3 is written but not read: its published models have experts
@@ -150,6 +152,15 @@ def check_settings(config, known, action):
             )
 
 
+def windows_of(config):
+    """In which layers of a GPTConfig attention has a window: no, all or some."""
+    if config.window is None:
+        return "no"
+    if config.global_every:
+        return "some"
+    return "all"
+
+
 def model_type_of(config):
     """The first model_type that computes what a GPTConfig describes. UserError without one."""
     if config.attention not in EXPORTABLE:
@@ -159,9 +170,18 @@ def model_type_of(config):
         )
     check_settings(config, EXPORTABLE[config.attention], "exported")
     wanted = (config.attention, config.qk_norm, config.qkv_bias)
+    alike = []
     for model_type, family in FAMILIES.items():
         if (family.attention, family.qk_norm, family.qkv_bias) == wanted:
-            return model_type
+            alike.append(model_type)
+            if windows_of(config) in family.windows:
+                return model_type
+    if alike:
+        raise UserError(
+            f"window={config.window} in {windows_of(config)} layers cannot be exported, since "
+            f"{' and '.join(alike)} have no such window: only Mistral's models (in all layers) and "
+            "those with qk_norm or qkv_bias have one"
+        )
     if config.attention == "mla":
         raise UserError(
             "attention=mla without qk_norm is not an architecture of Hugging Face: only one with "
@@ -314,6 +334,7 @@ def write_hf_config(model_type, config, folder, dtype, tokenizer):
     values = {}
     for ours, theirs in HF_KEYS[config.attention].items():
         values[theirs] = getattr(config, ours)
+    values |= window_keys(model_type, config)
     if config.attention == "mla":
         values["first_k_dense_replace"] = config.n_layer     # no layer has experts
         values["num_nextn_predict_layers"] = 0
@@ -347,6 +368,31 @@ def write_hf_config(model_type, config, folder, dtype, tokenizer):
     transformers.GenerationConfig(**special).save_pretrained(folder)
 
 
+def window_keys(model_type, config):
+    """The keys of config.json for windows, where the family has them."""
+    if model_type == "mistral":
+        return {"sliding_window": config.window}
+    if config.window is None:
+        return {}
+    return {
+        "sliding_window": config.window,
+        "use_sliding_window": True,
+        "max_window_layers": 0,
+        "layer_types": layer_types(config.n_layer, config.global_every),
+    }
+
+
+def layer_types(n_layer, global_every):
+    """layer_types of a config.json, where every so many layers one attends to all tokens."""
+    types = []
+    for number in range(1, n_layer + 1):
+        if global_every and number % global_every == 0:
+            types.append("full_attention")
+        else:
+            types.append("sliding_attention")
+    return types
+
+
 def rope_keys(config):
     """The keys of config.json for RoPE, as transformers 4 names them and 5 accepts them."""
     if config.rope_factor == 1:
@@ -361,7 +407,8 @@ def compare_logits(model, folder, dtype="float32", changes=None):
     """Compares model with the one that transformers loads from folder; one line with the result.
 
     changes are keys of config.json that are given to transformers with other values.
-    The input is random ids at the positions 0 to block_size - 1, at most 2,048 of them.
+    The input is random ids at the positions 0 to block_size - 1, at most 2,048 of them, or 64 more
+    than the window.
     Raises UserError if the logits differ by more than rounding to dtype explains.
     """
     transformers = import_transformers()
@@ -376,7 +423,7 @@ def compare_logits(model, folder, dtype="float32", changes=None):
         raise UserError(
             f"transformers cannot load {folder} ({one_line(error)}): update it, or fix the folder"
         ) from None
-    length = min(2048, model.config.block_size)
+    length = min(max(2048, 64 + (model.config.window or 0)), model.config.block_size)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
     with torch.inference_mode():
@@ -440,8 +487,15 @@ def list_of_text(value):
     return value is None
 
 
+def window(value):
+    """A whole number from 1, or null."""
+    return value is None or schema.positive(value)
+
+
 HF_CONFIG = SPECIAL_IDS | {
     "layer_types?": list_of_text,
+    "sliding_window?": window,
+    "max_window_layers?": schema.count,
     "rope_parameters?": (dict, type(None)),
     "rope_scaling?": (dict, type(None)),
 }
@@ -468,10 +522,7 @@ def model_config(hf, path):
         )
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5, or 4
     for key, value in unrepresentable(hf, rope).items():
-        raise UserError(
-            f"{path}: {key}={value!s:.60} cannot be represented by this model: use another "
-            "checkpoint"
-        )
+        raise refusal(path, key, value)
 
     # keys that a config may leave out, since all families have the same default
     given = {"head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
@@ -489,10 +540,46 @@ def model_config(hf, path):
     settings["qk_norm"] = FAMILIES[model_type].qk_norm
     settings["qkv_bias"] = FAMILIES[model_type].qkv_bias
     settings = checkpoint.typed(GPTConfig, settings, path)
+    settings |= window_settings(hf, settings["n_layer"], path)
     try:
         return build(GPTConfig, settings)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def refusal(path, key, value):
+    """The UserError about a key of a config.json that asks for something model.py lacks."""
+    return UserError(
+        f"{path}: {key}={value!s:.60} cannot be represented by this model: use another checkpoint"
+    )
+
+
+def window_settings(hf, n_layer, path):
+    """The settings of GPTConfig for the windows of a config.json; none if it has no windows.
+
+    UserError if its layers do not alternate as global_every says.
+    """
+    types, window = types_of(hf, n_layer), hf.get("sliding_window")
+    if set(types) <= {"full_attention"}:
+        return {}
+    if window is not None:
+        for global_every in range(min(n_layer, len(types)) + 1):
+            if types == layer_types(n_layer, global_every):
+                return {"window": window, "global_every": global_every}
+    raise refusal(path, "layer_types", ", ".join(types))
+
+
+def types_of(hf, n_layer):
+    """The layer_types of a config.json, also where they follow from other keys."""
+    local = layer_types(min(n_layer, 1024), 0)
+    if hf["model_type"] == "mistral":
+        return local if hf.get("sliding_window") else []
+    if hf.get("layer_types"):
+        return hf["layer_types"]
+    if hf.get("use_sliding_window") and hf.get("sliding_window"):
+        first = hf.get("max_window_layers", 28)  # the default of Qwen2 and Qwen3
+        return ["full_attention"] * min(first, n_layer) + local[first:]
+    return []
 
 
 def translated(keys, given, complaint):
@@ -517,12 +604,8 @@ def unrepresentable(hf, rope):
     partial_rotary_factor = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1))
     if partial_rotary_factor != 1:
         unknown["partial_rotary_factor"] = partial_rotary_factor
-    uses_window = hf["model_type"] == "mistral" or hf.get("use_sliding_window")
-    if uses_window and hf.get("sliding_window"):
-        unknown["sliding_window"] = hf["sliding_window"]
-    for layer_type in hf.get("layer_types") or []:
-        if layer_type != "full_attention":
-            unknown["layer_types"] = layer_type
+    if not hf.get("use_sliding_window") and "sliding_attention" in (hf.get("layer_types") or []):
+        unknown["layer_types"] = "sliding_attention, but use_sliding_window is not set"
     if hf.get("hidden_act", "silu") != "silu":
         unknown["hidden_act"] = hf["hidden_act"]
     for key in ("attention_bias", "mlp_bias", "quantization_config"):

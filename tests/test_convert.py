@@ -273,7 +273,7 @@ def test_heads_that_do_not_nest(tmp_path, capsys):
 class ConfigWithMore(GPTConfig):
     """GPTConfig with settings that a researcher might add."""
 
-    kv_tied: bool = False
+    attn_gate: bool = False
     logit_cap: float | None = None
 
 
@@ -289,10 +289,10 @@ def save_with(model, folder, **changes):
 @pytest.mark.parametrize(
     "changes,words",
     [
-        (dict(kv_tied=True), "kv_tied=True cannot be exported"),
+        (dict(attn_gate=True), "attn_gate=True cannot be exported"),
         (dict(logit_cap=30.0), "logit_cap=30.0 cannot be exported"),
     ],
-    ids=["kv_tied", "logit_cap"],
+    ids=["attn_gate", "logit_cap"],
 )
 def test_to_hf_refuses_a_setting_without_a_rule(
     tmp_path, capsys, monkeypatch, attention, changes, words
@@ -303,11 +303,39 @@ def test_to_hf_refuses_a_setting_without_a_rule(
     assert words in error and not list(tmp_path.glob("hf*"))
 
 
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        (dict(kv_tied=True), "kv_tied=True cannot be exported"),
+        (dict(kv_share=2), "kv_share=2 cannot be exported"),
+        (dict(rope_fraction=0.5), "rope_fraction=0.5 cannot be exported"),
+        (dict(attention="mla", window=9), "window=9 cannot be exported"),
+        (dict(qk_norm=False, window=9, global_every=2), "window=9 in some layers cannot be"),
+    ],
+    ids=str,
+)
+def test_to_hf_refuses_what_no_family_there_has(tmp_path, capsys, changes, words):
+    source = save(toy_model(**changes), tmp_path / "ours")
+    error = fails(convert.main, command("to_hf", out_dir=source, hf_dir=tmp_path / "hf"), capsys)
+    assert words in error and not list(tmp_path.glob("hf*"))
+
+
+def test_pool_keeps_windows(tmp_path, capsys):
+    """They do not concern heads: copies of heads are the same function, with its windows."""
+    model = toy_model(n_kv_head=2, window=9, global_every=2)
+    source = save(model, tmp_path / "ours")
+    convert.main(command("pool", out_dir=source, new_dir=tmp_path / "new", n_kv_head=4))
+    ids = toy_ids(1, 40)
+    torch.testing.assert_close(
+        logits(loaded(tmp_path / "new"), ids), logits(model, ids), atol=1e-4, rtol=1e-4
+    )
+
+
 def test_pool_refuses_a_setting_without_a_rule(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(convert, "GPTConfig", ConfigWithMore)
-    source = save_with(toy_model(n_kv_head=4), tmp_path / "ours", kv_tied=True)
+    source = save_with(toy_model(n_kv_head=4), tmp_path / "ours", attn_gate=True)
     arguments = command("pool", out_dir=source, new_dir=tmp_path / "new", n_kv_head=2)
-    assert "kv_tied=True cannot be pooled" in fails(convert.main, arguments, capsys)
+    assert "attn_gate=True cannot be pooled" in fails(convert.main, arguments, capsys)
     assert not list(tmp_path.glob("new*"))
 
 
@@ -426,7 +454,21 @@ FAMILIES = {
     ),
     "wide_heads": ("Llama", dict(head_dim=16)),
     "mistral": ("Mistral", dict(sliding_window=None, head_dim=8)),
+    "mistral_windows": ("Mistral", dict(sliding_window=9, head_dim=8)),
     "qwen2": ("Qwen2", dict(use_sliding_window=False)),
+    "qwen2_windows": (
+        "Qwen2",
+        dict(use_sliding_window=True, sliding_window=9, max_window_layers=0),
+    ),
+    "qwen3_some_windows": (
+        "Qwen3",
+        dict(
+            head_dim=16,
+            use_sliding_window=True,
+            sliding_window=9,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+    ),
     "qwen3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
 }
 
@@ -507,8 +549,11 @@ def test_rope_written_as_transformers_4_did(transformers, tmp_path):
         dict(qk_norm=False, qkv_bias=True),
         dict(qk_norm=True, head_dim=16, tie_embeddings=False, rope_theta=5e4),
         dict(qk_norm=False, rope_factor=8.0, rope_original_block_size=16),
+        dict(qk_norm=True, window=9, global_every=2),
+        dict(qk_norm=False, window=9),
+        dict(qk_norm=False, qkv_bias=True, window=9),
     ],
-    ids=["qwen3", "llama", "qwen2", "wide", "llama3"],
+    ids=["qwen3", "llama", "qwen2", "wide", "llama3", "qwen3-some", "mistral", "qwen2-windows"],
 )
 def test_to_hf_and_back(transformers, tmp_path, capsys, n_kv_head, changes):
     ours = toy_model(n_kv_head=n_kv_head, **changes)
@@ -879,7 +924,13 @@ def cut(n):
         (change_config(attention_bias=True), "attention_bias=True cannot be represented"),
         (change_config(mlp_bias=True), "mlp_bias=True"),
         (change_config(hidden_act="gelu"), "hidden_act=gelu"),
-        (change_config(model_type="mistral", sliding_window=16), "sliding_window=16"),
+        (change_config(model_type="mistral", sliding_window=-16), "sliding_window is -16, which is not a window"),
+        (
+            change_config(
+                model_type="qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=1
+            ),
+            "layer_types=full_attention, sliding_attention",
+        ),
         (change_config(rope_parameters=dict(rope_type="yarn", factor=4.0)), "rope_type=yarn"),
         (
             change_config(rope_parameters=dict(rope_type="llama3", rope_theta=1e4)),
