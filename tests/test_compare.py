@@ -37,16 +37,11 @@ from nanogqa.estimates import (
     student_t,
 )
 from nanogqa.log import read_rows
+from nanogqa.pictures import apart, bandwidth_beyond_cache, paired_curves
 from nanogqa.published import PUBLISHED
-from nanogqa.report import (
-    apart,
-    bandwidth_beyond_cache,
-    paired_curves,
-    report,
-    summarize,
-    table,
-)
+from nanogqa.report import report, table
 from nanogqa.results import load_results
+from nanogqa.summary import summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ["--device=cpu", "--n_layer=1", "--n_head=4", "--n_embd=32", "--block_size=32",

@@ -1,0 +1,293 @@
+"""Pictures of a comparison, from the content of its results.json. They need matplotlib."""
+import itertools
+import statistics
+import textwrap
+from typing import NamedTuple
+
+from nanogqa.summary import (
+    by_shape,
+    column,
+    matches_of,
+    metric_names,
+    shown_name,
+    summarize,
+    with_match,
+)
+
+STYLE = {"font.size": 13, "axes.titlesize": 13, "axes.labelsize": 13, "lines.linewidth": 2,
+         "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
+
+
+def draw(results, out_dir):
+    """Draws the pictures and returns their paths; without matplotlib only prints a hint."""
+    try:
+        import matplotlib
+        import matplotlib.figure  # noqa: F401  (optional)
+    except ImportError:
+        print("no pictures: pip install matplotlib, then run again with --report_only=True")
+        return []
+    summaries = summarize(results)
+    colors = {}  # a variant has one color in all pictures
+    for summary in summaries:
+        colors.setdefault(summary.name, f"C{len(colors)}")
+    with matplotlib.rc_context(STYLE):
+        figures = {
+            "curves": draw_curves(summaries, colors, results["settings"]["warmup_steps"]),
+            "quality": draw_quality(summaries, colors),
+            "decode": draw_decoding(summaries, colors, results),
+        }
+        if metric_names(summaries):
+            figures["metrics"] = draw_metrics(summaries, colors)
+        paths = []
+        for name, figure in figures.items():
+            paths.append(out_dir / f"{name}.png")
+            figure.savefig(paths[-1], dpi=120)
+    return paths
+
+
+def draw_curves(summaries, colors, warmup_steps):
+    """Loss minus that of the first variant over steps, an axis for each matching: the mean over
+    seeds, and a band from the lowest to the highest."""
+    matches = matches_of(summaries)
+    first = summaries[0].name
+    figure, axes = new_figure(len(matches), colors)
+    last_step = summaries[0].mean_curve[-1][0]
+    cut = f", after the warm-up of {warmup_steps:,} steps"
+    if warmup_steps > last_step:
+        warmup_steps = 0
+        cut = ""
+    for axis, match in zip(axes, matches, strict=True):
+        matched = with_match(summaries, match)
+        axis.axhline(0, color=colors[first])
+        ends = [(0.0, first, colors[first])]
+        for summary in matched[1:]:
+            end = draw_curve(axis, paired_curves(summary, matched[0], warmup_steps),
+                             colors[summary.name])
+            ends.append((end, summary.name, colors[summary.name]))
+        axis.set(title=equal(match), xlabel=f"step{cut}")
+        axis.label_ends = ends
+    axes[0].set_ylabel(minus(first))
+    for axis in axes:  # once all are drawn: they share the range of y
+        label_lines(axis, axis.label_ends)
+    figure.suptitle("Learning curves, paired by seed: mean, and range of the seeds", fontsize=14)
+    return figure
+
+
+def paired_curves(summary, first, start):
+    """[(step, differences to the first variant's losses, one for each seed)], from step start."""
+    points = []
+    for mine, theirs in zip(zip(*summary.curves, strict=True), zip(*first.curves, strict=True),
+                            strict=True):
+        step = mine[0][0]
+        differences = [a[1] - b[1] for a, b in zip(mine, theirs, strict=True)]
+        if step >= start:
+            points.append((step, differences))
+    return points
+
+
+def draw_curve(axis, points, color):
+    """Draws the points of one variant and returns the last mean."""
+    steps = [step for step, _ in points]
+    means = [statistics.mean(differences) for _, differences in points]
+    lowest = [min(differences) for _, differences in points]
+    highest = [max(differences) for _, differences in points]
+    axis.plot(steps, means, color=color, marker=".")
+    axis.fill_between(steps, lowest, highest, color=color, alpha=0.15, linewidth=0)
+    return means[-1]
+
+
+def draw_quality(summaries, colors):
+    """Final loss minus that of the first variant, an axis for each matching and a line for each
+    variant."""
+    matches = matches_of(summaries)
+    first = summaries[0]
+    figure, axes = new_figure(len(matches), colors, lines=len(colors))
+    labels = {}
+    for axis, match in zip(axes, matches, strict=True):
+        matched = with_match(summaries, match)
+        axis.axvline(0, color=colors[first.name], linewidth=1)
+        for place, summary in enumerate(matched):
+            labels[place] = f"{summary.name}\n{summary.facts['kv_bytes_per_token']:,}"
+            differences = paired_curves(summary, matched[0], 0)[-1][1]
+            draw_differences(axis, place, summary, differences, colors[summary.name])
+        axis.set(title=equal(match), xlabel=minus(first.name))
+    axes[0].set_yticks(list(labels), labels.values())
+    axes[0].set(ylim=(len(labels) - 0.5, -0.5), ylabel="KV cache, bytes per token")
+    seeds = len(first.curves)
+    text = (f"Final loss, paired by seed; dots are the {seeds} seeds. 95 % intervals:\nthick, each "
+            "by itself; thin, all together")
+    if seeds == 1:
+        text = "Final loss of one seed, which gives no interval"
+    figure.suptitle(text, fontsize=14)
+    return figure
+
+
+def draw_differences(axis, place, summary, differences, color):
+    """The mean difference of a variant, its two intervals, and below them a dot for each seed."""
+    if summary.is_first:
+        axis.plot(0, place, marker="D", color=color)
+        return
+    mean = summary.difference.mean
+    axis.errorbar(mean, place, xerr=summary.difference.half_together, marker="D", capsize=5,
+                  color=color, elinewidth=1.5)
+    axis.errorbar(mean, place, xerr=summary.difference.half, color=color, elinewidth=7,
+                  alpha=0.5)
+    axis.plot(differences, [place + 0.25] * len(differences), marker="o", linestyle="", alpha=0.6,
+              color=color, markersize=5)
+
+
+def draw_metrics(summaries, colors):
+    """The metrics beyond loss and bits per byte at the end of training: an axis for each metric and
+    matching, and a line for each variant that has the metric."""
+    matches = matches_of(summaries)
+    names = metric_names(summaries)
+    variants = list(colors)
+    figure, axes = new_figure(len(names) * len(matches), colors, len(colors), sharex=False)
+    for axis, (name, match) in zip(axes, itertools.product(names, matches), strict=True):
+        for summary in with_match(summaries, match):
+            if name in summary.metrics:
+                mean, error = summary.metrics[name]
+                axis.errorbar(mean, variants.index(summary.name), xerr=error, marker="D",
+                              capsize=5, color=colors[summary.name])
+        axis.set(title=equal(match), xlabel=shown_name(name))
+    axes[0].set_yticks(range(len(variants)), variants)
+    axes[0].set_ylim(len(variants) - 0.5, -0.5)
+    figure.suptitle("At the end: mean over seeds ± standard error", fontsize=14)
+    return figure
+
+
+def draw_decoding(summaries, colors, results):
+    """Time of a decode step over the context, an axis for each batch size."""
+    speed = results["speed"]
+    shapes = by_shape(with_match(summaries, summaries[0].match))
+    cells = speed[summaries[0].shape]["decode"]
+    batches = sorted(set(column(cells, "batch_size")))
+    figure, axes = new_figure(len(batches), colors)
+    floor = bandwidth_beyond_cache(results)
+    for axis, batch in zip(axes, batches, strict=True):
+        axis.label_ends = []
+        for shape, summary in shapes.items():
+            timings = [cell for cell in speed[shape]["decode"] if cell["batch_size"] == batch]
+            timings.sort(key=context)
+            draw_decode_times(axis, timings, colors[summary.name], floor)
+            axis.label_ends.append(
+                (timings[-1]["step_ms"], summary.name, colors[summary.name]))
+        axis.set(title=f"batch {batch}", xlabel="context, tokens (log scale)", xscale="log",
+                 yscale="log")
+        axis.set_xticks(sorted({cell["prompt_len"] for cell in cells}))
+        axis.xaxis.set_major_formatter(with_commas)
+        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        axis.grid(axis="y", which="both", color="0.9")
+    axes[0].set_ylabel("milliseconds per step (log scale)")
+    few_ticks(axes[0])
+    for axis in axes:
+        label_lines(axis, axis.label_ends)
+    machine = results["machine"]
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    text = f"Decoding on {where}, {machine['dtype']}, random weights"
+    if floor:
+        text += f"\ndotted: reading every byte once, at {floor.bytes_per_s / 1e9:.0f} GB/s"
+    figure.suptitle(text, fontsize=14)
+    return figure
+
+
+def few_ticks(axis):
+    """Labels 1, 2 and 5 times the powers of ten on the axes, whose range of y is shared."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(plain)
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+class Floor(NamedTuple):
+    """How fast steps can be that read more than the processor's cache holds."""
+    bytes_per_s: float            # one bandwidth for all: the highest that was measured
+    cache_bytes: int              # of the processor
+
+
+def bandwidth_beyond_cache(results):
+    """The Floor of these results; None where the bandwidth or the cache is unknown."""
+    rates = []
+    for rows in results["speed"].values():
+        for row in rows["decode"]:
+            if row["mbu"]:  # the share of the bandwidth that the step has used
+                rates.append(row["bytes_per_step"] / (row["step_ms"] / 1e3) / row["mbu"])
+    cache_bytes = results["machine"].get("cache_bytes")  # older results lack it
+    if not rates or not cache_bytes:
+        return None
+    return Floor(max(rates), cache_bytes)
+
+
+def draw_decode_times(axis, timings, color, floor):
+    axis.plot(column(timings, "prompt_len"), column(timings, "step_ms"), marker="o", color=color)
+    if floor:
+        beyond = [cell for cell in timings if cell["bytes_per_step"] > floor.cache_bytes]
+        fastest = [cell["bytes_per_step"] / floor.bytes_per_s * 1e3 for cell in beyond]
+        axis.plot(column(beyond, "prompt_len"), fastest, linestyle=":", marker=".", color=color)
+
+
+def new_figure(n, names, lines=6, sharex=True):
+    """A figure with n axes side by side that share their ranges (of x if sharex), and the axes.
+
+    There is room for the longest of the names beside each, and for that many lines of two rows.
+    """
+    from matplotlib.figure import Figure
+    longest = max(map(len, names))
+    size = (max(8, n * (4.9 + 0.12 * longest)), max(4.6, 1.6 + 0.55 * lines))
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(1, n, squeeze=False, sharex=sharex, sharey=True)[0]
+
+
+def minus(name):
+    """The label of an axis of differences to the variant of that name."""
+    text = textwrap.fill(f"validation loss minus {name},", 28, break_long_words=False,
+                         break_on_hyphens=False)
+    return f"{text}\nnats per token"
+
+
+def label_lines(axis, ends):
+    """Writes the names of lines at their right ends; ends are (last y, name, color).
+
+    Names that would overlap are moved apart.
+    """
+    to_fraction = axis.transScale + axis.transLimits  # data to fractions of the axes
+    places = [(to_fraction.transform((1, y))[1], name, color) for y, name, color in ends]
+    places.sort()
+    heights = apart([height for height, _, _ in places], 0.065)
+    for height, (_, name, color) in zip(heights, places, strict=True):
+        axis.text(1.02, height, name, color=color, transform=axis.transAxes, va="center")
+
+
+def apart(heights, gap):
+    """Ascending heights, moved so that neighbors are at least gap apart and centered as before."""
+    groups = []  # [sum of heights, count] of neighbors that touch
+    for height in heights:
+        groups.append([height, 1])
+        while len(groups) > 1:
+            (below, n), (above, m) = groups[-2:]
+            if above / m - below / n >= gap * (n + m) / 2:
+                break
+            groups[-2:] = [[below + above, n + m]]
+    moved = []
+    for total, n in groups:
+        for i in range(n):
+            moved.append(total / n + gap * (i - (n - 1) / 2))
+    return moved
+
+
+def equal(match):
+    return {"shape": "equal shape", "params": "equal parameters"}[match]
+
+
+def with_commas(value, position):
+    """Formats a tick of an axis: matplotlib passes its value and position."""
+    return f"{value:,.0f}"
+
+
+def plain(value, position):
+    """As with_commas, for values that may be below 1."""
+    return f"{value:g}"
+
+
+def context(timing):
+    return timing["prompt_len"]

@@ -1,0 +1,142 @@
+"""One summary for each variant of a comparison, from the records of its results.json."""
+import statistics
+from dataclasses import dataclass
+
+from nanogqa.estimates import (
+    Difference,
+    Estimate,
+    estimate_differences,
+    mean_over_seeds,
+    paired,
+    steps_to,
+)
+
+
+@dataclass
+class Summary:
+    """One variant in one matching, over all seeds."""
+    name: str
+    match: str                    # shape or params
+    shape: str                    # key of its timings in results["speed"]
+    facts: dict                   # its first record, for what does not depend on the seed
+    is_first: bool                # the variant that the others of its matching are compared to
+    loss: Estimate                # nats per token, with the standard error
+    bits_per_byte: float | None   # None where the loss counts answers alone
+    metrics: dict                 # {name: Estimate} of the metrics beyond loss and bits per byte
+    difference: Difference | None  # to the first variant's loss; None for the first
+    curves: list                  # of each seed: [step, validation loss] pairs
+    mean_curve: list              # of all seeds: (step, validation loss) pairs
+    steps_to_first: float | None  # steps until its mean curve reaches the first variant's loss
+    tokens_per_sec: float         # median over its runs
+
+
+def summarize(results):
+    """A Summary for each variant of each matching, in the order of the records."""
+    groups = {}
+    for record in results["records"]:
+        groups.setdefault((record["match"], record["variant"]), []).append(record)
+    first = {}  # {matching: records of its first variant}
+    samples = {}  # {shape: paired differences}: one model in both matchings is one comparison
+    for (match, _), records in groups.items():
+        first.setdefault(match, records)
+        if records is not first[match]:
+            samples[records[0]["shape"]] = paired(column(records, "val_loss"),
+                                                  column(first[match], "val_loss"))
+    differences = estimate_differences(samples)
+    summaries = []
+    for (match, _), records in groups.items():
+        difference = None
+        if records is not first[match]:
+            difference = differences[records[0]["shape"]]
+        summaries.append(summarize_variant(records, first[match], difference))
+    return summaries
+
+
+def summarize_variant(records, first, difference):
+    """The Summary of one variant; first holds the records of the first variant, seed by seed."""
+    first_losses = column(first, "val_loss")
+    curves = column(records, "curve")
+    curve = mean_curve(curves)
+    bits = column(records, "val_bpb")
+    bits_per_byte = None
+    if None not in bits:
+        bits_per_byte = statistics.mean(bits)
+    return Summary(
+        name=records[0]["variant"],
+        match=records[0]["match"],
+        shape=records[0]["shape"],
+        facts=records[0],
+        is_first=records is first,
+        loss=mean_over_seeds(column(records, "val_loss")),
+        bits_per_byte=bits_per_byte,
+        metrics=summarize_metrics(records),
+        difference=difference,
+        curves=curves,
+        mean_curve=curve,
+        steps_to_first=steps_to(curve, statistics.mean(first_losses)),
+        tokens_per_sec=statistics.median(column(records, "tokens_per_sec")),
+    )
+
+
+def column(rows, key):
+    """The values of one key in a list of dicts."""
+    return [row[key] for row in rows]
+
+
+def summarize_metrics(records):
+    """{name: Estimate} of the metrics beyond val_loss and val_bpb that every record has."""
+    metrics = [record.get("metrics", {}) for record in records]  # older results have none
+    summary = {}
+    for name in metrics[0]:
+        shared = all(name in row for row in metrics)
+        if shared and name not in ("val_loss", "val_bpb"):
+            summary[name] = mean_over_seeds(column(metrics, name))
+    return summary
+
+
+def mean_curve(curves):
+    """(step, mean loss) points of curves that were evaluated at the same steps."""
+    mean = []
+    for points in zip(*curves, strict=False):
+        steps, losses = zip(*points, strict=True)
+        mean.append((steps[0], statistics.mean(losses)))
+    return mean
+
+
+def compared(summaries):
+    """The summaries that are compared to a first variant, each model once."""
+    return by_shape([summary for summary in summaries if not summary.is_first]).values()
+
+
+def by_shape(summaries):
+    """{shape: its first summary}: a variant that is one model in both matchings counts once."""
+    shapes = {}
+    for summary in summaries:
+        shapes.setdefault(summary.shape, summary)
+    return shapes
+
+
+def with_match(summaries, match):
+    return [summary for summary in summaries if summary.match == match]
+
+
+def metric_names(summaries):
+    """The metrics that any variant has, each once, in order."""
+    names = []
+    for summary in summaries:
+        for name in summary.metrics:
+            if name not in names:
+                names.append(name)
+    return names
+
+
+def shown_name(metric):
+    """The name of a metric for readers: val_acc is the share of answers that are right."""
+    if metric == "val_acc":
+        return "right answers"
+    return metric.removeprefix("val_").replace("_", " ")
+
+
+def matches_of(summaries):
+    """The matchings, each once, in order."""
+    return list(dict.fromkeys(summary.match for summary in summaries))
