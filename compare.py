@@ -3,6 +3,7 @@
     python compare.py                          MHA, GQA and MQA; prints how long it will take
     python compare.py --attention=gqa,mla      the same and multi-head latent attention
     python compare.py --n_head=1,2,4,8 --match=shape    any setting with a list is an axis
+    python compare.py --design=mha,gqa,mla,window       the models of these files of config/
     python compare.py config/gpt2_124m.py --dataset=PATH --n_kv_head=12,4,2,1 --seeds=3
 
 Losses and differences have error bars. Takes every setting of train.py. Writes runs, results.json,
@@ -61,6 +62,7 @@ class CompareConfig(TrainConfig):
     eval_interval: int = 100      # steps between evaluations
     seeds: int = 3                # runs of each variant: seed, seed + 1 and so on; raise it to add
     match: Matching = "both"  # shape: change only listed settings; params: also adjust n_ff; both
+    design: str | None = None     # a file of config/, without .py, with settings of the model
     controls: bool = False        # add MHA baselines of equal cache: fewer heads, narrower heads
     decode_batch_size: int | None = None  # batch sizes to time decoding with; default: 1,16
     decode_prompt_len: int | None = None  # contexts to time decoding at; default: 256,1024,4096
@@ -80,8 +82,9 @@ SHARED = ("out_dir", "seeds", "seed", "match", "controls", "dataset", "vocab_siz
 # These do not affect results: a comparison may be resumed with other values of them.
 NO_EFFECT = ("out_dir", "report_only", "overwrite", "log_interval", "profile", "keep_checkpoints",
              "wandb_log", "wandb_project", "wandb_run_name")
-# The name of a variant shows these as MHA, GQA-2, MQA or MLA, not as key=value.
-KIND_SETTINGS = ("attention", "n_kv_head")
+# The name of a variant shows these as MHA, GQA-2, MQA or MLA, or as the design, not as key=value.
+KIND_SETTINGS = ("attention", "n_kv_head", "design")
+CONTEXT = 4096  # tokens, for the size of a cache
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -146,7 +149,25 @@ def check_plan(config, variants, given):
 
 def first_config(given):
     """The CompareConfig with the first value of every axis, and with what all runs share."""
-    return build(CompareConfig, choices_of(given, SETTINGS_OF)[0])
+    return build(CompareConfig, with_design(choices_of(given, SETTINGS_OF)[0]))
+
+
+def with_design(values):
+    """values with the settings of their design, if they have one.
+
+    Raises UserError if its file sets more than the model.
+    """
+    design = values.get("design")
+    if design is None:
+        return values
+    path = Path(__file__).with_name("config") / f"{design}.py"
+    settings = parse(TrainConfig, [str(path)], __doc__)
+    settings.pop("out_dir", None)
+    for key in settings:
+        if key not in {field.name for field in fields(GPTConfig)}:
+            raise UserError(f"design={design}: {path} sets {key}, but a design is a model alone: "
+                            "choose another file")
+    return values | settings
 
 
 def run_settings(config, given):
@@ -154,7 +175,7 @@ def run_settings(config, given):
 
     Unless other axes are given, n_kv_head becomes one: n_head, half of it, and 1.
     """
-    names = {field.name for field in fields(TrainConfig)}
+    names = {field.name for field in fields(TrainConfig)} | {"design"}
     settings = {}
     if isinstance(given.get("attention"), list):
         settings["attention"] = given["attention"]  # the first axis: variants of one kind together
@@ -178,7 +199,7 @@ def wants_head_counts(config, settings):
     """Whether n_kv_head becomes an axis although it was not listed."""
     axes = axes_of(settings)
     if not axes:
-        return config.attention == "gqa"
+        return config.attention == "gqa" and config.design is None
     kinds_only = "attention" in axes and set(axes) <= {"attention", *SETTINGS_OF["mla"]}
     return kinds_only and "n_kv_head" not in settings
 
@@ -198,15 +219,21 @@ def plan_choices(config, settings):
     other_axes = [key for key in axes if key not in KIND_SETTINGS]
     show_kind = not axes or other_axes != axes
     points = choices_of(settings, SETTINGS_OF)
-    configs = [build(TrainConfig, values) for values in points]
-    differing = differing_settings(configs, axes)
+    configs = []
+    for values in points:
+        values = with_design(values)
+        values.pop("design", None)
+        configs.append(build(TrainConfig, values))
+    differing = {}
+    if config.design is None:
+        differing = differing_settings(configs, axes)
     choices = []
     for values, run in zip(points, configs, strict=True):
         details = [f"{key}={values[key]}" for key in other_axes if key in values]
         details += changed_from(differing, run)
         words = details
         if show_kind:
-            words = [attention_kind(run), *details]
+            words = [values.get("design") or attention_kind(run), *details]
         choices.append(Choice(" ".join(words), run))
         if config.controls:
             choices += controls_of(run, details)
@@ -307,6 +334,7 @@ def facts_of(config, runtime):
         non_embedding_params=costs.num_params(model, embedding=False),
         flops_per_token=costs.flops_per_token(model),
         kv_bytes_per_token=costs.kv_bytes_per_token(config, runtime.dtype),
+        kv_bytes_of_context=costs.kv_cache_bytes(config, CONTEXT, runtime.dtype),
     )
 
 

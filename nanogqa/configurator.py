@@ -127,7 +127,8 @@ def report(error, name):
 def parse(cls, argv, doc, axes=False):
     """The settings of the dataclass cls in argv, config files and --key=value, as {key: value}.
 
-    doc, the program's docstring, heads the --help. With axes, --key=1,2,4 is a list of values.
+    doc, the program's docstring, heads the --help. With axes, --key=1,2,4 is a list of values, as
+    is key = [1, 2, 4] in a config file.
     """
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, doc))
@@ -138,7 +139,7 @@ def parse(cls, argv, doc, axes=False):
             key, value = read_flag(cls, arg, axes)
             values[key] = value
             continue
-        for key, value in read_config(cls, arg):
+        for key, value in read_config(cls, arg, axes):
             if isinstance(value, str):  # "{out_dir}/gqa" extends the out_dir of earlier settings
                 before = values.get(key, getattr(cls, key))
                 value = value.replace("{" + key + "}", str(before))
@@ -243,8 +244,8 @@ def check_pattern(settings, name, example):
 
 # -- config files ----------------------------------------------------------------------------------
 
-def read_config(cls, path):
-    """The (key, value) assignments of a config file, in order."""
+def read_config(cls, path, axes=False):
+    """The (key, value) assignments of a config file, in order; with axes, a value may be a list."""
     try:
         with open(path, encoding="utf-8") as f:
             body = ast.parse(f.read()).body
@@ -261,15 +262,23 @@ def read_config(cls, path):
                 continue
             case ast.Assign(targets=[ast.Name(id=key)], value=expression):
                 check_key(cls, key, where)
-                try:
-                    value = literal(expression)
-                except (ValueError, ArithmeticError, RecursionError) as error:
-                    raise UserError(f"{where}: {key} must be a literal or constant arithmetic "
-                                    f"({error})") from None
-                yield key, convert(cls, key, value, where)
+                if axes and isinstance(expression, ast.List):
+                    yield key, [value_of(cls, key, part, where) for part in expression.elts]
+                else:
+                    yield key, value_of(cls, key, expression, where)
             case _:
                 raise UserError(f"{where}: only assignments like n_kv_head = 2 are read, nothing "
                                 "is executed")
+
+
+def value_of(cls, key, expression, where):
+    """The value of an expression in a config file, as a type that key may have."""
+    try:
+        value = literal(expression)
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        raise UserError(f"{where}: {key} must be a literal or constant arithmetic ({error})"
+                        ) from None
+    return convert(cls, key, value, where)
 
 
 OPERATORS = {

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from nanogqa.summary import (
     by_shape,
+    cache_bytes,
     column,
     matches_of,
     metric_names,
@@ -38,6 +39,8 @@ def draw(results, out_dir):
         }
         if metric_names(summaries):
             figures["metrics"] = draw_metrics(summaries, colors)
+        if len({cache_bytes(summary) for summary in summaries}) > 1:
+            figures["front"] = draw_fronts(summaries, colors, results)
         paths = []
         for name, figure in figures.items():
             paths.append(out_dir / f"{name}.png")
@@ -179,7 +182,7 @@ def draw_decoding(summaries, colors, results):
         axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axis.grid(axis="y", which="both", color="0.9")
     axes[0].set_ylabel("milliseconds per step (log scale)")
-    few_ticks(axes[0])
+    few_ticks(axes[0].yaxis)  # the axes share their range of y
     for axis in axes:
         label_lines(axis, axis.label_ends)
     machine = results["machine"]
@@ -191,12 +194,101 @@ def draw_decoding(summaries, colors, results):
     return figure
 
 
-def few_ticks(axis):
-    """Labels 1, 2 and 5 times the powers of ten on the axes, whose range of y is shared."""
+def few_ticks(axis, formatter=None):
+    """Labels 1, 2 and 5 times the powers of ten on an x or y axis with a log scale."""
     from matplotlib.ticker import LogLocator, NullFormatter
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(plain)
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(formatter or plain)
+    axis.set_minor_formatter(NullFormatter())
+
+
+class Point(NamedTuple):
+    """A variant in a picture of a front."""
+    size: int                     # bytes that it caches
+    value: float
+    error: float | None           # half of its error bar
+    name: str
+
+
+def draw_fronts(summaries, colors, results):
+    """Loss, further metrics and time of a decode step against cached bytes, an axis for each, and
+    lines through the variants that no other one beats in both."""
+    panels = []  # (label, points, whether lower is better)
+    for match in matches_of(summaries):
+        matched = with_match(summaries, match)
+        panels.append((f"validation loss, {equal(match)}", loss_points(matched), True))
+        for name in metric_names(matched):
+            points = metric_points(matched, name)
+            panels.append((f"{shown_name(name)}, {equal(match)}", points, name != "val_acc"))
+    label, points = time_points(by_shape(with_match(summaries, summaries[0].match)), results)
+    panels.append((label, points, True))
+    figure, axes = new_figure(len(panels), colors, lines=8, sharey=False)
+    for axis, (label, points, lower) in zip(axes, panels, strict=True):
+        draw_front(axis, points, lower, colors)
+        axis.set(title=label, xlabel="cache of 4,096 tokens, kB (log scale)", xscale="log")
+        axis.margins(x=0.25, y=0.15)
+        few_ticks(axis.xaxis, kilobytes)
+    figure.suptitle("Against cached bytes. Bars: 95 % interval of the difference to "
+                    f"{summaries[0].name}, or standard error of a metric.\nDotted: no other "
+                    "variant caches less and is better", fontsize=14)
+    return figure
+
+
+def loss_points(summaries):
+    points = []
+    for summary in summaries:
+        error = None
+        if summary.difference is not None:
+            error = summary.difference.half
+        points.append(Point(cache_bytes(summary), summary.loss.mean, error, summary.name))
+    return points
+
+
+def metric_points(summaries, name):
+    points = []
+    for summary in summaries:
+        if name in summary.metrics:
+            mean, error = summary.metrics[name]
+            points.append(Point(cache_bytes(summary), mean, error, summary.name))
+    return points
+
+
+def time_points(shapes, results):
+    """(label, points) of the decode step with the largest batch and the longest context."""
+    points = []
+    for shape, summary in shapes.items():
+        row = max(results["speed"][shape]["decode"], key=batch_and_context)
+        points.append(Point(cache_bytes(summary), row["step_ms"], None, summary.name))
+    return f"ms per step, batch {row['batch_size']}, context {row['prompt_len']:,}", points
+
+
+def batch_and_context(timing):
+    return timing["batch_size"], timing["prompt_len"]
+
+
+def draw_front(axis, points, lower, colors):
+    """Points with their error bars and names, and a line through those that no other one beats."""
+    best = front(points, lower)
+    axis.plot([point.size for point in best], [point.value for point in best], linestyle=":",
+              color="0.5", zorder=0)
+    for point in points:
+        axis.errorbar(point.size, point.value, yerr=point.error, marker="D", capsize=4,
+                      elinewidth=1.5, color=colors[point.name])
+        axis.annotate(point.name, (point.size, point.value), xytext=(6, 6),
+                      textcoords="offset points", color=colors[point.name], fontsize=11)
+
+
+def front(points, lower):
+    """The points that no other one beats in both size and value, by size."""
+    best = []
+    for point in sorted(points):
+        others = [other for other in points if other.size <= point.size and other != point]
+        values = [other.value for other in others]
+        if lower and all(point.value < value for value in values):
+            best.append(point)
+        if not lower and all(point.value > value for value in values):
+            best.append(point)
+    return best
 
 
 class Floor(NamedTuple):
@@ -226,8 +318,8 @@ def draw_decode_times(axis, timings, color, floor):
         axis.plot(column(beyond, "prompt_len"), fastest, linestyle=":", marker=".", color=color)
 
 
-def new_figure(n, names, lines=6, sharex=True):
-    """A figure with n axes side by side that share their ranges (of x if sharex), and the axes.
+def new_figure(n, names, lines=6, sharex=True, sharey=True):
+    """A figure with n axes side by side, which share ranges unless told otherwise, and the axes.
 
     There is room for the longest of the names beside each, and for that many lines of two rows.
     """
@@ -235,7 +327,7 @@ def new_figure(n, names, lines=6, sharex=True):
     longest = max(map(len, names))
     size = (max(8, n * (4.9 + 0.12 * longest)), max(4.6, 1.6 + 0.55 * lines))
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(1, n, squeeze=False, sharex=sharex, sharey=True)[0]
+    return figure, figure.subplots(1, n, squeeze=False, sharex=sharex, sharey=sharey)[0]
 
 
 def minus(name):
@@ -282,6 +374,11 @@ def equal(match):
 def with_commas(value, position):
     """Formats a tick of an axis: matplotlib passes its value and position."""
     return f"{value:,.0f}"
+
+
+def kilobytes(value, position):
+    """As with_commas, for bytes."""
+    return f"{value / 1e3:,.0f}"
 
 
 def plain(value, position):

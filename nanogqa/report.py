@@ -2,7 +2,15 @@
 from nanogqa.files import replacing
 from nanogqa.pictures import draw
 from nanogqa.published import PUBLISHED, relative_differences
-from nanogqa.summary import by_shape, compared, metric_names, shown_name, summarize, with_match
+from nanogqa.summary import (
+    by_shape,
+    cache_bytes,
+    compared,
+    metric_names,
+    shown_name,
+    summarize,
+    with_match,
+)
 
 ABOUT_QUALITY = (
     "Losses are in nats per token, mean over seeds ± standard error. Differences are between runs "
@@ -75,7 +83,7 @@ def quality_table(summaries):
     first = summaries[0]
     metrics = metric_names(summaries)
     head = ["variant", "n_ff", "parameters", "without embedding", "training FLOPs per token",
-            "cache, bytes per token", "validation loss"]
+            "cache, bytes per token", "cache of 4,096 tokens", "validation loss"]
     in_bits = all(summary.bits_per_byte is not None for summary in summaries)
     if in_bits:
         head.append("bits per byte")
@@ -113,6 +121,7 @@ def cost_cells(summary, first_params):
         f"{facts['non_embedding_params']:,}",
         f"{facts['flops_per_token']:,}",
         f"{facts['kv_bytes_per_token']:,}",
+        f"{cache_bytes(summary):,}",
     ]
 
 

@@ -57,7 +57,8 @@ DECODING = {"batch_size": positive, "prompt_len": positive, "step_ms": duration,
 RECORD = {
     "variant": str, "match": matching, "seed": schema.count, "shape": str, "run": str,
     "heads?": str, "n_ff": positive, "params": positive, "non_embedding_params": positive,
-    "flops_per_token": positive, "kv_bytes_per_token": positive, "val_loss": quantity,
+    "flops_per_token": positive, "kv_bytes_per_token": positive, "kv_bytes_of_context?": positive,
+    "val_loss": quantity,
     "val_bpb": bits, "metrics?": {str: quantity}, "tokens_per_sec": quantity, "curve": [point],
 }
 RESULTS = {

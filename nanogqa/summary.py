@@ -103,6 +103,11 @@ def mean_curve(curves):
     return mean
 
 
+def cache_bytes(summary):
+    """Bytes that a variant caches for 4,096 tokens; older results have no windows."""
+    return summary.facts.get("kv_bytes_of_context", 4096 * summary.facts["kv_bytes_per_token"])
+
+
 def compared(summaries):
     """The summaries that are compared to a first variant, each model once."""
     return by_shape([summary for summary in summaries if not summary.is_first]).values()

@@ -37,7 +37,7 @@ from nanogqa.estimates import (
     student_t,
 )
 from nanogqa.log import read_rows
-from nanogqa.pictures import apart, bandwidth_beyond_cache, paired_curves
+from nanogqa.pictures import Point, apart, bandwidth_beyond_cache, front, paired_curves
 from nanogqa.published import PUBLISHED
 from nanogqa.report import report, table
 from nanogqa.results import load_results
@@ -612,6 +612,36 @@ def test_rounding_keeps_half_a_percent(toy_data):
     assert matching_n_ff(config, 10_000, 10_000 + 20 * each) == 96 + 20
 
 
+def test_designs_are_the_models_of_config(toy_data, capsys):
+    """config/cache.py lists them; each has the settings of its file, and what all runs share."""
+    given = parse(CompareConfig, [*TOY, f"--dataset={toy_data}", str(ROOT / "config/cache.py"), "--n_layer=4"], "", axes=True)
+    config, _, variants = compare.plan(given)
+    assert config.seeds == 6 and config.match == "params"
+    assert [v.name for v in variants] == given["design"] and len(variants) == 9
+    by_name = {v.name: v for v in variants}
+    assert by_name["gemma_like"].config.window == 64 and by_name["gemma_like"].config.kv_share == 2
+    assert by_name["mla"].config.attention == "mla" and by_name["mla"].config.n_kv_head == 4
+    first = variants[0].facts
+    for v in variants:
+        assert (v.config.n_layer, v.config.n_embd) == (4, 32) and abs(v.facts["params"] / first["params"] - 1) < 0.005
+    caches = {v.name: v.facts["kv_bytes_of_context"] / first["kv_bytes_of_context"] for v in variants}
+    assert caches["gqa"] == caches["tied"] == caches["share"] == 1 / 2 and caches["mqa"] == 1 / 4
+    assert caches["window"] == (3 * 64 + 4096) / (4 * 4096)
+    assert caches["gemma_like"] == (2 * 64 + 4096) / (4 * 4 * 4096)
+    assert caches["deepseek_v4_like"] == (3 * 64 + 4096) / (8 * 4 * 4096)
+    assert names_of(toy_data, "--design=mha,mqa", "--learning_rate=1e-3,3e-3")[1] == "mha learning_rate=0.003"
+    assert names_of(toy_data, "--design=window") == ["window"]
+
+
+@pytest.mark.parametrize("design,words", [
+    ("gpt2_124m", "sets dataset, but a design is a model alone"), ("recall", "sets dataset, but a design"),
+    ("none", "cannot read"), ("../train", "only assignments like")])
+def test_what_is_no_design_is_refused(toy_data, design, words):
+    with pytest.raises(UserError) as error:
+        planned(toy_data, f"--design=mha,{design}")
+    assert words in str(error.value)
+
+
 def test_controls_have_the_cache_of_what_they_control_for(toy_data):
     variants = planned(toy_data, "--controls=True", "--match=shape")[2]
     assert [v.name for v in variants] == [
@@ -847,6 +877,14 @@ def test_curves_are_paired_by_seed(comparison):
     assert sum(by_hand) / 2 == pytest.approx(mqa.difference.mean)
 
 
+def test_the_front_holds_what_no_other_variant_beats():
+    a, b, c, d, e = (Point(1, 5.0, None, "a"), Point(2, 3.0, None, "b"), Point(2, 4.0, None, "c"),
+                     Point(3, 3.5, None, "d"), Point(4, 1.0, None, "e"))
+    assert front([e, d, c, b, a], lower=True) == [a, b, e]
+    assert front([e, d, c, b, a], lower=False) == [a]
+    assert front([b, Point(2, 9.0, None, "f")], lower=False) == [Point(2, 9.0, None, "f")]
+
+
 def test_names_on_lines_do_not_overlap():
     assert apart([0.1, 0.5, 0.9], 0.1) == pytest.approx([0.1, 0.5, 0.9])
     assert apart([0.3, 0.3, 0.9], 0.1) == pytest.approx([0.25, 0.35, 0.9])
@@ -868,7 +906,7 @@ def test_pictures_show_what_they_claim(comparison, tmp_path, monkeypatch):
             record["variant"] = "$\\bad$ $x"  # no formula
     compare.write_report(results, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "curves.png", "decode.png", "quality.png", "report.md"]
+        "curves.png", "decode.png", "front.png", "quality.png", "report.md"]
     for name, words in {"quality": ("paired by seed", "95 % intervals", "dots are the 4 seeds",
                                     "thin, all together"),
                         "curves": ("paired by seed",),

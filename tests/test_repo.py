@@ -40,7 +40,7 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", sorted({*CONFIGS} - {"cache.py"}))
 def test_every_config_builds_a_model_that_runs(name):
     config = build(TrainConfig, parse(TrainConfig, [f"config/{name}"], ""))
     config.vocab_size = config.vocab_size or 257

@@ -1,0 +1,6 @@
+"""Every way to shrink the KV cache, for compare.py: python compare.py config/cache.py"""
+design = ["mha", "gqa", "mqa", "mla", "tied", "share", "window", "gemma_like", "deepseek_v4_like"]
+match = "params"
+seeds = 6
+seed = 1
+out_dir = "{out_dir}/cache"

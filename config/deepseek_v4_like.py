@@ -1,0 +1,13 @@
+"""A cache like that of DeepSeek-V4, at toy size.
+
+Borrowed are one key/value head whose values are its keys, windows in most layers, and rotation of a
+part of the head (there 64 of 512 numbers). Not borrowed is the compression of distant tokens: here
+every fourth layer sees all tokens as they are. Also left out are its compressed queries, attention
+sinks, experts and hyper-connections.
+"""
+n_kv_head = 1
+kv_tied = True
+rope_fraction = 0.25
+window = 64
+global_every = 4
+out_dir = "{out_dir}/deepseek_v4_like"
