@@ -268,9 +268,8 @@ def batch_and_context(timing):
 
 def draw_front(axis, points, lower, colors):
     """Points with their error bars and names, and a line through those that no other one beats."""
-    best = front(points, lower)
-    axis.plot([point.size for point in best], [point.value for point in best], linestyle=":",
-              color="0.5", zorder=0)
+    sizes, values, _, _ = zip(*front(points, lower), strict=True)
+    axis.plot(sizes, values, linestyle=":", color="0.5", zorder=0)
     for point in points:
         axis.errorbar(point.size, point.value, yerr=point.error, marker="D", capsize=4,
                       elinewidth=1.5, color=colors[point.name])
@@ -282,13 +281,18 @@ def front(points, lower):
     """The points that no other one beats in both size and value, by size."""
     best = []
     for point in sorted(points):
-        others = [other for other in points if other.size <= point.size and other != point]
-        values = [other.value for other in others]
-        if lower and all(point.value < value for value in values):
-            best.append(point)
-        if not lower and all(point.value > value for value in values):
+        if not any(beats(other, point, lower) for other in points):
             best.append(point)
     return best
+
+
+def beats(other, point, lower):
+    """Whether other is at least as good as point in size and value, and better in one of them."""
+    gain = point.value - other.value
+    if not lower:
+        gain = -gain
+    saved = point.size - other.size
+    return gain >= 0 and saved >= 0 and gain + saved > 0
 
 
 class Floor(NamedTuple):
