@@ -84,7 +84,6 @@ NO_EFFECT = ("out_dir", "report_only", "overwrite", "log_interval", "profile", "
              "wandb_log", "wandb_project", "wandb_run_name")
 # The name of a variant shows these as MHA, GQA-2, MQA or MLA, or as the design, not as key=value.
 KIND_SETTINGS = ("attention", "n_kv_head", "design")
-CONTEXT = 4096  # tokens, for the size of a cache
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -140,6 +139,10 @@ def plan(given):
 def check_plan(config, variants, given):
     """Raises UserError if one of the runs or timings cannot work."""
     dataset = Dataset(config.dataset)
+    names = [(variant.match, variant.name) for variant in variants]
+    if len(set(names)) < len(names):
+        raise UserError("two different models have one name: leave out one of the axes, or compare "
+                        "them with two commands")
     for variant in variants:
         resume.check_run(GPT, GPTConfig, variant.config, dataset, ranks_of(config))
     for timing in plan_timings(variants, config, given):
@@ -161,12 +164,19 @@ def with_design(values):
     if design is None:
         return values
     path = Path(__file__).with_name("config") / f"{design}.py"
+    if not re.fullmatch(r"\w+", design) or not path.exists():
+        raise UserError(f"there is no design {design[:100]}: name a file of {path.parent}, without "
+                        ".py")
     settings = parse(TrainConfig, [str(path)], __doc__)
     settings.pop("out_dir", None)
     for key in settings:
         if key not in {field.name for field in fields(GPTConfig)}:
             raise UserError(f"design={design}: {path} sets {key}, but a design is a model alone: "
                             "choose another file")
+    for key in ("attention", "n_kv_head", *settings):
+        if key in values:
+            raise UserError(f"{key} is given, but belongs to a design such as {design}: leave "
+                            f"{key} out, or write a design with it")
     return values | settings
 
 
@@ -232,8 +242,10 @@ def plan_choices(config, settings):
         details = [f"{key}={values[key]}" for key in other_axes if key in values]
         details += changed_from(differing, run)
         words = details
-        if show_kind:
-            words = [values.get("design") or attention_kind(run), *details]
+        if "design" in values:
+            words = details = [values["design"], *details]
+        elif show_kind:
+            words = [attention_kind(run), *details]
         choices.append(Choice(" ".join(words), run))
         if config.controls:
             choices += controls_of(run, details)
@@ -334,7 +346,7 @@ def facts_of(config, runtime):
         non_embedding_params=costs.num_params(model, embedding=False),
         flops_per_token=costs.flops_per_token(model),
         kv_bytes_per_token=costs.kv_bytes_per_token(config, runtime.dtype),
-        kv_bytes_of_context=costs.kv_cache_bytes(config, CONTEXT, runtime.dtype),
+        kv_bytes_of_context=costs.kv_cache_bytes(config, costs.CONTEXT, runtime.dtype),
     )
 
 

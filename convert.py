@@ -179,8 +179,8 @@ def model_type_of(config):
     if alike:
         raise UserError(
             f"window={config.window} in {windows_of(config)} layers cannot be exported, since "
-            f"{' and '.join(alike)} have no such window: only Mistral's models (in all layers) and "
-            "those with qk_norm or qkv_bias have one"
+            f"{' and '.join(alike)} have no such window: choose a model with a window in all "
+            "layers or none, or with qk_norm or qkv_bias"
         )
     if config.attention == "mla":
         raise UserError(
@@ -488,8 +488,8 @@ def list_of_text(value):
 
 
 def window(value):
-    """A whole number from 1, or null."""
-    return value is None or schema.positive(value)
+    """A whole number, or null."""
+    return value is None or schema.count(value)
 
 
 HF_CONFIG = SPECIAL_IDS | {
@@ -540,9 +540,9 @@ def model_config(hf, path):
     settings["qk_norm"] = FAMILIES[model_type].qk_norm
     settings["qkv_bias"] = FAMILIES[model_type].qkv_bias
     settings = checkpoint.typed(GPTConfig, settings, path)
-    settings |= window_settings(hf, settings["n_layer"], path)
     try:
-        return build(GPTConfig, settings)
+        config = build(GPTConfig, settings)
+        return build(GPTConfig, settings | window_settings(hf, config.n_layer, path))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -559,24 +559,25 @@ def window_settings(hf, n_layer, path):
 
     UserError if its layers do not alternate as global_every says.
     """
-    types, window = types_of(hf, n_layer), hf.get("sliding_window")
+    window = hf.get("sliding_window", 4096)  # the default of all three families
+    types = types_of(hf, n_layer, window)
     if set(types) <= {"full_attention"}:
         return {}
-    if window is not None:
-        for global_every in range(min(n_layer, len(types)) + 1):
+    if window is not None and FAMILIES[hf["model_type"]].windows != ("no",):
+        for global_every in range(n_layer + 1):
             if types == layer_types(n_layer, global_every):
                 return {"window": window, "global_every": global_every}
     raise refusal(path, "layer_types", ", ".join(types))
 
 
-def types_of(hf, n_layer):
+def types_of(hf, n_layer, window):
     """The layer_types of a config.json, also where they follow from other keys."""
-    local = layer_types(min(n_layer, 1024), 0)
+    local = layer_types(n_layer, 0)
     if hf["model_type"] == "mistral":
-        return local if hf.get("sliding_window") else []
+        return local if window else []
     if hf.get("layer_types"):
         return hf["layer_types"]
-    if hf.get("use_sliding_window") and hf.get("sliding_window"):
+    if hf.get("use_sliding_window") and window:
         first = hf.get("max_window_layers", 28)  # the default of Qwen2 and Qwen3
         return ["full_attention"] * min(first, n_layer) + local[first:]
     return []

@@ -53,7 +53,7 @@ class GPTConfig:
     qkv_bias: bool = False  # biases on q_proj, k_proj and v_proj (Qwen2)
     rope_fraction: float = 1.0  # share of a head's pairs that RoPE rotates; 0: none (NoPE)
     kv_tied: bool = False  # values are the rotated keys, so that only keys are cached
-    kv_share: int = 1  # every so many layers, one has keys and values, which the next ones reuse
+    kv_share: int = 1  # of so many layers of a kind, local or global, one has keys and values
     window: int | None = None  # last tokens that a layer attends to, its own included; None: all
     global_every: int = 0  # with a window: every so many layers, one attends to all; 0: none does
     attention: Literal["gqa", "mla"] = "gqa"  # gqa: key/value heads; mla: latent attention
@@ -138,6 +138,7 @@ class GPTConfig:
             below = len(same[window]) % self.kv_share
             if below > 0:
                 source = same[window][-below]
+                layers[source].shared = True
             same[window].append(i)
             layers.append(LayerCache(heads, widths, window, source))
         return layers
@@ -148,13 +149,14 @@ def require(condition, message):
         raise ValueError(message)
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerCache:
     """What a layer reads: tensors (B, heads, S, width), one for each entry of widths."""
     heads: int
     widths: tuple[int, ...]  # keys and values; kv_tied: keys; MLA: latents
     window: int | None = None  # the last tokens that it reads; None: all
     source: int | None = None  # the layer below that caches them; None: the layer itself
+    shared: bool = False  # whether layers above read them too
 
 
 def rope_frequencies(config, device=None):
@@ -274,8 +276,8 @@ class Attention(nn.Module):
             self.k_norm = norm(D, config.norm_eps, config.qk_norm)
 
     def forward(self, x, context, kv):
-        """kv: keys and values of the layer below, for a layer without its own. Returns the output
-        and the keys and values that were read."""
+        """kv: keys and values of the layer below, for a layer without its own. Returns the output,
+        and keys and values if layers above read them."""
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)                # (B, T, H, D)
         q = apply_rope(self.q_norm(q).transpose(1, 2), context.cos, context.sin)
@@ -284,7 +286,8 @@ class Attention(nn.Module):
         y = attend(q, kv[0], kv[-1], context.masks[self.cached.window])  # (B, H, T, D)
         if self.kv_tied:  # the query's own rotation is undone: values depend on the distance alone
             y = apply_rope(y, context.cos, -context.sin)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), kv     # (B, T, C)
+        y = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))            # (B, T, C)
+        return y, kv if self.cached.shared else None
 
     def keys_and_values(self, x, context):
         """[k, v], or [k] if they are tied: (B, K, S, D) each."""
@@ -293,7 +296,8 @@ class Attention(nn.Module):
         kv = [apply_rope(self.k_norm(k).transpose(1, 2), context.cos, context.sin)]
         if not self.kv_tied:
             v = self.v_proj(x).view(B, T, -1, self.head_dim)            # (B, T, K, D)
-            kv.append(v.transpose(1, 2))                                # (B, K, T, D)
+            # a copy, no view, where FSDP passes it on
+            kv.append(v.transpose(1, 2).contiguous() if self.cached.shared else v.transpose(1, 2))
         if context.cache is not None:
             kv = context.cache.append(self.layer, *kv)                  # (B, K, S, D)
         return kv
@@ -346,7 +350,7 @@ class LatentAttention(nn.Module):
             y = self.expanded(q_nope, q_rope, c, r, mask)
         else:
             y = self.absorbed(q_nope, q_rope, latent, mask)             # (B, H, T, U)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), kv     # (B, T, C)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), None   # (B, T, C)
 
     def expanded(self, q_nope, q_rope, c, r, mask):
         R, P, N, U = self.widths
@@ -462,14 +466,14 @@ class GPT(nn.Module):
         for window in dict.fromkeys(layer.window for layer in self.cached):
             masks[window] = attention_mask(T, window, cache, idx.device)
         context = Context(cos, sin, masks, cache)
-        kv = dict.fromkeys(masks)  # of each window: the newest keys and values
+        shared = {}  # keys and values of the layers that others read
         x = self.dropout(self.embed(idx))                               # (B, T, C)
-        for block, layer in zip(self.layers, self.cached, strict=True):
+        for i, block in enumerate(self.layers):
+            kv = shared.get(self.cached[i].source)
             if self.recompute and self.training:
-                y = checkpoint(block, x, context, kv[layer.window], use_reentrant=False)
+                x, shared[i] = checkpoint(block, x, context, kv, use_reentrant=False)
             else:
-                y = block(x, context, kv[layer.window])
-            x, kv[layer.window] = y
+                x, shared[i] = block(x, context, kv)
         if cache is not None:
             cache.length += T
         x = self.norm(x[:, -1:] if logits == "last" else x)

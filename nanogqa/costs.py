@@ -18,6 +18,7 @@ PEAK_BANDWIDTH = {"H200": 4.8e12, "H100 PCIe": 2.0e12, "H100": 3.35e12, "A100-SX
                   "A100": 1.56e12}
 GPU_MEMORY = {"H100": 80e9, "H200": 141e9}  # bytes (NVIDIA's data sheets)
 LIBRARIES = 96 * 2**20  # bytes of the buffers of PyTorch, MKL and oneDNN, and gaps in the heap
+CONTEXT = 4096  # tokens for which compare.py gives the size of a cache
 # the settings that a model's number of parameters comes from
 SHAPE = "n_layer, n_embd, n_ff, vocab_size or the widths of heads and latents"
 

@@ -4,6 +4,7 @@ import statistics
 import textwrap
 from typing import NamedTuple
 
+from nanogqa.costs import CONTEXT
 from nanogqa.summary import (
     by_shape,
     cache_bytes,
@@ -225,7 +226,8 @@ def draw_fronts(summaries, colors, results):
     figure, axes = new_figure(len(panels), colors, lines=8, sharey=False)
     for axis, (label, points, lower) in zip(axes, panels, strict=True):
         draw_front(axis, points, lower, colors)
-        axis.set(title=label, xlabel="cache of 4,096 tokens, kB (log scale)", xscale="log")
+        xlabel = f"cache of {CONTEXT:,} tokens, kB (log scale)"
+        axis.set(title=label, xlabel=xlabel, xscale="log")
         axis.margins(x=0.25, y=0.15)
         few_ticks(axis.xaxis, kilobytes)
     figure.suptitle("Against cached bytes. Bars: 95 % interval of the difference to "

@@ -1,4 +1,5 @@
 """The tables of a comparison as report.md, from the content of its results.json."""
+from nanogqa.costs import CONTEXT
 from nanogqa.files import replacing
 from nanogqa.pictures import draw
 from nanogqa.published import PUBLISHED, relative_differences
@@ -83,7 +84,7 @@ def quality_table(summaries):
     first = summaries[0]
     metrics = metric_names(summaries)
     head = ["variant", "n_ff", "parameters", "without embedding", "training FLOPs per token",
-            "cache, bytes per token", "cache of 4,096 tokens", "validation loss"]
+            "cache, bytes per token", f"cache of {CONTEXT:,} tokens", "validation loss"]
     in_bits = all(summary.bits_per_byte is not None for summary in summaries)
     if in_bits:
         head.append("bits per byte")

@@ -2,6 +2,7 @@
 import statistics
 from dataclasses import dataclass
 
+from nanogqa.costs import CONTEXT
 from nanogqa.estimates import (
     Difference,
     Estimate,
@@ -104,8 +105,8 @@ def mean_curve(curves):
 
 
 def cache_bytes(summary):
-    """Bytes that a variant caches for 4,096 tokens; older results have no windows."""
-    return summary.facts.get("kv_bytes_of_context", 4096 * summary.facts["kv_bytes_per_token"])
+    """Bytes that a variant caches for CONTEXT tokens; older results have no windows."""
+    return summary.facts.get("kv_bytes_of_context", CONTEXT * summary.facts["kv_bytes_per_token"])
 
 
 def compared(summaries):

@@ -94,8 +94,8 @@ def announce(config, model, batches, runtime):
 def cache_text(config, dtype):
     """The bytes that a token takes in the cache; fewer where layers with a window are full."""
     text = f"{kv_bytes_per_token(config, dtype):,} bytes per token"
-    if config.window is not None:
-        beyond = kv_bytes_beyond_windows(config, dtype)
+    beyond = kv_bytes_beyond_windows(config, dtype)
+    if beyond < kv_bytes_per_token(config, dtype) and config.window < config.block_size:
         text += f" ({beyond:,} beyond the window of {config.window:,})"
     return text
 

@@ -17,10 +17,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from compare import CompareConfig
 from nanogqa.configurator import parse
 from train import TrainConfig
 
-DESIGNS = ("mha", "gqa", "mqa", "mla", "tied", "share", "window", "gemma_like", "deepseek_v4_like")
+DESIGNS = parse(CompareConfig, [str(ROOT / "config" / "cache.py")], "", axes=True)["design"]
 SHAPE = ["--n_layer=12", "--n_head=12", "--n_embd=768", "--batch_size=16", "--prompt_len=4096",
          "--prefill=False", "--new_tokens=6", "--repeats=2", "--compile=False", "--dtype=float32"]
 ROUNDS = 2

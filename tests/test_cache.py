@@ -243,6 +243,26 @@ def test_gradients_with_recomputing_are_those_without():
             torch.testing.assert_close(other[name], grad, atol=1e-5, rtol=1e-4)
 
 
+def test_keys_and_values_leave_a_layer_only_where_others_read_them(monkeypatch):
+    """Recomputing would keep them otherwise, and FSDP would gather gradients of them. What leaves is no view."""
+    for changes, sources in (({}, []), (dict(attention="mla"), []), (COMBINED, [None, None, 0, 1]), (dict(n_layer=4, kv_share=2), [None, 0, None, 2])):
+        model, passed, made = toy_model(**changes).train(), [], []
+        model.recompute = True
+
+        def keep(block, x, context, kv, use_reentrant, passed=passed, made=made):
+            passed.append(kv)
+            out = block(x, context, kv)
+            made.append(out[1])
+            return out
+        monkeypatch.setattr("model.checkpoint", keep)
+        model(toy_ids(2, 20))
+        for layer, source in enumerate(sources):
+            assert (passed[layer] is None) if source is None else (passed[layer] is made[source])
+        if not sources:
+            assert passed == made == [None, None]
+        assert not any(x._is_view() for kv in made if kv is not None for x in kv)
+
+
 def test_programs_know_the_settings(toy_run, tmp_path, capsys):
     """Trained, evaluated again from the checkpoint, resumed, and sampled with and without the cache."""
     flags = [f"--{key}={value}" for key, value in COMBINED.items()]

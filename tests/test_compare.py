@@ -631,14 +631,18 @@ def test_designs_are_the_models_of_config(toy_data, capsys):
     assert caches["deepseek_v4_like"] == (3 * 64 + 4096) / (8 * 4 * 4096)
     assert names_of(toy_data, "--design=mha,mqa", "--learning_rate=1e-3,3e-3")[1] == "mha learning_rate=0.003"
     assert names_of(toy_data, "--design=window") == ["window"]
+    assert names_of(toy_data, "--design=gqa,window", "--controls=True") == ["gqa", "2 heads gqa", "heads of 4 gqa", "window"]
 
 
 @pytest.mark.parametrize("design,words", [
     ("gpt2_124m", "sets dataset, but a design is a model alone"), ("recall", "sets dataset, but a design"),
-    ("none", "cannot read"), ("../train", "only assignments like")])
+    ("none", "there is no design none: name a file of"), ("../config/gqa", "there is no design ../config/gqa"),
+    ("window --window=16,32", "window is given, but belongs to a design such as window: leave window out"),
+    ("mla --attention=gqa", "attention is given"), ("window --n_kv_head=4,1", "n_kv_head is given")])
 def test_what_is_no_design_is_refused(toy_data, design, words):
+    """A flag would be overridden by the design, or two models would have one name."""
     with pytest.raises(UserError) as error:
-        planned(toy_data, f"--design=mha,{design}")
+        planned(toy_data, *f"--design=tied,{design}".split())
     assert words in str(error.value)
 
 
