@@ -1,6 +1,6 @@
 """Two small layers for associative recall: first run python data/recall/prepare.py.
 
-A first recipe: its final accuracy is not measured. In short trials with one seed each, nothing was
+results/recall has the accuracies that it reached. In short trials with one seed each, nothing was
 learned with the embedding table's default standard deviation of 0.02, but with larger ones. The
 effect of rope_theta is not established.
 """
