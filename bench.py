@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from model import GPT, SETTINGS_OF, GPTConfig
+from model import GPT, SETTINGS_OF, SETTINGS_OF_ALL, GPTConfig
 from nanogqa import checkpoint, costs
 from nanogqa.batches import MicroBatch, dropout_seeds
 from nanogqa.cache import KVCache
@@ -85,11 +85,14 @@ def heads_of(config):
     for kind, names in SETTINGS_OF.items():
         for name in names:
             value = getattr(config, name)
-            if value == defaults[name] and (value is not None or kind == "any"):
+            if value == defaults[name] and value is not None:
                 continue
-            if kind not in (config.attention, "any"):
+            if kind != config.attention:
                 value = None
             row[name] = value
+    for name in SETTINGS_OF_ALL:
+        if getattr(config, name) != defaults[name]:
+            row[name] = getattr(config, name)
     return row
 
 

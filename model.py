@@ -23,12 +23,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# settings that belong to one kind of attention alone, and those of every kind
+# settings that belong to one kind of attention alone
 SETTINGS_OF = {
     "gqa": ("n_kv_head", "qkv_bias", "rope_fraction", "kv_tied", "kv_share"),
     "mla": ("kv_lora_rank", "q_lora_rank", "rope_head_dim", "nope_head_dim", "v_head_dim"),
-    "any": ("window", "global_every"),
 }
+SETTINGS_OF_ALL = ("window", "global_every")  # those of every kind
 
 
 @dataclass
@@ -89,8 +89,8 @@ class GPTConfig:
         for kind in SETTINGS_OF:
             for name in SETTINGS_OF[kind]:
                 value = getattr(self, name)
-                require(kind in (self.attention, "any") or value == unset[name], f"{name}={value} "
-                        f"is for attention={kind}: leave {name} out, or set attention={kind}")
+                require(kind == self.attention or value == unset[name], f"{name}={value} is for "
+                        f"attention={kind}: leave {name} out, or set attention={kind}")
         if self.attention == "mla":
             self.set_latents()
         rotary = {"gqa": "head_dim", "mla": "rope_head_dim"}[self.attention]

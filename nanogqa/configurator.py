@@ -170,14 +170,14 @@ def combinations(values):
 def choices_of(given, settings_of):
     """combinations(given), each once, for programs whose model has several kinds of attention.
 
-    settings_of maps a kind to the settings that belong to it alone, and "any" to those of every
-    kind: where several kinds are listed, a choice leaves out the settings of the others.
+    settings_of maps a kind to the settings that belong to it alone: where several kinds are listed,
+    a choice leaves out the settings of the others.
     """
     chosen = []
     for values in combinations(given):
         if isinstance(given.get("attention"), list):
             for kind, names in settings_of.items():
-                if kind not in (values["attention"], "any"):
+                if kind != values["attention"]:
                     values = {key: value for key, value in values.items() if key not in names}
         if values not in chosen:
             chosen.append(values)
@@ -205,7 +205,7 @@ def off_default(settings, always=()):
     """
     foreign = []
     for kind, names in settings.settings_of.items():
-        if kind not in (settings.attention, "any"):
+        if kind != settings.attention:
             foreign += names
     shown = []
     for field in dataclasses.fields(settings):

@@ -45,7 +45,8 @@ def cells(variant, seed):
     return f"{last:.3f}", reached
 
 
-def main():
+def document():
+    """The text of README.md."""
     head = ["variant"]
     for seed in SEEDS:
         head += [f"seed {seed}", "steps to 0.9"]
@@ -55,8 +56,11 @@ def main():
         for seed in SEEDS:
             row += cells(variant, seed)
         rows.append(row)
-    text = TEXT.format(table=table(head, rows))
-    (FOLDER / "README.md").write_text(text, encoding="utf-8")
+    return TEXT.format(table=table(head, rows))
+
+
+def main():
+    (FOLDER / "README.md").write_text(document(), encoding="utf-8")
 
 
 if __name__ == "__main__":

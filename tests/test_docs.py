@@ -287,6 +287,15 @@ def test_the_picture_is_drawn_from_results():
     assert head.PICTURE.read_text() != head.picture(results)
 
 
+def test_results_of_recall_are_those_of_the_logs(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "results")
+    import recall
+    written = (ROOT / "results/recall/README.md").read_text(encoding="utf-8")
+    assert recall.document() == written, "run python results/recall.py"
+    monkeypatch.setattr(recall, "SEEDS", (1, 2))
+    assert recall.document() != written
+
+
 # -- docs/variant.md -------------------------------------------------------------------------------
 
 # runs in a copy of the repository with the diff applied; the arguments are those of toy_run
