@@ -14,6 +14,13 @@ from nanogqa import checkpoint
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# files with few but long tests: started last, they would leave the other process without work
+LONG = ("test_gpu.py", "test_faults.py", "test_recall.py", "test_fuzz.py", "test_hostile.py", "test_running.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture(params=[4, 2, 1], ids=["mha", "gqa", "mqa"])
 def n_kv_head(request):
