@@ -17,7 +17,6 @@ import os
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -741,13 +740,12 @@ def collect_records(variants, runs, config, dataset):
 
 def record_of(variant, seed, rows, dataset):
     """The record of a run with these rows of metrics.jsonl, evaluated on dataset."""
-    speeds = [row.get("tokens_per_sec") or 0.0 for row in rows]
     last = [row for row in rows if row.get("val_loss") is not None][-1]
     return dict(
         variant=variant.name, match=variant.match, seed=seed, **variant.facts,
         val_loss=last["val_loss"], val_bpb=dataset.metrics(last["val_loss"]).get("val_bpb"),
         metrics=metrics_of(last), run=variant.run_name(seed), shape=variant.shape,
-        tokens_per_sec=statistics.median(speeds), curve=curve_of(rows))
+        curve=curve_of(rows))
 
 
 def metrics_of(row):

@@ -236,11 +236,8 @@ def training_table(speed, shapes):
                 f"{timing['step_ms']:.1f}",
                 f"{timing['tok_s']:,.0f}",
                 peak_mb(timing),
-                f"{summary.tokens_per_sec:,.0f}",
             ])
-    head = ["variant", "training step, ms", "tokens/s", "peak memory, MB",
-            "tokens/s in the runs, median"]
-    return table(head, rows)
+    return table(["variant", "training step, ms", "tokens/s", "peak memory, MB"], rows)
 
 
 def decoding_table(speed, shapes, cell_text):

@@ -58,8 +58,7 @@ RECORD = {
     "variant": str, "match": matching, "seed": schema.count, "shape": str, "run": str,
     "heads?": str, "n_ff": positive, "params": positive, "non_embedding_params": positive,
     "flops_per_token": positive, "kv_bytes_per_token": positive, "kv_bytes_of_context?": positive,
-    "val_loss": quantity,
-    "val_bpb": bits, "metrics?": {str: quantity}, "tokens_per_sec": quantity, "curve": [point],
+    "val_loss": quantity, "val_bpb": bits, "metrics?": {str: quantity}, "curve": [point],
 }
 RESULTS = {
     "settings": SETTINGS, "dataset_sha256": str, "tokenizer": str, "machine": MACHINE, "date": str,

@@ -28,7 +28,6 @@ class Summary:
     curves: list                  # of each seed: [step, validation loss] pairs
     mean_curve: list              # of all seeds: (step, validation loss) pairs
     steps_to_first: float | None  # steps until its mean curve reaches the first variant's loss
-    tokens_per_sec: float         # median over its runs
 
 
 def summarize(results):
@@ -75,7 +74,6 @@ def summarize_variant(records, first, difference):
         curves=curves,
         mean_curve=curve,
         steps_to_first=steps_to(curve, statistics.mean(first_losses)),
-        tokens_per_sec=statistics.median(column(records, "tokens_per_sec")),
     )
 
 
