@@ -74,13 +74,13 @@ class CompareConfig(TrainConfig):
             raise ValueError("a comparison trains from scratch: leave out init_from and eval_only")
 
 
-# All runs share these settings, so they take no list.
-SHARED = ("out_dir", "seeds", "seed", "match", "controls", "dataset", "vocab_size", "block_size",
-          "max_steps", "eval_interval", "eval_tokens", "device", "dtype", "compile", "report_only",
-          "overwrite")
 # These do not affect results: a comparison may be resumed with other values of them.
 NO_EFFECT = ("out_dir", "report_only", "overwrite", "log_interval", "profile", "keep_checkpoints",
              "wandb_log", "wandb_project", "wandb_run_name")
+# All runs share these settings, so they take no list.
+SHARED = (*NO_EFFECT, "seeds", "seed", "match", "controls", "dataset", "vocab_size", "block_size",
+          "tokens_per_step", "max_steps", "eval_interval", "eval_tokens", "eval_only", "init_from",
+          "device", "dtype", "compile")
 # The name of a variant shows these as MHA, GQA-2, MQA or MLA, or as the design, not as key=value.
 KIND_SETTINGS = ("attention", "n_kv_head", "design")
 
@@ -400,8 +400,9 @@ def open_results(config, runtime, wanted):
         if runs.exists():
             raise UserError(f"{runs} holds runs, but there is no {path} with their settings: "
                             "choose another --out_dir, or replace them with --overwrite=True")
-    return dict(wanted, machine=describe_machine(runtime), date=datetime.date.today().isoformat(),
-                speed={}, records=[])
+    machine = describe_machine(runtime, ranks_of(config))
+    return dict(wanted, machine=machine, date=datetime.date.today().isoformat(), speed={},
+                records=[])
 
 
 def check_same_comparison(results, wanted, out_dir):
@@ -445,7 +446,8 @@ def defaults_of(cls):
     return {field.name: field.default for field in fields(cls)}
 
 
-def describe_machine(runtime):
+def describe_machine(runtime, ranks):
+    """Where this runs, with that many ranks in each training run."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -459,7 +461,7 @@ def describe_machine(runtime):
         cache_bytes = torch.cuda.get_device_properties(runtime.device).L2_cache_size
     return dict(cpu=cpu, threads=torch.get_num_threads(), gpu=gpu, gpus=torch.cuda.device_count(),
                 cache_bytes=cache_bytes, torch=torch.__version__, python=platform.python_version(),
-                system=platform.system(), **runtime.describe())
+                system=platform.system(), **runtime.describe() | {"ranks": ranks})
 
 
 def cpu_cache_bytes():
@@ -502,8 +504,6 @@ def measure_speed(variants, config, given):
 def plan_timings(variants, config, given):
     """A Timing of training and one of decoding for each shape."""
     shared = {"seed": config.seed, "device": config.device, "dtype": config.dtype}
-    training = {"batch_size": config.batch_size or config.tokens_per_step // config.block_size,
-                "steps": 30, "compile": config.compile}
     decoding = {"batch_size": [1, 16], "prompt_len": [256, 1024, 4096], "new_tokens": 16,
                 "repeats": 2, "compile": False}
     if config.decode_batch_size:
@@ -513,7 +513,10 @@ def plan_timings(variants, config, given):
     timings = []
     shapes = {variant.shape: variant.config for variant in variants}
     for shape, run in shapes.items():
-        settings = {**shared, **asdict(subset(GPTConfig, run)), "optimizer": run.optimizer}
+        batch_size = run.batch_size or run.tokens_per_step // run.block_size
+        training = {"batch_size": batch_size, "steps": 30, "compile": config.compile}
+        settings = {**shared, **asdict(subset(GPTConfig, run)), "optimizer": run.optimizer,
+                    "fast": run.fast}
         timings.append(Timing(shape, "train", {**settings, **training}))
         timings.append(Timing(shape, "decode", {**settings, **decoding}))
     return timings

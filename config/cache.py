@@ -3,4 +3,5 @@ design = ["mha", "gqa", "mqa", "mla", "tied", "share", "window", "gemma_like", "
 match = "params"
 seeds = 6
 seed = 1
+decode_batch_size = 16
 out_dir = "{out_dir}/cache"

@@ -6,10 +6,10 @@ assume one variance. Two procedures account for the number of comparisons, and b
 the comparisons depend on each other, as they do since they share the first variant:
 
 - Holm's test decides the verdicts (Holm 1979, Scandinavian Journal of Statistics 6). With a chance
-  of 95 %, no difference is found where there is none.
-- Bonferroni's intervals hold all together with 95 %. Holm's test has no two-sided intervals of its
-  own; these are the usual ones beside it. Where one of them excludes zero, Holm's test finds the
-  difference; it may find a difference a little earlier.
+  of at least 95 %, no difference is found where there is none.
+- Bonferroni's intervals hold all together with at least 95 %. Holm's test has no two-sided
+  intervals of its own; these are the usual ones beside it. Where one of them excludes zero, Holm's
+  test finds the difference; it may also find one whose interval still contains zero.
 """
 import functools
 import itertools

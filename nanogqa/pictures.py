@@ -340,7 +340,7 @@ def minus(name):
     """The label of an axis of differences to the variant of that name."""
     text = textwrap.fill(f"validation loss minus {name},", 28, break_long_words=False,
                          break_on_hyphens=False)
-    return f"{text}\nnats per token"
+    return f"{text}\nin nats"
 
 
 def label_lines(axis, ends):

@@ -14,21 +14,24 @@ from nanogqa.summary import (
 )
 
 ABOUT_QUALITY = (
-    "Losses are in nats per token, mean over seeds ± standard error. Differences are between runs "
-    "with the same seed, which share the order of the data and the initial value of every weight "
-    "of equal name and shape. Their intervals are Student's: each one has a confidence of 95 % by "
-    "itself. The wider ones of the next column hold all together with 95 % (Bonferroni). The "
-    "verdict is that of the adjusted p value, which is below 0.05 where a difference is found "
-    "(Holm): with a chance of 95 %, no difference is found in the whole report where there is none."
-    " Steps are read off the mean curve by linear interpolation, and only where a difference is "
-    "found; their time counts training steps alone."
+    "Losses are in nats per {unit}, mean over seeds ± standard error. Differences are between "
+    "runs with the same seed, which share the order of the data and the initial value of every "
+    "weight of equal name and shape. Their intervals are Student's: each one has a confidence of "
+    "95 % by itself. The wider ones of the next column hold all together with at least 95 % "
+    "(Bonferroni). The verdict is that of the adjusted p value, which is below 0.05 where a "
+    "difference is found (Holm): with a chance of at least 95 %, no difference is found in the "
+    "whole report where there is none. Steps are read off the mean curve by linear interpolation, "
+    "and only where a difference is found; their time counts training steps alone."
 )
 ABOUT_RESOLUTION = (
-    "There is one row for each model that is compared to {first}, also if it is in both matchings. "
-    "Found with 80 % power means: if the true difference is this large, and seeds vary as they did "
-    "here, 80 of 100 such comparisons find it. With few seeds, how much they vary is itself "
-    "uncertain. Published differences are compared in % of the loss of MHA: that is the same per "
-    "token and per byte. Each was measured with one seed, so its own error is unknown:"
+    "There is one row for each model that is compared to {first}, also if it is in both "
+    "matchings. Found with 80 % power means: if the true difference is this large, and seeds vary "
+    "as they did here, 80 of 100 such comparisons find it. With few seeds, how much they vary is "
+    "itself uncertain."
+)
+ABOUT_PUBLISHED = (
+    "Published differences are compared in % of the loss of MHA: that is the same per token and "
+    "per byte. Each was measured with one seed, so its own error is unknown:"
 )
 ABOUT_SPEED = (
     "bench.py measures speeds and memory with random weights of the same shape. It times every "
@@ -39,17 +42,18 @@ ABOUT_SPEED = (
 def report(results, pictures):
     """The text of report.md; pictures are paths of files beside it."""
     summaries = summarize(results)
-    first = summaries[0].name
-    titles = {"shape": f"Equal shape: only what the name says differs from {first}",
-              "params": f"Equal parameters: n_ff is adjusted to the parameters of {first}"}
+    first = summaries[0]
+    titles = {"shape": f"Equal shape: only what the name says differs from {first.name}",
+              "params": f"Equal parameters: n_ff is adjusted to the parameters of {first.name}"}
     blocks = introduction(results, summaries)
     for match, title in titles.items():
         matched = with_match(summaries, match)
         if matched:
             blocks += [f"## {title}", quality_table(matched)]
             if len(matched) > 1:
-                blocks.append(difference_table(matched, results["speed"]))
-    blocks += [ABOUT_QUALITY, "## What this run can resolve", *resolution(summaries)]
+                blocks.append(difference_table(matched, results))
+    blocks.append(ABOUT_QUALITY.format(unit=unit_of(first)))
+    blocks += ["## What this run can resolve", *resolution(summaries)]
     blocks += ["## Speed", *speed_tables(results["speed"], summaries), ABOUT_SPEED]
     for path in pictures:
         blocks.append(f"![{path.stem}]({path.name})")
@@ -102,14 +106,14 @@ def quality_table(summaries):
     return table(head, rows)
 
 
-def difference_table(summaries, speed):
+def difference_table(summaries, results):
     """Differences of the variants of one matching to its first."""
     name = summaries[0].name
     head = ["variant", f"loss minus that of {name}, 95 % interval", "all intervals together",
             "p (Holm)", "verdict", f"steps to the loss of {name}"]
     rows = []
     for summary in summaries:
-        rows.append([summary.name, *difference_cells(summary), steps_cell(summary, speed)])
+        rows.append([summary.name, *difference_cells(summary), steps_cell(summary, results)])
     return table(head, rows)
 
 
@@ -152,7 +156,7 @@ def half_cell(half):
     return f"± {half:.4f}"
 
 
-def steps_cell(summary, speed):
+def steps_cell(summary, results):
     """Steps and seconds until the first variant's final loss; "same" where no difference is found.
     """
     if summary.difference and summary.difference.p_holm is None:
@@ -162,13 +166,16 @@ def steps_cell(summary, speed):
     steps = summary.steps_to_first
     if steps is None:
         return "never"
-    step_ms = speed[summary.shape]["train"][0]["step_ms"]
-    return f"{steps:,.0f} ({steps * step_ms / 1e3:,.0f} s)"
+    tokens = steps * results["settings"]["tokens_per_step"]
+    rate = results["speed"][summary.shape]["train"][0]["tok_s"] * results["machine"]["ranks"]
+    return f"{steps:,.0f} ({tokens / rate:,.0f} s)"
 
 
 def resolution(summaries):
-    """Blocks of text: which differences this comparison can find, and which are published."""
+    """Blocks of text: which differences this comparison can find, and which are published. Losses
+    of answers alone are not compared with published ones, which are of text."""
     first = summaries[0]
+    of_text = unit_of(first) == "token"
     published = relative_differences()
     rows = []
     for summary in compared(summaries):
@@ -176,16 +183,30 @@ def resolution(summaries):
         if difference.half is None:
             continue
         share = difference.detectable / first.loss.mean
-        count = sum(size >= share for size in published)
-        rows.append([shape_label(summary), half_cell(difference.half),
-                     half_cell(difference.half_together), f"{difference.detectable:.4f}",
-                     f"{100 * share:.1f}", f"{count} of {len(published)}"])
+        row = [shape_label(summary), half_cell(difference.half),
+               half_cell(difference.half_together), f"{difference.detectable:.4f}",
+               f"{100 * share:.1f}"]
+        if of_text:
+            count = sum(size >= share for size in published)
+            row.append(f"{count} of {len(published)}")
+        rows.append(row)
     if not rows:
         return ["One seed, or one variant, gives no error bar: any difference above may be due to "
                 "chance."]
     head = ["variant", "95 % interval", "all intervals together", "found with 80 % power",
-            f"in % of the loss of {first.name}", "published differences at least as large"]
-    return [table(head, rows), ABOUT_RESOLUTION.format(first=first.name), published_table()]
+            f"in % of the loss of {first.name}"]
+    about = ABOUT_RESOLUTION.format(first=first.name)
+    if not of_text:
+        return [table(head, rows), about]
+    head.append("published differences at least as large")
+    return [table(head, rows), f"{about} {ABOUT_PUBLISHED}", published_table()]
+
+
+def unit_of(summary):
+    """What its losses are a mean over: tokens, or answers where they alone count."""
+    if summary.bits_per_byte is None:
+        return "answer"
+    return "token"
 
 
 def published_table():
@@ -237,7 +258,7 @@ def training_table(speed, shapes):
                 f"{timing['tok_s']:,.0f}",
                 peak_mb(timing),
             ])
-    return table(["variant", "training step, ms", "tokens/s", "peak memory, MB"], rows)
+    return table(["variant", "training, ms per micro-step", "tokens/s", "peak memory, MB"], rows)
 
 
 def decoding_table(speed, shapes, cell_text):

@@ -21,7 +21,7 @@ class Summary:
     shape: str                    # key of its timings in results["speed"]
     facts: dict                   # its first record, for what does not depend on the seed
     is_first: bool                # the variant that the others of its matching are compared to
-    loss: Estimate                # nats per token, with the standard error
+    loss: Estimate                # nats per target, with the standard error
     bits_per_byte: float | None   # None where the loss counts answers alone
     metrics: dict                 # {name: Estimate} of the metrics beyond loss and bits per byte
     difference: Difference | None  # to the first variant's loss; None for the first

@@ -337,6 +337,21 @@ def test_a_timing_is_a_process_of_bench(monkeypatch):
         run_bench(Timing("toy", "train", settings))
 
 
+def test_what_is_timed_are_the_settings_of_each_variant(toy_data):
+    """The first variant's batch_size, and the fast modules, were timed for all."""
+    argv = [f"--dataset={toy_data}", *TOY, "--batch_size=1,2", "--fast=True,False", "--match=shape"]
+    given = parse(compare.CompareConfig, argv, "", axes=True)
+    config, _, variants = plan(given)
+    found = []
+    for timing in compare.plan_timings(variants, config, given):
+        if timing.mode == "train":
+            assert timing.settings["fast"] == ("fast=True" in timing.shape)
+            found.append((timing.settings["batch_size"], timing.settings["fast"]))
+        elif timing.mode == "decode":
+            assert timing.settings["batch_size"] == [1, 2]
+    assert found == [(1, True), (1, False), (2, True), (2, False)]
+
+
 # -- what is read back -----------------------------------------------------------------------------
 
 def cut(rows, count):
@@ -822,6 +837,12 @@ def test_steps_to_a_loss_stand_where_a_difference_is_found():
     word, steps = cells["GQA-2"]
     assert word == "better" and re.fullmatch(r"\d{3} \(\d+ s\)", steps)
     assert 400 < int(steps[:3]) < 700
+    results = changed_losses(committed(), {"GQA-2": -0.1, "MQA": 0.1, "MLA": -1e-5})
+    rate = results["speed"]["GQA-2-n_ff352"]["train"][0]["tok_s"]
+    seconds = int(re.search(r"(\d+) s", report(results, []).split("| better | ")[1])[1])
+    assert seconds == pytest.approx(int(steps[:3]) * 2048 / rate, abs=1)
+    results["machine"]["ranks"] = 4
+    assert f"({seconds / 4:.0f} s)" in report(results, [])
 
 
 def test_one_model_in_both_matchings_is_one_comparison():
@@ -918,8 +939,8 @@ def test_pictures_show_what_they_claim(comparison, tmp_path, monkeypatch):
         assert all(word in seen[name].get_suptitle() for word in words)
         left, right = seen[name].axes
         assert left.get_ylim() == right.get_ylim()
-    assert "nats per token" in seen["quality"].axes[0].get_xlabel()
-    assert "minus MHA,\nnats per token" in seen["curves"].axes[0].get_ylabel()
+    assert "in nats" in seen["quality"].axes[0].get_xlabel()
+    assert "minus MHA,\nin nats" in seen["curves"].axes[0].get_ylabel()
     assert "after the warm-up of 100 steps" in seen["curves"].axes[0].get_xlabel()
     assert all("log scale" in text for text in (
         seen["decode"].axes[0].get_xlabel(), seen["decode"].axes[0].get_ylabel()))
@@ -955,6 +976,9 @@ def test_the_floor_of_decoding_has_one_bandwidth():
     (["--seeds=2,3"], "seeds takes one value in a comparison"),
     (["--dataset=a,b"], "dataset takes one value"),
     (["--max_steps=5,6"], "max_steps takes one value"),
+    (["--tokens_per_step=128,256"], "tokens_per_step takes one value"),
+    (["--eval_only=False,True"], "eval_only takes one value"),
+    (["--log_interval=1,2"], "log_interval takes one value"),
     (["--match=size"], "match must be both or shape or params"),
     (["--init_from=resume"], "leave out init_from"),
     (["--report_only=True"], "there is no"),

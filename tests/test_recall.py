@@ -349,6 +349,7 @@ def test_compare_reports_the_accuracy(questions, tmp_path, monkeypatch):
                   "--warmup_steps=1", "--decode_batch_size=1", "--decode_prompt_len=8"])
     text = (tmp_path / "report.md").read_text()
     assert "| validation loss | right answers |" in text and "bits per byte" not in text
+    assert "nats per answer" in text and "ublished" not in text
     records = json.loads((tmp_path / "results.json").read_text())["records"]
     accuracies = [record["metrics"]["val_acc"] for record in records]
     assert len(records) == 4 and f"| {sum(accuracies[:2]) / 2:.4f} ± " in text
