@@ -45,17 +45,17 @@ class GPTConfig:
     n_ff: int | None = None  # hidden width of the MLP; None: 8/3 n_embd, up to a multiple of 32
     rope_theta: float = 10000.0  # base of the rotary wavelengths
     rope_factor: float = 1.0  # context extension as in Llama 3.1; 1 turns it off
-    rope_original_block_size: int | None = None  # block_size before the extension, R below
-    rope_low_freq_factor: float = 1.0  # wavelengths above R / this are stretched in full
+    rope_original_block_size: int | None = None  # block_size before the extension: original below
+    rope_low_freq_factor: float = 1.0  # wavelengths above original / this are stretched
     rope_high_freq_factor: float = 4.0  # those below R / this are kept; in between, interpolated
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     qk_norm: bool = True  # normalize queries and keys (Qwen3); MLA: its latents
     qkv_bias: bool = False  # biases on q_proj, k_proj and v_proj (Qwen2)
     rope_fraction: float = 1.0  # share of a head's pairs that RoPE rotates; 0: none (NoPE)
     kv_tied: bool = False  # values are the rotated keys, so that only keys are cached
-    kv_share: int = 1  # of so many layers of a kind, local or global, one has keys and values
-    window: int | None = None  # last tokens that a layer attends to, its own included; None: all
-    global_every: int = 0  # with a window: every so many layers, one attends to all; 0: none does
+    kv_share: int = 1  # so many layers of a kind, local or global, share the keys and values of one
+    window: int | None = None  # tokens that a token attends to, itself included; None: all
+    global_every: int = 0  # with a window: every n-th layer attends to all tokens; 0: none does
     attention: Literal["gqa", "mla"] = "gqa"  # gqa: key/value heads; mla: latent attention
     kv_lora_rank: int | None = None  # MLA: width of the latent; None: min(4 head_dim, n_embd / 2)
     q_lora_rank: int | None = None  # MLA: width of the queries' latent; None: not compressed
@@ -121,7 +121,7 @@ class GPTConfig:
         require(self.v_head_dim <= key_width, f"v_head_dim={self.v_head_dim} is more than "
                 f"nope_head_dim + rope_head_dim = {key_width}, the width of keys: lower it")
 
-    def cached(self):
+    def layer_caches(self):
         """The LayerCache of each layer, from which cache.py and costs.py of nanogqa/ take sizes."""
         heads, widths = self.n_kv_head, (self.head_dim, self.head_dim)
         if self.kv_tied:
@@ -135,9 +135,9 @@ class GPTConfig:
             if self.global_every and (i + 1) % self.global_every == 0:
                 window = None
             source = None
-            below = len(same[window]) % self.kv_share
-            if below > 0:
-                source = same[window][-below]
+            since = len(same[window]) % self.kv_share  # layers since the last with its own
+            if since > 0:
+                source = same[window][-since]
                 layers[source].shared = True
             same[window].append(i)
             layers.append(LayerCache(heads, widths, window, source))
@@ -160,19 +160,19 @@ class LayerCache:
 
 
 def rope_frequencies(config, device=None):
-    """(D/2,) radians per position of each pair, float32: theta^(-2i/R) (RoPE, arXiv 2104.09864) for
-    the first R/2 pairs, the share rope_fraction, and 0 for the others.
+    """(D/2,) radians per position of each pair, float32 (RoPE, arXiv 2104.09864): theta^(-2i/n) for
+    the pairs of n = rope_fraction D dimensions, and 0 for the others.
     With rope_factor, low frequencies are divided by it as in Llama 3.1's reference code."""
     D = config.rope_head_dim if config.attention == "mla" else config.head_dim
-    R = 2 * round(config.rope_fraction * D / 2)
-    exponent = torch.arange(0, R, 2, device=device, dtype=torch.float32) / R
+    n = 2 * round(config.rope_fraction * D / 2)
+    exponent = torch.arange(0, n, 2, device=device, dtype=torch.float32) / n
     frequency = 1.0 / config.rope_theta**exponent
     if config.rope_factor != 1:
         turns = config.rope_original_block_size * frequency / (2 * math.pi)  # of each pair
         low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / config.rope_factor)
-    return F.pad(frequency, (0, (D - R) // 2))
+    return F.pad(frequency, (0, (D - n) // 2))
 
 
 def rope_cos_sin(positions, frequency):
@@ -202,18 +202,18 @@ def attention_mask(T, window, cache, device):
     """Returns a bool mask (1 or B, 1, T, S), True where a new token may attend to a key, or None if
     attend needs none: for the start of unpadded rows, or one token that sees every key.
 
-    A token attends to itself and those before it; window is their number at most, None: all.
+    A token attends to itself and those before it, with a window to that many of them at most.
     """
-    start = T <= (window or T)  # the last of the first T tokens still sees the first
-    if cache is None and start:
-        return None
+    in_reach = window is None or T <= window  # the last of T tokens attends to the first
     if cache is None:
+        if in_reach:
+            return None
         places = keys = torch.arange(T, device=device)
     else:
         plain = not cache.static and cache.padding is None
-        if plain and (T == 1 or (start and cache.length == 0)):
+        if plain and (T == 1 or (in_reach and cache.length == 0)):
             return None
-        places, keys = cache.places(T), cache.keys(T, window)           # (T,), (S,)
+        places, keys = cache.places(T), cache.key_places(T, window)     # (T,), (S,)
     distance = places[:, None] - keys                                   # (T, S)
     mask = (distance >= 0) & (keys >= 0)
     if window is not None:
@@ -261,43 +261,44 @@ def norm(width, eps, wanted=True):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer, cached):
+    def __init__(self, config, layer, layer_cache):
         super().__init__()
         H, K, D, C = config.n_head, config.n_kv_head, config.head_dim, config.n_embd
-        self.layer, self.cached, self.head_dim, self.kv_tied = layer, cached, D, config.kv_tied
+        self.layer, self.layer_cache = layer, layer_cache
+        self.head_dim, self.kv_tied = D, config.kv_tied
         self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
-        if cached.source is None:
+        if layer_cache.source is None:
             self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
-        if cached.source is None and not config.kv_tied:
+        if layer_cache.source is None and not config.kv_tied:
             self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=False)
         self.q_norm = norm(D, config.norm_eps, config.qk_norm)
-        if cached.source is None:
+        if layer_cache.source is None:
             self.k_norm = norm(D, config.norm_eps, config.qk_norm)
 
     def forward(self, x, context, kv):
-        """kv: keys and values of the layer below, for a layer without its own. Returns the output,
+        """kv: keys and values of a layer below, for a layer without its own. Returns the output,
         and keys and values if layers above read them."""
         B, T, C = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)                # (B, T, H, D)
         q = apply_rope(self.q_norm(q).transpose(1, 2), context.cos, context.sin)
-        if self.cached.source is None:
+        if self.layer_cache.source is None:
             kv = self.keys_and_values(x, context)
-        y = attend(q, kv[0], kv[-1], context.masks[self.cached.window])  # (B, H, T, D)
+        k, v = kv[0], kv[-1]  # the same if they are tied
+        y = attend(q, k, v, context.masks[self.layer_cache.window])     # (B, H, T, D)
         if self.kv_tied:  # the query's own rotation is undone: values depend on the distance alone
             y = apply_rope(y, context.cos, -context.sin)
         y = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))            # (B, T, C)
-        return y, kv if self.cached.shared else None
+        return y, kv if self.layer_cache.shared else None
 
     def keys_and_values(self, x, context):
-        """[k, v], or [k] if they are tied: (B, K, S, D) each."""
+        """[k, v], or [k] if they are tied: (B, K, S, D) each, from the cache if there is one."""
         B, T, C = x.shape
         k = self.k_proj(x).view(B, T, -1, self.head_dim)                # (B, T, K, D)
         kv = [apply_rope(self.k_norm(k).transpose(1, 2), context.cos, context.sin)]
         if not self.kv_tied:
-            v = self.v_proj(x).view(B, T, -1, self.head_dim)            # (B, T, K, D)
-            # a copy, no view, where FSDP passes it on
-            kv.append(v.transpose(1, 2).contiguous() if self.cached.shared else v.transpose(1, 2))
+            v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+            kv.append(v.contiguous() if self.layer_cache.shared else v)  # FSDP passes on no view
         if context.cache is not None:
             kv = context.cache.append(self.layer, *kv)                  # (B, K, S, D)
         return kv
@@ -316,11 +317,11 @@ class LatentAttention(nn.Module):
     over tokens, queries attend to the (c, r) themselves, one head of width R + P as in MQA.
     """
 
-    def __init__(self, config, layer, cached):
+    def __init__(self, config, layer, layer_cache):
         super().__init__()
         H, C, R, P = config.n_head, config.n_embd, config.kv_lora_rank, config.rope_head_dim
         N, U = config.nope_head_dim, config.v_head_dim
-        self.layer, self.cached = layer, cached
+        self.layer, self.layer_cache = layer, layer_cache
         self.widths, self.q_lora_rank = (R, P, N, U), config.q_lora_rank
         if self.q_lora_rank is None:
             self.q_proj = nn.Linear(C, H * (N + P), bias=False)
@@ -345,7 +346,7 @@ class LatentAttention(nn.Module):
         if context.cache is not None:
             [latent] = context.cache.append(self.layer, torch.cat((c, r), -1))  # (B, 1, S, R + P)
             c, r = latent.split((R, P), dim=-1)                         # (B, 1, S, R or P)
-        mask = context.masks[self.cached.window]
+        mask = context.masks[self.layer_cache.window]
         if context.cache is None or T > R or (T > 1 and mask is None):
             y = self.expanded(q_nope, q_rope, c, r, mask)
         else:
@@ -355,8 +356,8 @@ class LatentAttention(nn.Module):
     def expanded(self, q_nope, q_rope, c, r, mask):
         R, P, N, U = self.widths
         kv = self.kv_b_proj(c[:, 0]).view(len(c), c.size(2), -1, N + U)
-        k, v = kv.transpose(1, 2).split((N, U), dim=-1)                 # (B, H, T, N), (B, H, T, U)
-        k = torch.cat((k, r.expand(-1, k.size(1), -1, -1)), dim=-1)     # (B, H, T, N + P)
+        k, v = kv.transpose(1, 2).split((N, U), dim=-1)                 # (B, H, S, N), (B, H, S, U)
+        k = torch.cat((k, r.expand(-1, k.size(1), -1, -1)), dim=-1)     # (B, H, S, N + P)
         # fused kernels require values as wide as keys: padding is 1.2 to 3.0 times as fast forward
         # on a CPU, 0.9 to 1.9 times with the gradient (results/latent_padding.py)
         v = F.pad(v, (0, N + P - U))
@@ -387,10 +388,10 @@ ATTENTION = {"gqa": Attention, "mla": LatentAttention}
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer, cached):
+    def __init__(self, config, layer, layer_cache):
         super().__init__()
         self.attn_norm = norm(config.n_embd, config.norm_eps)
-        self.attn = ATTENTION[config.attention](config, layer, cached)
+        self.attn = ATTENTION[config.attention](config, layer, layer_cache)
         self.mlp_norm = norm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
         self.attn_dropout, self.mlp_dropout = nn.Dropout(config.dropout), nn.Dropout(config.dropout)
@@ -430,8 +431,8 @@ class GPT(nn.Module):
         self.recompute = False  # True: keep only the input of each block for the backward pass
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.cached = config.cached()
-        self.layers = nn.ModuleList(Block(config, i, self.cached[i]) for i in range(config.n_layer))
+        self.layer_caches = config.layer_caches()
+        self.layers = nn.ModuleList(Block(config, i, c) for i, c in enumerate(self.layer_caches))
         self.norm = norm(config.n_embd, config.norm_eps)
         untied = not config.tie_embeddings
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False) if untied else None
@@ -463,13 +464,13 @@ class GPT(nn.Module):
             positions = cache.positions(T)                              # (1 or B, T)
         cos, sin = rope_cos_sin(positions, rope_frequencies(self.config, idx.device))
         masks = {}
-        for window in dict.fromkeys(layer.window for layer in self.cached):
+        for window in dict.fromkeys(layer.window for layer in self.layer_caches):
             masks[window] = attention_mask(T, window, cache, idx.device)
         context = Context(cos, sin, masks, cache)
         shared = {}  # keys and values of the layers that others read
         x = self.dropout(self.embed(idx))                               # (B, T, C)
         for i, block in enumerate(self.layers):
-            kv = shared.get(self.cached[i].source)
+            kv = shared.get(self.layer_caches[i].source)
             if self.recompute and self.training:
                 x, shared[i] = checkpoint(block, x, context, kv, use_reentrant=False)
             else:
@@ -486,4 +487,4 @@ class GPT(nn.Module):
             return None, loss
         if logits == "targets":
             x = x[targets >= 0]
-        return F.linear(x, self.embed.weight) if self.lm_head is None else self.lm_head(x), loss
+        return (F.linear(x, self.embed.weight) if self.lm_head is None else self.lm_head(x)), loss

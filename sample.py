@@ -126,7 +126,8 @@ class TextBatch:
         if not self.options.kv_cache:
             rows = [self.model(self.tensor([c]), logits="last")[0] for c in contexts]
             return torch.cat(rows)[:, -1].float()
-        if starts == self.starts and self.cache.length < self.cache.max_length:  # padding fills it
+        # padding counts too: the cache may be full before a text reaches max_length
+        if starts == self.starts and self.cache.length < self.cache.max_length:
             last = self.tensor([text[-1:] for text in self.texts])  # the cache has all others
             logits = self.model(last, cache=self.cache, logits="last")[0]
         else:
@@ -165,16 +166,15 @@ def generate(model, prompts, max_new_tokens, num_samples=1, known=None, **option
     """
     options = Options(**options)
     batch = TextBatch(model, prompts, max_new_tokens, options)
-    rows = None
+    copies = [p for p in range(len(prompts)) for _ in range(num_samples)]
+    rows = list(range(len(copies)))
 
     def unfinished(index):
         return [i for i in index if not options.stopped or not options.stopped(rows[i])]
 
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         logits = batch.next_logits()                                         # (B, V)
-        if rows is None:  # each prompt is read once for all its samples
-            copies = [p for p in range(len(prompts)) for _ in range(num_samples)]
-            rows = list(range(len(copies)))
+        if step == 0:  # each prompt is read once for all its samples
             batch.select(copies)
             logits = logits[copies]
         ids = sample_token(drawable(logits, known), options.temperature, options.top_k,

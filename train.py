@@ -18,7 +18,6 @@ from nanogqa.batches import Batches, check_multiple, n_right
 from nanogqa.configurator import UserError, check_pattern, in_range, parse, program, subset
 from nanogqa.costs import meta_model, mfu
 from nanogqa.dataloader import Dataset, prepare_default
-from nanogqa.distributed import StopSignal
 from nanogqa.fast import accelerate, keep_freed_memory
 from nanogqa.runtime import compile_model, pick_runtime
 from nanogqa.saver import make_saver
@@ -98,7 +97,7 @@ def make_model(config, state, runtime):
         accelerate(model)
     dropout.by_sequence(model)
     if config.parallel == "fsdp":
-        def weight_of(name, shape):  # None: sharded, load_optimizers reads it
+        def weight_of(name, shape):  # None: sharded, checkpoint.restore reads it
             if state is not None:
                 return state["model"].get(name)
             return initial_weight(name, shape, config.seed, config.embed_std)
@@ -214,10 +213,10 @@ def main(argv):
 def train(given, stack):
     """The whole run, in time order. What is entered on stack is closed when it ends."""
     # the folder is locked before its checkpoint is read: another run may be writing it
-    call = resume.per_call(given, TrainConfig)
-    locked = Path(call.out_dir).is_dir() and not call.eval_only
+    this_call = resume.per_call(given, TrainConfig)
+    locked = Path(this_call.out_dir).is_dir() and not this_call.eval_only
     if locked:
-        folder.own(call.out_dir, stack)
+        folder.own(this_call.out_dir, stack)
 
     # settings, data, device: all is checked before anything is written
     config, state = resume.start(given, TrainConfig, GPTConfig)
@@ -239,7 +238,7 @@ def train(given, stack):
     keep_freed_memory()
     model = make_model(config, state, runtime)
     optimizers = make_optimizers(model, config)
-    checkpoint.load_optimizers(config, state, model, optimizers)
+    checkpoint.restore(config, state, model, optimizers)
     compiled = model
     if config.parallel != "fsdp":
         first = batches.step(0)[:1]
@@ -256,37 +255,36 @@ def train(given, stack):
 
     # what the loop keeps
     best = state["best_val_loss"] if resumed else None
-    # max_steps was lowered to the step at which the run had stopped: that is not evaluated yet
-    redo = resumed and start == config.max_steps and state["val_loss"] is None
+    # the first step is logged and saved already, unless max_steps was lowered to it since
+    logged = resumed and not (start == config.max_steps and state["val_loss"] is None)
     saver = make_saver(config, runtime.rank)
-    stop = stack.enter_context(StopSignal())
-    logger = stack.enter_context(log.Log(config, start if resumed and not redo else start - 1))
+    stop = stack.enter_context(distributed.StopSignal())
+    logger = stack.enter_context(log.Log(config, start if logged else start - 1))
     times, rate = timing.Times(runtime), timing.Rate(config.tokens_per_step, start)
-    loss = grad_norm = None
+    loss = grad_norm = None  # of the last step of this run
     skipped = 0  # steps since the last log line whose gradient was not finite
     in_a_row = 0  # consecutive such steps
 
     for step in range(start, config.max_steps + 1):  # optimizer steps done so far
         last = step == config.max_steps
         stopping = stop.agreed(runtime)
-        new = step > start or not resumed or redo  # not logged and saved yet
+        new = step > start or not logged
         evaluating = new and (last or step % config.eval_interval == 0)
         logging = new and (evaluating or step % config.log_interval == 0)
 
         metrics = dict.fromkeys(dataset.metric_names)  # None in rows without an evaluation
         if logging:
-            if loss is not None:  # .item() waits for the device, so that the rate is right
-                loss = distributed.total(loss).item() / runtime.ranks
-            tokens_per_sec = rate.at(step)
+            train_loss = None if loss is None else distributed.total(loss).item() / runtime.ranks
+            tokens_per_sec = rate.at(step)  # after .item(), which waits for the device
             if evaluating:
                 metrics = evaluate(compiled, batches, runtime)
                 val_loss = metrics["val_loss"]
                 check_finite(math.isfinite(val_loss), "validation loss", step, config, runtime)
-                best = min(val_loss, best or math.inf)
+                best = val_loss if best is None else min(val_loss, best)
             logger.row(
-                step=step, tokens=step * config.tokens_per_step, train_loss=loss, **metrics,
+                step=step, tokens=step * config.tokens_per_step, train_loss=train_loss, **metrics,
                 lr=learning_rate(step - 1, config) if step else None,
-                grad_norm=grad_norm.item() if step > start else None, skipped=skipped,
+                grad_norm=None if grad_norm is None else grad_norm.item(), skipped=skipped,
                 tokens_per_sec=tokens_per_sec, mfu=mfu(tokens_per_sec, model, runtime))
             skipped = 0
         if evaluating or (stopping and new) or (logging and saver.failed):

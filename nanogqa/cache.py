@@ -17,8 +17,10 @@ class KVCache:
     place p of its row is at index p mod W.
 
     Rows of different lengths are padded on the left: padding, (B,), is the number of padded places
-    in each row. A static cache is for torch.compile: its length is a tensor, and attention reads
-    all places under a mask, so that one graph serves every step.
+    in each row. So a token's place in its row counts the padding, and its position does not.
+
+    A static cache is for torch.compile: its length is a tensor, and attention reads all places
+    under a mask, so that one graph serves every step.
     """
 
     def __init__(self, config, batch_size, max_length, like=None, padding=None, static=False):
@@ -32,7 +34,7 @@ class KVCache:
         self.padding, self.static = padding, static
         self.has_rings = False
         self.layers = []  # of each layer: a list of tensors (B, heads, room, width)
-        for layer in config.cached():
+        for layer in config.layer_caches():
             tensors = []
             if layer.source is None:
                 room = self.room(layer.window)
@@ -61,14 +63,14 @@ class KVCache:
                              f"{T} more do not fit")
         return self.length + torch.arange(T, device=self.device)
 
-    def keys(self, T, window=None):
+    def key_places(self, T, window=None):
         """Places of the S tokens that append returns for T new ones, (S,); below 0: none yet."""
         room = self.room(window)
         if T > 1 and self.is_ring(room):
-            return torch.cat((self.held(room, self.length), self.places(T)))
-        return self.held(room, self.length + T)
+            return torch.cat((self.places_held(room, self.length), self.places(T)))
+        return self.places_held(room, self.length + T)
 
-    def held(self, room, length):
+    def places_held(self, room, length):
         """Places of the tokens at each index of a layer once length were written; below 0: none."""
         filled = room if self.static else min(room, length)
         newest = length - 1
@@ -93,9 +95,9 @@ class KVCache:
         """
         T, room = x.size(2), kept.size(2)
         if T > 1 and self.is_ring(room):
-            before = torch.cat((self.filled(kept, self.length), x), dim=2)
+            seen = torch.cat((self.filled(kept, self.length), x), dim=2)
             kept.index_copy_(2, self.indices(T, room)[-room:], x[:, :, -room:])
-            return before
+            return seen
         if self.static:
             kept.index_copy_(2, self.indices(T, room), x)
         else:
@@ -113,8 +115,10 @@ class KVCache:
         return kept if self.static else kept[:, :, :length]
 
     def rewind(self, length):
-        """Forgets all but the first length tokens. Raises ValueError where a ring has overwritten
-        some that the next one would attend to."""
+        """Forgets all but the first length tokens. Raises ValueError if there are fewer, or once a
+        ring has overwritten tokens, except for length 0."""
+        if length > self.length:
+            raise ValueError(f"the cache holds {int(self.length)} tokens, fewer than {length}")
         rooms = [x.size(2) for tensors in self.layers for x in tensors]
         if self.has_rings and 0 < length < self.length and self.length > min(rooms):
             raise ValueError(f"a layer with a window has forgotten what precedes token {length}: "
@@ -123,8 +127,11 @@ class KVCache:
 
     def set_length(self, length):
         """Continues at that place, whatever the cache holds: enough to time steps, not to decode.
-        In place, since a static length keeps its address."""
-        self.length += length - self.length
+        In place where it is a tensor, as compiled graphs read it at its address."""
+        if self.static:
+            self.length.fill_(length)
+        else:
+            self.length = length
 
     def rows(self, index):
         """A cache of some rows: copies of those in a list, or a slice, which shares its memory."""

@@ -211,7 +211,7 @@ def moments(model, optimizers):
     return {"state": state}
 
 
-def load_optimizers(config, state, model, optimizers):
+def restore(config, state, model, optimizers):
     """Fills the optimizers of a resumed run, and a model whose checkpoint is sharded."""
     if state is not None and not state["model"]:
         load_sharded(config.out_dir, model, optimizers, state)

@@ -1,6 +1,6 @@
 """Everything that is calculated: parameters, FLOPs, bytes, and the peaks of devices.
 
-Sizes of the cache follow from config.cached(), the description of what each layer caches, so that
+Sizes of the cache follow from config.layer_caches(), what each layer caches, so that
 a change of the cache is made in model.py alone.
 """
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ def flops_per_token(model, T=None):
     key_and_value = 2 * config.head_dim
     if config.attention == "mla":
         key_and_value = config.nope_head_dim + config.rope_head_dim + config.v_head_dim
-    read = sum(tokens_read(layer, T) for layer in config.cached())
+    read = sum(tokens_read(layer, T) for layer in config.layer_caches())
     return 6 * products + 6 * config.n_head * key_and_value * read
 
 
@@ -93,18 +93,18 @@ def numbers_read(layer, tokens):
 
 def kv_cache_bytes(config, tokens, dtype=torch.float32):
     """Bytes that the layers cache for one sequence of that many tokens."""
-    own = [layer for layer in config.cached() if layer.source is None]
+    own = [layer for layer in config.layer_caches() if layer.source is None]
     return sum(numbers_read(layer, tokens) for layer in own) * dtype.itemsize
 
 
 def kv_bytes_per_token(config, dtype=torch.float32):
-    """Bytes that the cache holds for one token: see GPTConfig.cached."""
+    """Bytes that the cache holds for one token: see GPTConfig.layer_caches."""
     return kv_cache_bytes(config, 1, dtype)
 
 
 def kv_bytes_beyond_windows(config, dtype=torch.float32):
     """Bytes by which the cache grows with a token once the layers with a window are full."""
-    full = max(layer.window or 0 for layer in config.cached())
+    full = max(layer.window or 0 for layer in config.layer_caches())
     return kv_cache_bytes(config, full + 1, dtype) - kv_cache_bytes(config, full, dtype)
 
 
@@ -125,7 +125,7 @@ class Decoding:
 
 def caching_layer(config):
     """The LayerCache of the layer with the most key/value numbers per token."""
-    return max(config.cached(), key=lambda layer: layer.heads * sum(layer.widths))
+    return max(config.layer_caches(), key=lambda layer: layer.heads * sum(layer.widths))
 
 
 def prefill_chunk(batch_size, prompt_len, masked, static):
@@ -146,7 +146,7 @@ def bytes_per_step(model, batch_size, tokens, dtype):
     weights = num_params(model)
     if model.lm_head is not None:
         weights -= model.embed.weight.numel()  # each row reads one line of the table
-    numbers = sum(numbers_read(layer, tokens) for layer in model.config.cached())
+    numbers = sum(numbers_read(layer, tokens) for layer in model.config.layer_caches())
     return (weights + batch_size * numbers) * dtype.itemsize
 
 
@@ -163,7 +163,7 @@ def decoding_bytes(model, decoding):
     if decoding.packed and model.lm_head is None:
         matrices += model.embed.weight.numel()  # a tied table is held in both layouts
     cache = kv_cache_bytes(config, decoding.max_length, decoding.dtype)
-    masked = decoding.padded or any(in_ring(layer, decoding) for layer in config.cached())
+    masked = decoding.padded or any(in_ring(layer, decoding) for layer in config.layer_caches())
     rows, tokens = prefill_chunk(
         decoding.batch_size, decoding.prompt_len, masked, decoding.static)
     activations = rows * tokens * numbers_per_token(config) * size
@@ -217,7 +217,7 @@ def copied_numbers(config, decoding, tokens):
     """Numbers for each row that layers copy from rings to attend to a part of a prompt: of a layer,
     and of the one below, whose copy is still there."""
     copied = [0]
-    for layer in config.cached():
+    for layer in config.layer_caches():
         if in_ring(layer, decoding):
             read = places_read(layer, decoding, tokens)
             copied.append(2 * layer.heads * sum(layer.widths) * read)
@@ -229,7 +229,7 @@ def expanded_numbers(config, decoding, tokens):
     if config.attention != "mla" or tokens <= config.kv_lora_rank:
         return 0
     key = config.nope_head_dim + config.rope_head_dim
-    read = max(places_read(layer, decoding, tokens) for layer in config.cached())
+    read = max(places_read(layer, decoding, tokens) for layer in config.layer_caches())
     return read * config.n_head * 4 * key
 
 
@@ -241,7 +241,7 @@ def mask_bytes(config, decoding, rows, tokens):
     into numbers: for each row where rows are padded. model.attend repeats it H / K times where
     queries that share a head become rows of one matrix: in steps, and in prompts on a GPU.
     """
-    windows = {layer.window: layer for layer in config.cached()}
+    windows = {layer.window: layer for layer in config.layer_caches()}
     number = 2 + decoding.dtype.itemsize
     step, prompt = 0, 0
     for layer in windows.values():

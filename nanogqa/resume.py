@@ -14,7 +14,7 @@ from nanogqa.folder import exists, path_of
 from nanogqa.runtime import check_training
 from nanogqa.tokenizer import present_name
 
-# settings of one call, which no checkpoint keeps
+# settings of this call alone, not saved
 PER_CALL = {"out_dir", "init_from", "overwrite", "eval_only", "profile"}
 
 

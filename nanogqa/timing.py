@@ -32,8 +32,8 @@ class Rate:
 
     def elapsed(self):
         """The time of the whole run as text."""
-        minutes, seconds = divmod(time.perf_counter() - self.began, 60)
-        return f"{minutes:.0f} min {seconds:.0f} s"
+        minutes, seconds = divmod(round(time.perf_counter() - self.began), 60)
+        return f"{minutes} min {seconds} s"
 
 
 class Times:

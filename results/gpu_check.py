@@ -187,7 +187,7 @@ def mla_ways(device, dtype, toy):
     config = config_of("MLA", toy)
     T = config.block_size
     torch.manual_seed(1)
-    layer = LatentAttention(config, 0, config.cached()[0]).to(runtime.device, runtime.dtype)
+    layer = LatentAttention(config, 0, config.layer_caches()[0]).to(runtime.device, runtime.dtype)
     x = torch.randn(2, T, config.n_embd).to(runtime.device, runtime.dtype)
     positions = torch.arange(T, device=runtime.device)[None]
     cos, sin = rope_cos_sin(positions, rope_frequencies(config, runtime.device))

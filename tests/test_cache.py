@@ -124,7 +124,7 @@ def test_the_ring_holds_the_window_alone():
         assert KVCache(toy_config(block_size=1000, n_kv_head=2, kv_tied=True), 3, 1000).nbytes == 3 * 4 * 2 * 2 * 8 * 1000
         mla = toy_config(block_size=1000, attention="mla", window=10)
         assert KVCache(mla, 1, 1000).nbytes == 2 * 10 * 24 * 4 == kv_cache_bytes(mla, 1000)
-    assert [layer.source for layer in config.cached()] == [None, 0, None, None, 3, 2]
+    assert [layer.source for layer in config.layer_caches()] == [None, 0, None, None, 3, 2]
     short = toy_config(window=40)
     assert KVCache(short, 1, 30).nbytes == kv_cache_bytes(short, 30) == 2 * 2 * 4 * 8 * 30 * 4
 
@@ -176,6 +176,8 @@ def test_a_ring_that_has_turned_cannot_go_back():
             torch.testing.assert_close(out, model(ids[:, :10])[0][:, 2:], atol=1e-4, rtol=1e-4)
             with pytest.raises(ValueError, match="forgotten what precedes token 9"):
                 cache.rewind(9)
+            with pytest.raises(ValueError, match="holds 10 tokens, fewer than 11"):
+                cache.rewind(11)
             cache.rewind(0)
             torch.testing.assert_close(model(ids, cache=cache)[0], model(ids)[0], atol=1e-4, rtol=1e-4)
 

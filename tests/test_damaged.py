@@ -205,7 +205,7 @@ def resume_sharded(folder):
     config, state = resume.start(given, train.TrainConfig, train.GPTConfig)
     model = train.GPT(train.subset(train.GPTConfig, config))
     optimizers = train.make_optimizers(model, config)
-    checkpoint.load_optimizers(config, state, model, optimizers)
+    checkpoint.restore(config, state, model, optimizers)
     return model
 
 

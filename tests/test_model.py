@@ -226,11 +226,11 @@ def test_keys_and_values_are_never_expanded(n_kv_head, T):
 def test_bytes_follow_from_what_layers_cache():
     """A layer may keep a number of tokens, or nothing at all, as it reads what another one keeps."""
     class Config:
-        def cached(self):
+        def layer_caches(self):
             return [LayerCache(2, (8, 8)), LayerCache(1, (24,), window=10), LayerCache(2, (8, 8), source=0)]
     assert kv_cache_bytes(Config(), 30) == 4 * (2 * 16 * 30 + 24 * 10)
     assert kv_bytes_per_token(Config(), torch.bfloat16) == 2 * (2 * 16 + 24)
-    assert sum(numbers_read(layer, 30) for layer in Config().cached()) == 2 * 2 * 16 * 30 + 24 * 10
+    assert sum(numbers_read(layer, 30) for layer in Config().layer_caches()) == 2 * 2 * 16 * 30 + 24 * 10
 
 
 def test_rope_depends_on_distance_only_and_turns():

@@ -20,22 +20,23 @@ import compare
 import convert
 import sample
 import train
-from nanogqa import distributed, files, folder, log, saver as writes
+from nanogqa import distributed, files, folder, log, saver as writes, timing
 from nanogqa.configurator import program
 
+STOP_SIGNAL = distributed.StopSignal
 SHORT = ["--max_steps=2", "--eval_interval=10", "--log_interval=1"]
 
 
 def at_steps(monkeypatch, actions):
     """Calls actions[step]() at the beginning of that step of a run from scratch."""
-    class At(distributed.StopSignal):
+    class At(STOP_SIGNAL):
         calls = 0
 
         def agreed(self, runtime):
             self.calls += 1
             actions.get(self.calls - 1, int)()
             return super().agreed(runtime)
-    monkeypatch.setattr(train, "StopSignal", At)
+    monkeypatch.setattr(distributed, "StopSignal", At)
 
 
 # -- a full disk -----------------------------------------------------------------------------------
@@ -418,3 +419,11 @@ def test_the_progress_bar_moves_at_every_step(toy_run, monkeypatch):
     train.main([*toy_run, "--max_steps=7"])
     train.main([*toy_run, "--max_steps=9", "--init_from=resume"])
     assert seen == list(range(1, 10))
+
+
+@pytest.mark.parametrize("seconds,words", [(59.4, "0 min 59 s"), (119.7, "2 min 0 s"), (3725.2, "62 min 5 s")])
+def test_the_time_of_a_run_as_text(monkeypatch, seconds, words):
+    """It was rounded after the division: 1 min 60 s."""
+    rate = timing.Rate(1, 0)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: rate.began + seconds)
+    assert rate.elapsed() == words

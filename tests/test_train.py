@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import load, model_of
 
-from nanogqa import checkpoint, saver
+from nanogqa import checkpoint, distributed, saver
 import train
 from nanogqa.dataloader import Dataset
 from model import GPT, GPTConfig
@@ -150,7 +150,7 @@ def test_micro_batches_make_the_same_step(toy_run, tmp_path):
     assert rows(tmp_path / "other")[-1]["train_loss"] != pytest.approx(one[-1]["train_loss"], abs=1e-3)
 
 
-class StopAt(train.StopSignal):
+class StopAt(distributed.StopSignal):
     """A SIGTERM that comes at a known step boundary."""
     step = None
 
@@ -169,7 +169,7 @@ def test_resume_is_bit_identical(toy_run, tmp_path, monkeypatch, capsys, stop, c
     whole, parts = out([*toy_run, *changes], tmp_path / "whole"), out([*toy_run, *changes], tmp_path / "parts")
     train.main(whole)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "StopSignal", StopAt)
+        patch.setattr(distributed, "StopSignal", StopAt)
         patch.setattr(StopAt, "step", stop)
         with pytest.raises(SystemExit) as exit:
             train.main(parts)
@@ -363,7 +363,7 @@ def test_newest_best_and_kept_checkpoints(toy_run, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *args: dict(val_loss=next(losses), val_bpb=0.0))
     args = [*toy_run, "--eval_interval=4", "--keep_checkpoints=2"]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "StopSignal", StopAt)
+        patch.setattr(distributed, "StopSignal", StopAt)
         patch.setattr(StopAt, "step", 13)
         with pytest.raises(SystemExit):
             train.main(args)
@@ -434,7 +434,7 @@ def test_a_full_disk_in_the_middle_is_tried_again(toy_run, tmp_path):
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
-from nanogqa import checkpoint, saver
+from nanogqa import checkpoint, distributed, saver
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 write, calls = saver.Saver.write, []
 def counted(self, state):
