@@ -38,9 +38,9 @@ def variants(match):
     return [by_name[name] for name in NAMES]
 
 
-def timing(shape, batch_size, prompt_len):
-    """The row of bench.py for decoding at that batch and context."""
-    for row in read("compare/results.json")["speed"][shape]["decode"]:
+def timing(shape, batch_size, prompt_len, comparison="compare"):
+    """The row of bench.py for decoding at that batch and context, in a folder of results/."""
+    for row in read(f"{comparison}/results.json")["speed"][shape]["decode"]:
         if (row["batch_size"], row["prompt_len"]) == (batch_size, prompt_len):
             return row
     raise ValueError(f"{shape} was not timed at {batch_size} x {prompt_len}")
@@ -143,6 +143,25 @@ def prefill_times():
 def peak_memory():
     """Megabytes at the peak of a decoding run (docs/comparing.md)."""
     return over_cells("peak_memory_bytes", 1e-6, 0)
+
+
+# -- results/cache ---------------------------------------------------------------------------------
+
+def designs():
+    """Cache, loss and times of every design of config/cache.py (docs/cache.md)."""
+    rows = []
+    for summary in summarize(read("cache/results.json")):
+        cell = timing(summary.shape, 16, 4096, "cache")
+        rows.append([
+            f"[{summary.name}](../config/{summary.name}.py)",
+            f"{cell['kv_cache_bytes'] / 1e6:,.0f}",
+            f"{summary.loss.mean:.3f} ± {summary.loss.error:.3f}",
+            with_both_intervals(summary.difference),
+            f"{cell['step_ms']:.1f}",
+            f"{cell['prefill_s']:.1f}",
+        ])
+    return table(["design", "cache, MB", "loss, nats per byte", "minus that of mha",
+                  "decoding step, ms", "reading the prompts, s"], rows)
 
 
 # -- results/*.json --------------------------------------------------------------------------------
@@ -289,7 +308,7 @@ def llama():
 
 TABLES = {function.__name__: function for function in (
     attention, findings, comparison, decoding_times, prefill_times, peak_memory, published_table,
-    shakespeare, against_nanogpt, bench_decode, bench_train, transformers_train,
+    designs, shakespeare, against_nanogpt, bench_decode, bench_train, transformers_train,
     transformers_decode, ablation, uptraining)}
 
 
@@ -303,7 +322,7 @@ def values():
         macos=f"{download['macOS, arm64'] / 1e9:.1f} GB",
         tokens=f"{settings['max_steps'] * settings['tokens_per_step'] / 1e6:.1f} million",
         mha_cache=f"{sizes[0]:,}", gqa_cache=f"{sizes[1]:,}",
-        **first_run(), **llama(), **ratios(), **one_long_text(), **ranges())
+        **first_run(), **llama(), **ratios(), **one_long_text(), **ranges(), **of_designs())
 
 
 def ratios():
@@ -328,16 +347,28 @@ def one_long_text():
     return texts
 
 
+def of_designs():
+    """Differences in loss to mha, and sizes and times as a share of its own (docs/cache.md)."""
+    summaries = summarize(read("cache/results.json"))
+    cells = {summary.name: timing(summary.shape, 16, 4096, "cache") for summary in summaries}
+    texts = {"design_seeds": str(read("cache/results.json")["settings"]["seeds"])}
+    for summary in summaries[1:]:
+        cell, first = cells[summary.name], cells["mha"]
+        texts[f"{summary.name}_minus"] = summary.difference.text(3)
+        texts[f"{summary.name}_size"] = f"{cell['kv_cache_bytes'] / first['kv_cache_bytes']:.2f}"
+        texts[f"{summary.name}_time"] = f"{cell['step_ms'] / first['step_ms']:.2f}"
+    return texts
+
+
 def ranges():
     """The smallest and the largest of several figures, as NAME_low and NAME_high."""
-    short = [timing(summary.shape, 1, 256)["step_ms"] for summary in variants("shape")]
     found = []
     for match in ("shape", "params"):
         for summary in variants(match)[1:]:
             found.append(summary.difference.detectable)
     texts = {}
     for name, numbers, digits in (
-            ("short", short, 1), ("found", found, 3), ("muon", muon_overhead(), 0),
+            ("found", found, 3), ("muon", muon_overhead(), 0),
             ("train", slowdowns("train"), 1), ("decode", slowdowns("decode"), 1)):
         texts[f"{name}_low"] = f"{min(numbers):.{digits}f}"
         texts[f"{name}_high"] = f"{max(numbers):.{digits}f}"
@@ -357,8 +388,11 @@ SENTENCES = {
         "{mqa_long_peak} and {mla_long_peak} MB and read the prompt in {gqa_long_prefill}, "
         "{mqa_long_prefill} and {mla_long_prefill} ms. MHA took {mha_long_peak} MB and "
         "{mha_long_prefill} ms",
-        "With one text of 256 tokens, all four take {short_low} to {short_high} ms per decoding "
-        "step",
+        "has a lower loss than MHA ({window_minus} nats per byte)",
+        "MLA ({mla_minus}), values that are the keys ({tied_minus}) and a cache like that of "
+        "DeepSeek-V4 ({deepseek_v4_like_minus})",
+        "takes {gemma_like_size} of the bytes and {gemma_like_time} of the time of a step",
+        "Runs of {tokens} tokens",
         "transformers takes {decode_low} to {decode_high} times as long per decoding step",
     ),
     "docs/training.md": (
@@ -373,6 +407,14 @@ SENTENCES = {
         "would have found {found_low} to {found_high} nats with a power of 80 %",
         "a step takes {gqa_step} of MHA's time with GQA, {mqa_step} with MQA and {mla_step} with "
         "MLA. MLA takes {mla_prefill} times as long as MHA to read the prompts",
+    ),
+    "docs/cache.md": (
+        "equal parameters, on {tokens} tokens",
+        "Losses are of {design_seeds} seeds",
+        "`window` ends {window_minus} nats per byte from `mha`, `tied` {tied_minus}, `mla` "
+        "{mla_minus} and `deepseek_v4_like` {deepseek_v4_like_minus}",
+        "that of `gemma_like`: {gemma_like_size} of the bytes, and {gemma_like_time} of the time "
+        "of a step",
     ),
     "docs/variant.md": (
         "that of MHA, `KV cache {mha_cache} bytes per token in float32`",

@@ -111,12 +111,12 @@ def draw_quality(summaries, colors):
         matched = with_match(summaries, match)
         axis.axvline(0, color=colors[first.name], linewidth=1)
         for place, summary in enumerate(matched):
-            labels[place] = f"{summary.name}\n{summary.facts['kv_bytes_per_token']:,}"
+            labels[place] = f"{summary.name}\n{cache_bytes(summary) / 1e3:,.0f}"
             differences = paired_curves(summary, matched[0], 0)[-1][1]
             draw_differences(axis, place, summary, differences, colors[summary.name])
         axis.set(title=equal(match), xlabel=minus(first.name))
     axes[0].set_yticks(list(labels), labels.values())
-    axes[0].set(ylim=(len(labels) - 0.5, -0.5), ylabel="KV cache, bytes per token")
+    axes[0].set(ylim=(len(labels) - 0.5, -0.5), ylabel=f"cache of {CONTEXT:,} tokens, kB")
     seeds = len(first.curves)
     text = (f"Final loss, paired by seed; dots are the {seeds} seeds. 95 % intervals:\nthick, each "
             "by itself; thin, all together")
@@ -233,6 +233,9 @@ def draw_fronts(summaries, colors, results):
     figure.suptitle("Against cached bytes. Bars: 95 % interval of the difference to "
                     f"{summaries[0].name}, or standard error of a metric.\nDotted: no other "
                     "variant caches less and is better", fontsize=14)
+    figure.draw_without_rendering()  # the axes get their sizes, which name_points needs
+    for axis, (_, points, _) in zip(axes, panels, strict=True):
+        name_points(axis, points, colors)
     return figure
 
 
@@ -269,14 +272,30 @@ def batch_and_context(timing):
 
 
 def draw_front(axis, points, lower, colors):
-    """Points with their error bars and names, and a line through those that no other one beats."""
+    """Points with their error bars, and a line through those that no other one beats."""
     sizes, values, _, _ = zip(*front(points, lower), strict=True)
     axis.plot(sizes, values, linestyle=":", color="0.5", zorder=0)
     for point in points:
         axis.errorbar(point.size, point.value, yerr=point.error, marker="D", capsize=4,
                       elinewidth=1.5, color=colors[point.name])
-        axis.annotate(point.name, (point.size, point.value), xytext=(6, 6),
-                      textcoords="offset points", color=colors[point.name], fontsize=11)
+
+
+# of a name beside its point: x and y in points, and the side of the name that is there
+BESIDE = ((6, 6, "left"), (-6, 6, "right"), (6, -16, "left"), (-6, -16, "right"))
+
+
+def name_points(axis, points, colors):
+    """Writes the name of each point beside it, in the first place where no other name is."""
+    taken = []
+    for point in sorted(points):
+        text = axis.annotate(point.name, (point.size, point.value), xytext=(0, 0),
+                             textcoords="offset points", color=colors[point.name], fontsize=11)
+        for x, y, side in BESIDE:
+            text.set(position=(x, y), ha=side)
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
 
 
 def front(points, lower):

@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import io
+import itertools
 import json
 import math
 import os
@@ -939,6 +940,9 @@ def test_pictures_show_what_they_claim(comparison, tmp_path, monkeypatch):
         assert all(word in seen[name].get_suptitle() for word in words)
         left, right = seen[name].axes
         assert left.get_ylim() == right.get_ylim()
+    for axis in seen["front"].axes:
+        boxes = [text.get_window_extent() for text in axis.texts]
+        assert len(boxes) == 4 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     assert "in nats" in seen["quality"].axes[0].get_xlabel()
     assert "minus MHA,\nin nats" in seen["curves"].axes[0].get_ylabel()
     assert "after the warm-up of 100 steps" in seen["curves"].axes[0].get_xlabel()
