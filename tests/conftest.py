@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # files with few but long tests: started last, they would leave the other process without work
-LONG = ("test_gpu.py", "test_faults.py", "test_recall.py", "test_fuzz.py", "test_hostile.py", "test_running.py")
+LONG = ("test_gpu.py", "test_faults.py", "test_recall.py", "test_fuzz.py", "test_hostile.py", "test_running.py", "test_train.py")
 
 
 def pytest_collection_modifyitems(items):
