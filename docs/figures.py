@@ -321,7 +321,7 @@ def values():
         linux=f"{download['Linux, x86-64'] / 1e9:.1f} GB",
         macos=f"{download['macOS, arm64'] / 1e9:.1f} GB",
         tokens=f"{settings['max_steps'] * settings['tokens_per_step'] / 1e6:.1f} million",
-        mha_cache=f"{sizes[0]:,}", gqa_cache=f"{sizes[1]:,}",
+        mha_cache=f"{sizes[0]:,}",
         **first_run(), **llama(), **ratios(), **one_long_text(), **ranges(), **of_designs())
 
 
@@ -388,6 +388,7 @@ SENTENCES = {
         "{mqa_long_peak} and {mla_long_peak} MB and read the prompt in {gqa_long_prefill}, "
         "{mqa_long_prefill} and {mla_long_prefill} ms. MHA took {mha_long_peak} MB and "
         "{mha_long_prefill} ms",
+        "equal parameters and {design_seeds} seeds each",
         "has a lower loss than MHA ({window_minus} nats per byte)",
         "MLA ({mla_minus}), values that are the keys ({tied_minus}) and a cache like that of "
         "DeepSeek-V4 ({deepseek_v4_like_minus})",
@@ -411,6 +412,7 @@ SENTENCES = {
     "docs/cache.md": (
         "equal parameters, on {tokens} tokens",
         "Losses are of {design_seeds} seeds",
+        "Six seeds were planned, and {design_seeds} are finished",
         "`window` ends {window_minus} nats per byte from `mha`, `tied` {tied_minus}, `mla` "
         "{mla_minus} and `deepseek_v4_like` {deepseek_v4_like_minus}",
         "that of `gemma_like`: {gemma_like_size} of the bytes, and {gemma_like_time} of the time "

@@ -1,7 +1,7 @@
 """Everything that is calculated: parameters, FLOPs, bytes, and the peaks of devices.
 
-Sizes of the cache follow from config.layer_caches(), what each layer caches, so that
-a change of the cache is made in model.py alone.
+Sizes of the cache follow from config.layer_caches(), what each layer caches, so that a change of
+the cache is made in model.py alone.
 """
 from dataclasses import dataclass
 

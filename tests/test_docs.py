@@ -261,6 +261,15 @@ def test_a_figure_without_a_source_is_found(words, values):
     assert len(unsupported("README.md", text, values)) == 1
 
 
+def test_the_designs_that_differ_are_those_that_the_documents_name():
+    """README.md and docs/cache.md say which designs are better or worse than mha, and that the others are neither."""
+    verdicts = {}
+    for summary in figures.summarize(figures.read("cache/results.json"))[1:]:
+        verdicts.setdefault(summary.difference.verdict, set()).add(summary.name)
+    assert verdicts == {"better": {"window"}, "worse": {"tied", "mla", "deepseek_v4_like"},
+                        "not distinguishable": {"gqa", "mqa", "share", "gemma_like"}}
+
+
 def test_a_changed_figure_is_found(values):
     """One digit changed, in a table and in a sentence."""
     text = (ROOT / "README.md").read_text()
