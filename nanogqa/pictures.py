@@ -5,6 +5,7 @@ import textwrap
 from typing import NamedTuple
 
 from nanogqa.costs import CONTEXT
+from nanogqa.estimates import mean_over_seeds
 from nanogqa.summary import (
     by_shape,
     cache_bytes,
@@ -136,8 +137,12 @@ def draw_differences(axis, place, summary, differences, color):
                   color=color, elinewidth=1.5)
     axis.errorbar(mean, place, xerr=summary.difference.half, color=color, elinewidth=7,
                   alpha=0.5)
-    axis.plot(differences, [place + 0.25] * len(differences), marker="o", linestyle="", alpha=0.6,
-              color=color, markersize=5)
+    draw_seeds(axis, differences, [place + 0.25] * len(differences), color)
+
+
+def draw_seeds(axis, x, y, color):
+    """A dot for each seed."""
+    axis.plot(x, y, marker="o", linestyle="", alpha=0.6, color=color, markersize=5)
 
 
 def draw_metrics(summaries, colors):
@@ -150,13 +155,17 @@ def draw_metrics(summaries, colors):
     for axis, (name, match) in zip(axes, itertools.product(names, matches), strict=True):
         for summary in with_match(summaries, match):
             if name in summary.metrics:
-                mean, error = summary.metrics[name]
-                axis.errorbar(mean, variants.index(summary.name), xerr=error, marker="D",
-                              capsize=5, color=colors[summary.name])
+                seeds = summary.metrics[name]
+                mean, error = mean_over_seeds(seeds)
+                place = variants.index(summary.name)
+                axis.errorbar(mean, place, xerr=error, marker="D", capsize=5,
+                              color=colors[summary.name])
+                draw_seeds(axis, seeds, [place + 0.25] * len(seeds), colors[summary.name])
         axis.set(title=equal(match), xlabel=shown_name(name))
     axes[0].set_yticks(range(len(variants)), variants)
     axes[0].set_ylim(len(variants) - 0.5, -0.5)
-    figure.suptitle("At the end: mean over seeds ± standard error", fontsize=14)
+    figure.suptitle("At the end: mean over seeds ± standard error; dots are the seeds",
+                    fontsize=14)
     return figure
 
 
@@ -207,8 +216,9 @@ class Point(NamedTuple):
     """A variant in a picture of a front."""
     size: int                     # bytes that it caches
     value: float
-    error: float | None           # half of its error bar
     name: str
+    error: float | None = None    # half of its error bar
+    seeds: tuple = ()             # values of the seeds
 
 
 def draw_fronts(summaries, colors, results):
@@ -230,9 +240,12 @@ def draw_fronts(summaries, colors, results):
         axis.set(title=label, xlabel=xlabel, xscale="log")
         axis.margins(x=0.25, y=0.15)
         few_ticks(axis.xaxis, kilobytes)
+    about_seeds = ""
+    if metric_names(summaries):
+        about_seeds = " Small dots: seeds."
     figure.suptitle("Against cached bytes. Bars: 95 % interval of the difference to "
-                    f"{summaries[0].name}, or standard error of a metric.\nDotted: no other "
-                    "variant caches less and is better", fontsize=14)
+                    f"{summaries[0].name}.{about_seeds}\nDotted line: no other variant caches less "
+                    "and is better", fontsize=14)
     figure.draw_without_rendering()  # the axes get their sizes, which name_points needs
     for axis, (_, points, _) in zip(axes, panels, strict=True):
         name_points(axis, points, colors)
@@ -245,7 +258,7 @@ def loss_points(summaries):
         error = None
         if summary.difference is not None:
             error = summary.difference.half
-        points.append(Point(cache_bytes(summary), summary.loss.mean, error, summary.name))
+        points.append(Point(cache_bytes(summary), summary.loss.mean, summary.name, error))
     return points
 
 
@@ -253,8 +266,9 @@ def metric_points(summaries, name):
     points = []
     for summary in summaries:
         if name in summary.metrics:
-            mean, error = summary.metrics[name]
-            points.append(Point(cache_bytes(summary), mean, error, summary.name))
+            seeds = summary.metrics[name]
+            mean = mean_over_seeds(seeds).mean
+            points.append(Point(cache_bytes(summary), mean, summary.name, seeds=tuple(seeds)))
     return points
 
 
@@ -263,7 +277,7 @@ def time_points(shapes, results):
     points = []
     for shape, summary in shapes.items():
         row = max(results["speed"][shape]["decode"], key=batch_and_context)
-        points.append(Point(cache_bytes(summary), row["step_ms"], None, summary.name))
+        points.append(Point(cache_bytes(summary), row["step_ms"], summary.name))
     return f"ms per step, batch {row['batch_size']}, context {row['prompt_len']:,}", points
 
 
@@ -272,12 +286,14 @@ def batch_and_context(timing):
 
 
 def draw_front(axis, points, lower, colors):
-    """Points with their error bars, and a line through those that no other one beats."""
-    sizes, values, _, _ = zip(*front(points, lower), strict=True)
-    axis.plot(sizes, values, linestyle=":", color="0.5", zorder=0)
+    """Points with error bars or seeds, and a line through those that no other one beats."""
+    best = front(points, lower)
+    axis.plot([point.size for point in best], [point.value for point in best], linestyle=":",
+              color="0.5", zorder=0)
     for point in points:
         axis.errorbar(point.size, point.value, yerr=point.error, marker="D", capsize=4,
                       elinewidth=1.5, color=colors[point.name])
+        draw_seeds(axis, [point.size] * len(point.seeds), point.seeds, colors[point.name])
 
 
 # of a name beside its point: x and y in points, and the side of the name that is there

@@ -1,5 +1,6 @@
 """The tables of a comparison as report.md, from the content of its results.json."""
 from nanogqa.costs import CONTEXT
+from nanogqa.estimates import mean_over_seeds
 from nanogqa.files import replacing
 from nanogqa.pictures import draw
 from nanogqa.published import PUBLISHED, relative_differences
@@ -74,7 +75,7 @@ def introduction(results, summaries):
         f"# Comparison of {len(variants)} variants, {settings['seeds']} seeds",
         f"{settings['max_steps']} steps of {settings['tokens_per_step']:,} tokens on data set "
         f"{settings['dataset']} (sha256 {results['dataset_sha256'][:16]}), tokenizer "
-        f"{results['tokenizer']}. {device}, {machine['threads']} threads, "
+        f"{results['tokenizer']}. Timed on {device}, {machine['threads']} threads, "
         f"torch {machine['torch']}, {machine['dtype']}, {machine['ranks']} rank(s), "
         f"{results['date']}.",
     ]
@@ -133,7 +134,7 @@ def cost_cells(summary, first_params):
 def metric_cell(summary, name):
     if name not in summary.metrics:
         return ""
-    return summary.metrics[name].text()
+    return mean_over_seeds(summary.metrics[name]).text()
 
 
 def difference_cells(summary):

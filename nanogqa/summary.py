@@ -23,7 +23,7 @@ class Summary:
     is_first: bool                # the variant that the others of its matching are compared to
     loss: Estimate                # nats per target, with the standard error
     bits_per_byte: float | None   # None where the loss counts answers alone
-    metrics: dict                 # {name: Estimate} of the metrics beyond loss and bits per byte
+    metrics: dict                 # {name: value of each seed}, beyond loss and bits per byte
     difference: Difference | None  # to the first variant's loss; None for the first
     curves: list                  # of each seed: [step, validation loss] pairs
     mean_curve: list              # of all seeds: (step, validation loss) pairs
@@ -69,7 +69,7 @@ def summarize_variant(records, first, difference):
         is_first=records is first,
         loss=mean_over_seeds(column(records, "val_loss")),
         bits_per_byte=bits_per_byte,
-        metrics=summarize_metrics(records),
+        metrics=metrics_of(records),
         difference=difference,
         curves=curves,
         mean_curve=curve,
@@ -82,15 +82,15 @@ def column(rows, key):
     return [row[key] for row in rows]
 
 
-def summarize_metrics(records):
-    """{name: Estimate} of the metrics beyond val_loss and val_bpb that every record has."""
+def metrics_of(records):
+    """{name: [value of each seed]}, beyond val_loss and val_bpb, of what every record has."""
     metrics = [record.get("metrics", {}) for record in records]  # older results have none
-    summary = {}
+    values = {}
     for name in metrics[0]:
         shared = all(name in row for row in metrics)
         if shared and name not in ("val_loss", "val_bpb"):
-            summary[name] = mean_over_seeds(column(metrics, name))
-    return summary
+            values[name] = column(metrics, name)
+    return values
 
 
 def mean_curve(curves):

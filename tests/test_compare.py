@@ -904,11 +904,11 @@ def test_curves_are_paired_by_seed(comparison):
 
 
 def test_the_front_holds_what_no_other_variant_beats():
-    a, b, c, d, e = (Point(1, 5.0, None, "a"), Point(2, 3.0, None, "b"), Point(2, 4.0, None, "c"),
-                     Point(3, 3.5, None, "d"), Point(4, 1.0, None, "e"))
+    a, b, c, d, e = (Point(1, 5.0, "a"), Point(2, 3.0, "b"), Point(2, 4.0, "c"),
+                     Point(3, 3.5, "d"), Point(4, 1.0, "e"))
     assert front([e, d, c, b, a], lower=True) == [a, b, e]
     assert front([e, d, c, b, a], lower=False) == [a]
-    assert front([b, Point(2, 9.0, None, "f")], lower=False) == [Point(2, 9.0, None, "f")]
+    assert front([b, Point(2, 9.0, "f")], lower=False) == [Point(2, 9.0, "f")]
 
 
 def test_names_on_lines_do_not_overlap():
