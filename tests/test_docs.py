@@ -18,6 +18,7 @@ from test_repo import PROGRAMS
 from model import SETTINGS_OF
 from nanogqa.configurator import build, choices_of, parse
 from nanogqa.costs import LIBRARIES
+from nanogqa.report import report
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -298,6 +299,17 @@ def test_the_picture_is_drawn_from_results():
     assert head.PICTURE.read_text() == head.picture(results), "run python docs/head.py"
     results["speed"]["MQA-n_ff352"]["decode"][-1]["step_ms"] += 1
     assert head.PICTURE.read_text() != head.picture(results)
+
+
+@pytest.mark.parametrize("name", ["compare", "cache"])
+def test_reports_are_those_of_their_results(name):
+    folder = ROOT / "results" / name
+    pictures = [folder / f"{part}.png" for part in ("curves", "quality", "decode", "front")]
+    text = report(figures.read(f"{name}/results.json"), pictures)
+    written = (folder / "report.md").read_text(encoding="utf-8")
+    assert text == written, f"python compare.py --report_only=True --out_dir=results/{name}"
+    for picture in pictures:
+        assert picture.exists()
 
 
 def test_results_of_recall_are_those_of_the_logs(monkeypatch):
