@@ -242,13 +242,19 @@ def transformers_decode():
                  rows)
 
 
-def slowdowns(mode):
+def slowdowns(mode, name="transformers.json"):
     """How many times as long transformers takes, in rows where both ran in one process."""
     ratios = []
-    for row in read("transformers.json")[mode]["rows"]:
+    for row in read(name)[mode]["rows"]:
         if not row.get("note"):
             ratios.append(row["transformers_ms"] / row["here_ms"])
     return ratios
+
+
+def against_llama_cpp():
+    """How many times as long a decoding step takes here as in llama.cpp."""
+    text = (ROOT / "results/against_llama_cpp.md").read_text(encoding="utf-8")
+    return [float(ratio) for ratio in re.findall(r" ms \| ([\d.]+) \|$", text, re.M)]
 
 
 def ablation():
@@ -369,7 +375,9 @@ def ranges():
     texts = {}
     for name, numbers, digits in (
             ("found", found, 3), ("muon", muon_overhead(), 0),
-            ("train", slowdowns("train"), 1), ("decode", slowdowns("decode"), 1)):
+            ("train", slowdowns("train"), 1), ("decode", slowdowns("decode"), 1),
+            ("older", [1 / slower for slower in slowdowns("train", "transformers_zen4.json")], 2),
+            ("llama_cpp", against_llama_cpp(), 2)):
         texts[f"{name}_low"] = f"{min(numbers):.{digits}f}"
         texts[f"{name}_high"] = f"{max(numbers):.{digits}f}"
     return texts
@@ -402,12 +410,15 @@ SENTENCES = {
     "docs/bench.md": (
         "transformers takes {decode_low} to {decode_high} times as long per decoding step, and "
         "{train_low} to {train_high} times as long per training step in the same process",
+        "a training step takes {older_low} to {older_high} times as long as in transformers",
+        "a decoding step of an exported model takes {llama_cpp_low} to {llama_cpp_high} times as "
+        "long here",
     ),
     "docs/comparing.md": (
         "after these {tokens} tokens",
         "would have found {found_low} to {found_high} nats with a power of 80 %",
         "a step takes {gqa_step} of MHA's time with GQA, {mqa_step} with MQA and {mla_step} with "
-        "MLA. MLA takes {mla_prefill} times as long as MHA to read the prompts",
+        "MLA. MLA took {mla_prefill} times as long as MHA to read the prompts",
     ),
     "docs/cache.md": (
         "equal parameters, on {tokens} tokens",

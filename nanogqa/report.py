@@ -20,8 +20,8 @@ ABOUT_QUALITY = (
     "weight of equal name and shape. Their intervals are Student's: each one has a confidence of "
     "95 % by itself. The wider ones of the next column hold all together with at least 95 % "
     "(Bonferroni). The verdict is that of the adjusted p value, which is below 0.05 where a "
-    "difference is found (Holm): with a chance of at least 95 %, no difference is found in the "
-    "whole report where there is none. Steps are read off the mean curve by linear interpolation, "
+    "difference is found (Holm): the chance that the whole report finds one where there is none is "
+    "at most 5 %. Steps are read off the mean curve by linear interpolation, "
     "and only where a difference is found; their time counts training steps alone."
 )
 ABOUT_RESOLUTION = (

@@ -197,7 +197,7 @@ DEFINITIONS = {
     "docs/training.md": ("a trace of 5 steps",),
     "docs/data.md": ("A 20 GB data set opens in less than a second and 300 MB of memory (tested)",),
     "docs/bench.md": ("contexts of 1,024 tokens or more",),
-    "docs/comparing.md": ("a confidence of 95 % by itself", "with a chance of at least 95 %",
+    "docs/comparing.md": ("a confidence of 95 % by itself", "is at most 5 %",
                           "found with a power of 80 %. Without", "its 95 % interval",
                           "the 10 billion tokens of its config", "16 texts of 4,096 tokens",
                           "With one text of 4,096 tokens", "less than 0.010 nats",
