@@ -231,7 +231,7 @@ def train(given, stack):
     batches = Batches(dataset, config, runtime)
     resume.verify_data(config, dataset)
     if not config.eval_only:
-        folder.open_folder(config.out_dir, dataset, locked, stack)
+        folder.open_folder(config, dataset, locked, stack)
 
     # model and optimizers: the plain model owns the weights and is saved, torch.compile wraps it,
     # and DDP wraps that; FSDP is inside it
@@ -257,7 +257,7 @@ def train(given, stack):
     best = state["best_val_loss"] if resumed else None
     # the first step is logged and saved already, unless max_steps was lowered to it since
     logged = resumed and not (start == config.max_steps and state["val_loss"] is None)
-    saver = make_saver(config, runtime.rank)
+    saver = make_saver(config, state, runtime.rank)
     stop = stack.enter_context(distributed.StopSignal())
     logger = stack.enter_context(log.Log(config, start if logged else start - 1))
     times, rate = timing.Times(runtime), timing.Rate(config.tokens_per_step, start)

@@ -59,6 +59,7 @@ KEYS = {
     "step": (schema.count, REQUIRED),                # optimizer steps done
     "val_loss": (loss, None),                        # nats per token, if this step was evaluated
     "best_val_loss": (loss, None),                   # the lowest of the run so far
+    "kept": ([schema.count], []),                    # steps whose ckpt_STEP.pt the run has written
     "tokenizer": (short_text, REQUIRED),             # a name for tokenizer.get_tokenizer
     "dataset_sha256": (short_text, REQUIRED),        # of meta.json; empty: not trained here
 }
@@ -162,12 +163,22 @@ def new_model(GPT, config, seed=1337):
                         f"lower {SHAPE}") from None
 
 
-def load_model(GPT, config, state):
-    """GPT(config) with the weights of a loaded checkpoint, in float32 on the CPU."""
-    weights = dict(state["model"])
-    if not weights:
+def is_sharded(state):
+    """Whether a loaded checkpoint has its weights in other files: see load_sharded."""
+    return not state["model"]
+
+
+def check_whole(state):
+    """Raises UserError if the weights of a loaded checkpoint are split over ranks."""
+    if is_sharded(state):
         raise UserError("the checkpoint is sharded over ranks: finish its run with "
                         "--init_from=resume --parallel=fsdp, which writes a ckpt.pt")
+
+
+def load_model(GPT, config, state):
+    """GPT(config) with the weights of a loaded checkpoint, in float32 on the CPU."""
+    check_whole(state)
+    weights = dict(state["model"])
     try:
         held = sum(x.numel() for x in weights.values())
         wanted = count_params(GPT, config)
@@ -177,6 +188,8 @@ def load_model(GPT, config, state):
         model = meta_model(GPT, config).to_empty(device="cpu")
         model.load_state_dict(weights)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(f"the weights in the checkpoint do not fit its config ({one_line(error)}): "
                         "it is damaged, or of another version") from None
     if not all(p.isfinite().all() for p in model.parameters()):
@@ -212,10 +225,12 @@ def moments(model, optimizers):
 
 
 def restore(config, state, model, optimizers):
-    """Fills the optimizers of a resumed run, and a model whose checkpoint is sharded."""
-    if state is not None and not state["model"]:
+    """Fills the optimizers of a resumed run, and its model where the checkpoint is sharded."""
+    if config.init_from != "resume":
+        return
+    if is_sharded(state):
         load_sharded(config.out_dir, model, optimizers, state)
-    elif config.init_from == "resume":
+    else:
         load_moments(model, optimizers, state)
 
 
@@ -230,7 +245,8 @@ def load_moments(model, optimizers, state):
         schema.check(saved, dict, "the state")
         if saved and all(type(key) is int for key in saved):  # older ones number the parameters
             saved = {wanted[key][0]: value for key, value in saved.items()}
-        if state["step"] > 0 and saved.keys() != {name for name, _, _ in wanted}:
+        # none: every step so far was skipped, as its gradient was not finite
+        if saved and saved.keys() != {name for name, _, _ in wanted}:
             raise ValueError("it has moments of other parameters")
         for name, parameter, optimizer in wanted:
             if name in saved:

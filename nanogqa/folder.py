@@ -41,7 +41,7 @@ def numbered(out_dir, before, after=""):
 def lock(out_dir, patience=60):
     """While it is open, no other process holds lock(out_dir). UserError after patience seconds.
 
-    If nothing but OPENED was added to the folder in the end, that is removed.
+    At the end, removes what OPENED names and was added meanwhile, unless other files were too.
     """
     before = set(os.listdir(out_dir))
     held = filelock.FileLock(Path(out_dir) / ".lock")  # released with the process, however it ends
@@ -68,8 +68,9 @@ def own(out_dir, stack):
     barrier()
 
 
-def open_folder(out_dir, dataset, locked, stack):
+def open_folder(config, dataset, locked, stack):
     """Creates and locks the folder of a run, and copies the data set's tokenizer into it."""
+    out_dir = config.out_dir
     if world()[0] == 0:
         stack.enter_context(created(out_dir))
     if not locked:
@@ -77,7 +78,9 @@ def open_folder(out_dir, dataset, locked, stack):
     if world()[0] == 0:
         remove_left(out_dir)
     check_writable(out_dir)
-    copy_tokenizer(dataset.meta["tokenizer"], dataset.folder, out_dir)
+    if world()[0] == 0:
+        replace = config.init_from != "resume"  # those of the run that this one replaces
+        copy_tokenizer(dataset.meta["tokenizer"], dataset.folder, out_dir, replace)
 
 
 def remove_left(out_dir):

@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from nanogqa.batches import batch_shape
-from nanogqa.checkpoint import freeze, load, typed
+from nanogqa.checkpoint import check_whole, freeze, load, typed
 from nanogqa.configurator import UserError, build, subset
 from nanogqa.costs import meta_model
 from nanogqa.distributed import barrier, check_parallel, world
@@ -55,6 +55,8 @@ def start(given, cls, GPTConfig):
         raise UserError(f"{source} is not a folder: init_from takes scratch, resume, auto, a "
                         "folder that holds a checkpoint, or the path of a ckpt_STEP.pt")
     state = load(source, GPTConfig)
+    if not resume:
+        check_whole(state)
     if resume and not state["settings"]:
         raise UserError(f"{source} holds converted weights and no run to resume: pass it as "
                         f"--init_from={source}, with another --out_dir")

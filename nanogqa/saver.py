@@ -13,7 +13,7 @@ import torch
 from nanogqa.configurator import one_line
 from nanogqa.distributed import total, whole
 from nanogqa.files import replacing, sync, write_json
-from nanogqa.folder import BEST, NAME, SHARDED, clear_sharded, numbered
+from nanogqa.folder import BEST, NAME, SHARDED, clear_sharded
 
 
 def save(out_dir, state, also=()):
@@ -22,25 +22,32 @@ def save(out_dir, state, also=()):
     OSError leaves the previous files as they were.
     """
     out_dir = Path(out_dir)
+    parts = {}
     try:
         with replacing(out_dir / NAME, "wb") as file:
             torch.save(state, file)
-            sync(file)
+            sync(file)  # the links share its content, so that must be on the disk before they are
             for name in also:
-                link(file.name, out_dir / name)
+                parts[name] = link(file.name, out_dir / f"{name}.part")
+            for name, part in parts.items():
+                os.replace(part, out_dir / name)
     except RuntimeError as error:  # torch's own error where the disk is full
         raise OSError(0, one_line(error, 100)) from None
+    finally:
+        for name in also:
+            (out_dir / f"{name}.part").unlink(missing_ok=True)
 
 
 def link(source, path):
-    """Gives the file source a second name, which replaces what had it."""
-    part = Path(f"{path}.part")
-    part.unlink(missing_ok=True)
+    """Gives the file source a second name, path, which it returns."""
+    path.unlink(missing_ok=True)
     try:
-        os.link(source, part)
+        os.link(source, path)
     except OSError:  # not every file system has hard links
-        shutil.copyfile(source, part)
-    os.replace(part, path)
+        shutil.copyfile(source, path)
+        with open(path, "rb") as file:
+            sync(file)
+    return path
 
 
 class Saver:
@@ -50,13 +57,11 @@ class Saver:
     last keep ones. A failed write prints a warning; .failed holds it until one succeeds.
     """
 
-    def __init__(self, config, rank=0):
+    def __init__(self, config, kept=(), rank=0):
         self.out_dir = Path(config.out_dir)
         self.keep = config.keep_checkpoints
         self.rank = rank
-        self.kept = []  # steps of the ckpt_STEP.pt that this run has written
-        if config.init_from == "resume":
-            self.kept = numbered(self.out_dir, "ckpt_", ".pt")
+        self.kept = list(kept)  # steps of the ckpt_STEP.pt that this run has written
         self.thread = None
         self.failed = None
 
@@ -72,12 +77,15 @@ class Saver:
         also = []
         if state["val_loss"] is not None and state["val_loss"] == state["best_val_loss"]:
             also.append(BEST)
+        kept = self.kept
         if self.keep:
             also.append(f"ckpt_{state['step']}.pt")
+            kept = sorted({state["step"], *self.kept})
         try:
-            save(self.out_dir, state, also)
+            save(self.out_dir, state | {"kept": kept}, also)
             self.failed = None
-            self.remove_old(state["step"])
+            self.kept = kept
+            self.remove_old()
         except OSError as error:
             size = math.ceil(sum(x.nbytes for x in tensors(state)) / 2**20)
             self.fail(f"cannot save step {state['step']} to {self.out_dir} ({error.strerror}): "
@@ -89,16 +97,13 @@ class Saver:
             return "the previous checkpoint is whole"
         return "nothing is saved yet"
 
-    def remove_old(self, step):
-        """Keeps the last ckpt_STEP.pt files of this run only; step is the newest."""
+    def remove_old(self):
+        """Keeps the last ckpt_STEP.pt files of this run, and files that it has not written."""
         if self.keep:
-            # a killed run may have kept later steps: they are old once this one has passed them
-            self.kept = sorted({step, *self.kept})
-            passed = self.kept[:self.kept.index(step) + 1]
-            for old in passed[:-self.keep]:
+            for old in self.kept[:-self.keep]:
                 with contextlib.suppress(OSError):  # the checkpoint is saved all the same
                     (self.out_dir / f"ckpt_{old}.pt").unlink()
-                self.kept.remove(old)
+            self.kept = self.kept[-self.keep:]
 
     def fail(self, message):
         self.failed = message
@@ -180,9 +185,13 @@ def split(state):
     return parts, state | {"model": {}, "optimizer": steps}
 
 
-def make_saver(config, rank):
-    """The Saver of a run. A run from scratch removes the sharded checkpoints of the one before."""
-    if config.init_from != "resume":
+def make_saver(config, state, rank):
+    """The Saver of a run that starts from the checkpoint state, or None. A run from scratch removes
+    the sharded checkpoints of the one before."""
+    kept = []
+    if config.init_from == "resume":
+        kept = state["kept"]
+    else:
         clear_sharded(config.out_dir, rank)
     kind = ShardedSaver if config.parallel == "fsdp" else Saver
-    return kind(config, rank)
+    return kind(config, kept, rank)

@@ -312,14 +312,16 @@ def stop_tokens(encoding):
     return getattr(encoding, "stop_tokens", [encoding.eot_token])
 
 
-def copy_tokenizer(name, source, target):
+def copy_tokenizer(name, source, target, replace=False):
     """Copies a tokenizer.json and its config from folder source to target, if name is one.
 
-    Files that target already has are kept.
+    Files that target already has are kept, or with replace give way to those in source.
     """
-    if not name.startswith(HF_TOKENIZER):
+    if not name.startswith(HF_TOKENIZER) or not (Path(source) / HF_TOKENIZER).exists():
         return
     for file in (HF_TOKENIZER, HF_CONFIG):
+        if replace:
+            (Path(target) / file).unlink(missing_ok=True)
         if (Path(source) / file).exists() and not (Path(target) / file).exists():
             shutil.copyfile(Path(source) / file, Path(target) / file)
 

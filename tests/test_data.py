@@ -500,7 +500,7 @@ def test_file_names_that_are_not_text(tmp_path, script, suffix, encoding):
     assert len(hashes) == 1
 
 
-def file_with_truncation(folder):
+def file_with_truncation(folder, vocab_size=280):
     """Writes a tokenizer.json that stores truncation and padding. Returns its folder."""
     tokenizers = pytest.importorskip("tokenizers")
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -508,7 +508,7 @@ def file_with_truncation(folder):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=280, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
     )
     tokenizer.train_from_iterator(["some text to train on"], trainer)
     tokenizer.enable_truncation(16)

@@ -170,6 +170,9 @@ def test_a_sharded_checkpoint_is_read_by_its_run_alone(toy_run, tmp_path, capsys
     import json
     (folder / "state.json").write_text(json.dumps({**state, "model": {}, "optimizer": {}}))
     assert "is sharded over ranks: finish its run with" in fails(sample.main, [f"--out_dir={tmp_path / 'run'}", "--device=cpu"], capsys)
+    for args in ([], ["--parallel=fsdp"], ["--eval_only=True"]):
+        error = fails(train.main, [*toy_run, f"--out_dir={tmp_path / 'other'}", f"--init_from={tmp_path / 'run'}", *args], capsys)
+        assert "is sharded over ranks" in error and not (tmp_path / "other").exists(), "it took weights of out_dir"
     for text in ("{", "[]", '{"step": 1}'):
         (folder / "state.json").write_text(text)
         error = fails(train.main, [*toy_run, "--init_from=resume"], capsys)

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import load
+from test_data import file_with_truncation
 from test_inputs import fails
 from test_train import ROOT, equal, out, rows, weights
 
@@ -22,6 +24,7 @@ import sample
 import train
 from nanogqa import distributed, files, folder, log, saver as writes, timing
 from nanogqa.configurator import program
+from nanogqa.writer import write_dataset
 
 STOP_SIGNAL = distributed.StopSignal
 SHORT = ["--max_steps=2", "--eval_interval=10", "--log_interval=1"]
@@ -306,6 +309,62 @@ def test_a_new_run_keeps_its_own_checkpoints_beside_later_ones_of_another(toy_ru
     train.main([*args, "--max_steps=10", "--overwrite=True", "--eval_interval=5"])
     steps = [load(path)["step"] for path in sorted((tmp_path / "run").glob("ckpt_[0-9]*.pt"))]
     assert {5, 10} <= set(steps)
+
+
+def test_a_resumed_run_removes_its_own_old_checkpoints_alone(toy_run, tmp_path, monkeypatch):
+    """It took all ckpt_STEP.pt for its own: it removed one of its last two, and kept one of a run before it."""
+    names = lambda: sorted(path.name for path in (tmp_path / "run").glob("ckpt_[0-9]*.pt"))  # noqa: E731
+    args = [*toy_run, "--keep_checkpoints=2", "--max_steps=20"]
+    train.main([*args, "--eval_interval=9"])
+    assert names() == ["ckpt_18.pt", "ckpt_20.pt"]
+    with monkeypatch.context() as patch:
+        at_steps(patch, {13: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+        with pytest.raises(SystemExit):
+            train.main([*args, "--eval_interval=4", "--overwrite=True"])
+    assert load(tmp_path / "run")["kept"] == [8, 12, 13], "8 was removed after this was written"
+    train.main([*args, "--eval_interval=4", "--init_from=resume", "--max_steps=16"])
+    assert names() == ["ckpt_13.pt", "ckpt_16.pt", "ckpt_18.pt", "ckpt_20.pt"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_failed_save_leaves_every_name_as_it_was(tmp_path, monkeypatch, links):
+    """Without hard links, a full disk left a new ckpt_best.pt beside an old ckpt.pt, and a part of a copy."""
+    def state(step):
+        return dict(step=step, model={"x": torch.ones(1000)})
+    names = ("ckpt_best.pt", "ckpt_8.pt")
+    if not links:
+        monkeypatch.setattr(os, "link", full)
+    writes.save(tmp_path, state(1), names)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["ckpt.pt", "ckpt_8.pt", "ckpt_best.pt"] and len(set(before.values())) == 1
+    link, calls = writes.link, []
+
+    def link_once(source, path):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_text("a part")
+            full()
+        return link(source, path)
+    monkeypatch.setattr(writes, "link", link_once)
+    with pytest.raises(OSError):
+        writes.save(tmp_path, state(2), names)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_that_replaces_another_has_the_tokenizer_of_its_data(toy_run, tmp_path):
+    """That of the run before was kept: sample.py then refused the new checkpoint."""
+    text = "some text to train on, and more of it. " * 60
+    for name in ("a", "b"):
+        source = file_with_truncation(tmp_path / name, {"a": 280, "b": 270}[name])
+        write_dataset([("train", text), ("val", text)], tmp_path / f"data_{name}", source)
+        args = [*toy_run, f"--dataset={tmp_path / f'data_{name}'}", "--eval_tokens=64", *SHORT, "--overwrite=True"]
+        train.main(args)
+    mine = '{"eos_token": "<|endoftext|>", "mine": 1}'
+    (tmp_path / "run/tokenizer_config.json").write_text(mine)
+    train.main([*args, "--overwrite=False", "--init_from=resume"])
+    assert (tmp_path / "run/tokenizer_config.json").read_text() == mine, "a resumed run keeps its own"
+    assert (tmp_path / "run/tokenizer.json").read_bytes() == (tmp_path / "data_b/tokenizer.json").read_bytes()
+    sample.main([f"--out_dir={tmp_path / 'run'}", "--prompt=some", "--max_new_tokens=2", "--device=cpu"])
 
 
 def test_parts_of_killed_runs_are_removed(toy_run, tmp_path):

@@ -358,6 +358,18 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(toy_run, tmp_pa
     assert load(tmp_path / "ten")["step"] == 8, "good weights are saved while steps are skipped"
 
 
+def test_a_run_whose_first_steps_were_all_skipped_resumes(toy_run, tmp_path, monkeypatch):
+    """Its checkpoint has no moments yet, which was taken for those of another model."""
+    with monkeypatch.context() as patch:
+        poison(patch, range(4))
+        train.main([*toy_run, "--max_steps=4", "--eval_interval=4"])
+    state = load(tmp_path / "run")
+    assert state["step"] == 4 and state["optimizer"] == {"state": {}}
+    train.main([*toy_run, "--init_from=resume", "--max_steps=6"])
+    steps = [int(x["step"]) for x in load(tmp_path / "run")["optimizer"]["state"].values()]
+    assert set(steps) == {2}
+
+
 def test_newest_best_and_kept_checkpoints(toy_run, tmp_path, monkeypatch):
     losses = iter([5.0, 4.0, 3.0, 3.5, 3.6, 3.0, 3.0])
     monkeypatch.setattr(train, "evaluate", lambda *args: dict(val_loss=next(losses), val_bpb=0.0))
