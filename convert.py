@@ -8,6 +8,7 @@ Each command writes a new folder, completely or not at all. to_hf and from_hf ne
 """
 import contextlib
 import dataclasses
+import functools
 import os
 import shutil
 import sys
@@ -18,11 +19,20 @@ from typing import Literal
 import torch
 
 from model import GPT, GPTConfig
-from nanogqa import checkpoint, costs, folder, saver, schema
+from nanogqa import checkpoint, costs, saver, schema
 from nanogqa import pool as pooling
-from nanogqa.configurator import UserError, build, help_text, one_line, parse, program
+from nanogqa.configurator import (
+    UserError,
+    build,
+    help_text,
+    one_line,
+    out_of_memory,
+    parse,
+    program,
+)
 from nanogqa.dataloader import Dataset, train_batch
 from nanogqa.files import write_json
+from nanogqa.folder import path_of
 from nanogqa.hf_tokenizer import (
     SPECIAL_IDS,
     compare_import,
@@ -32,6 +42,7 @@ from nanogqa.hf_tokenizer import (
     read_tokenizer,
     write_tokenizer,
 )
+from nanogqa.runtime import check_memory
 from nanogqa.schema import base_name
 from nanogqa.tokenizer import (
     HF_TOKENIZER,
@@ -195,11 +206,11 @@ def model_type_of(config):
 
 # -- folders and optional packages ---------------------------------------------------------------
 
-@contextlib.contextmanager
-def whole(folder, key):
-    """A temporary folder, renamed to folder on success and deleted on error.
+def new_folder(folder, key):
+    """The absolute path of a folder to write, which the setting key names.
 
-    key is the setting that names the folder. Raises UserError if it exists and is not empty.
+    Raises UserError if there is none, or if it is not empty. Each command calls this first, since
+    the rest may take long.
     """
     if folder is None:
         raise UserError(f"there is no folder to write to: name a new one with --{key}=FOLDER")
@@ -208,6 +219,13 @@ def whole(folder, key):
         raise UserError(
             f"{folder} exists, and nothing is overwritten: name another --{key}, or remove it first"
         )
+    return folder
+
+
+@contextlib.contextmanager
+def whole(folder, key):
+    """A temporary folder, renamed to folder on success and deleted on error: see new_folder."""
+    folder = new_folder(folder, key)
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
@@ -228,7 +246,7 @@ def load_checkpoint(out_dir):
     """
     state = checkpoint.load(out_dir, GPTConfig)
     model = checkpoint.load_model(GPT, GPTConfig(**state["config"]), state)
-    return state, model.eval(), folder.path_of(out_dir).parent
+    return state, model.eval(), path_of(out_dir).parent
 
 
 def write(folder, state):
@@ -255,6 +273,7 @@ def write(folder, state):
 
 def to_hf(config):
     """Writes a checkpoint as a folder that transformers loads, and compares the logits."""
+    new_folder(config.hf_dir, "hf_dir")
     state, model, source = load_checkpoint(config.out_dir)
     model_type = model_type_of(model.config)
     import_transformers()
@@ -407,8 +426,8 @@ def compare_logits(model, folder, dtype="float32", changes=None):
     """Compares model with the one that transformers loads from folder; one line with the result.
 
     changes are keys of config.json that are given to transformers with other values.
-    The input is random ids at the positions 0 to block_size - 1, at most 2,048 of them, or 64 more
-    than the window.
+    The input is random ids at the positions 0 to block_size - 1, but not more of them than 2,048
+    or, if that is more, 64 beyond the window.
     Raises UserError if the logits differ by more than rounding to dtype explains.
     """
     transformers = import_transformers()
@@ -434,8 +453,8 @@ def compare_logits(model, folder, dtype="float32", changes=None):
     if not difference <= tolerance:  # also refuses NaN
         raise UserError(
             f"the logits of the converted model differ by {difference:.2g} from those of "
-            "transformers, so nothing was written: use another checkpoint, since the config asks "
-            "for something that the conversion does not represent"
+            "transformers, so nothing was written: use another checkpoint, since this one has "
+            "something that the conversion does not represent"
         )
     return (
         f"largest logit difference to transformers {difference:.1e} (logits up to {largest:.1f}, "
@@ -452,6 +471,7 @@ def from_hf(config):
             f"there is no folder {config.hf_dir}: name one that holds config.json and safetensors "
             "with --hf_dir"
         )
+    new_folder(config.out_dir, "out_dir")
     hf_dir = Path(config.hf_dir)
     hf = read_json(hf_dir / "config.json", HF_CONFIG)
     gpt_config = model_config(hf, hf_dir / "config.json")
@@ -479,7 +499,6 @@ def from_hf(config):
         print(f"warning: {warning}", file=sys.stderr)
 
 
-# the part of config.json that is not checked as settings of GPTConfig are
 def list_of_text(value):
     """A list of text, or null."""
     if isinstance(value, list):
@@ -487,14 +506,15 @@ def list_of_text(value):
     return value is None
 
 
-def window(value):
+def window_size(value):
     """A whole number, or null."""
     return value is None or schema.count(value)
 
 
+# the part of config.json that is not checked as settings of GPTConfig are
 HF_CONFIG = SPECIAL_IDS | {
     "layer_types?": list_of_text,
-    "sliding_window?": window,
+    "sliding_window?": window_size,
     "max_window_layers?": schema.count,
     "rope_parameters?": (dict, type(None)),
     "rope_scaling?": (dict, type(None)),
@@ -630,6 +650,8 @@ def read_weights(folder, config):
     expected = expected_weights(folder, config)
     for name in [*expected, *shapes]:
         check_tensor(folder, name, shapes, expected)
+    numbers = sum(shape.numel() for _, shape in expected.values())
+    check_memory({"the size of the model": 4 * numbers})
     weights = {}
     for path in files:
         with open_safetensors(path) as file:
@@ -698,6 +720,8 @@ def open_safetensors(path):
         with safetensors.safe_open(path, framework="pt") as file:
             yield file
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(
             f"{path} cannot be read ({one_line(error, 100)}): download it again; only safetensors "
             "are supported"
@@ -708,12 +732,13 @@ def open_safetensors(path):
 
 def pool(config):
     """Writes a checkpoint with another number of key/value heads."""
+    new_folder(config.new_dir, "new_dir")
     state, model, source = load_checkpoint(config.out_dir)
     before = model.config
     after = pooled_config(before, config)
     moments = [None] * before.n_layer
     if config.dataset is not None:
-        moments = input_moments(model, pooling_inputs(state, config, before.block_size))
+        moments = input_moments(model, pooling_inputs(state, before, config))
     fresh = None
     if config.method == "random":
         fresh = checkpoint.new_model(GPT, after, config.seed).state_dict()
@@ -739,7 +764,7 @@ def pool(config):
         copy_tokenizer(state["tokenizer"], source, folder)
         new_state = {"model": weights, "config": asdict(after), "tokenizer": state["tokenizer"]}
         model = write(folder, new_state)
-    report(before, config, model)
+    print_pooled(before, config, model)
 
 
 def pooled_config(before, config):
@@ -759,6 +784,11 @@ def pooled_config(before, config):
             f"{config.out_dir} has {old} key/value heads, which {new} neither divides nor is a "
             "multiple of: choose another --n_kv_head"
         )
+    if config.dataset is not None and new >= old:
+        raise UserError(
+            f"heads are copied from {old} to {new}, which uses no data: leave --dataset out, or "
+            "choose fewer heads"
+        )
     if config.dataset is not None and config.method != "aligned":
         raise UserError(
             f"--method={config.method} uses no data: leave --dataset out, or choose "
@@ -767,17 +797,20 @@ def pooled_config(before, config):
     return after
 
 
-def pooling_inputs(state, config, block_size):
-    """64 training sequences of config.dataset, (64, block_size) token ids."""
+def pooling_inputs(state, before, config):
+    """64 training sequences of config.dataset, (64, T) token ids, for a model of the GPTConfig
+    before. T is its block_size, but at most 2,048."""
     dataset = Dataset(config.dataset)
     theirs = dataset.meta["tokenizer"]
-    ours = present_name(state["tokenizer"], folder.path_of(config.out_dir).parent)
+    ours = present_name(state["tokenizer"], path_of(config.out_dir).parent)
     if theirs != ours:
         raise UserError(
             f"{dataset.folder} has tokenizer {theirs!r}, the checkpoint {ours!r}: pass a data set "
             "with the checkpoint's tokenizer, or no --dataset"
         )
-    inputs, _ = train_batch(dataset.train, 0, 0, 64, block_size)
+    length = min(before.block_size, 2048)
+    dataset.check_fits(before.vocab_size, length)
+    inputs, _ = train_batch(dataset.train, 0, 0, 64, length)
     return torch.from_numpy(inputs)
 
 
@@ -785,23 +818,25 @@ def pooling_inputs(state, config, block_size):
 def input_moments(model, ids):
     """For each layer, the mean of x x^T over the inputs x of its attention, (C, C).
 
-    With biases x ends in a 1, as pool.Heads asks for.
+    With biases x ends in a 1, as pool.Heads asks for. ids are (sequences, T).
     """
-    moments = []
+    sums = [0.0] * len(model.layers)
 
-    def add_moment(module, args, x):
-        x = x.flatten(0, -2).double()                        # (tokens, C)
+    def add_moment(layer, module, args, x):
+        x = x[0].double()                                    # (T, C)
         if model.config.qkv_bias:
             x = torch.cat((x, torch.ones(len(x), 1)), dim=1)
-        moments.append(x.T @ x / len(x))
+        sums[layer] += x.T @ x
 
     hooks = []
-    for block in model.layers:
-        hooks.append(block.attn_norm.register_forward_hook(add_moment))
-    model(ids, logits="none")
+    for layer, block in enumerate(model.layers):
+        add = functools.partial(add_moment, layer)
+        hooks.append(block.attn_norm.register_forward_hook(add))
+    for sequence in ids:  # one at a time: all at once may not fit into memory
+        model(sequence[None], logits="none")
     for hook in hooks:
         hook.remove()
-    return moments
+    return [total / ids.numel() for total in sums]
 
 
 def split_heads(weights, prefix, config):
@@ -831,7 +866,7 @@ def join_heads(heads, prefix, config):
     return weights
 
 
-def report(before, config, model):
+def print_pooled(before, config, model):
     old, new = before.n_kv_head, model.config.n_kv_head
     how = "copied"
     if new < old:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+SMALLEST = 1e-30  # the least size that weights are divided by: pruned ones may all be zero
+
 
 @dataclass
 class Heads:
@@ -153,7 +155,7 @@ def share_keys(keys, used_keys, qk_norm):
     phases = torch.sgn(left[:, :, 0])                                # (D/2, n)
     directions = right[:, 0]                                         # (D/2, C)
     norms = keys.abs().square().sum(-1).sqrt()                       # (D/2, n)
-    scale = norms.square().mean(1).sqrt()                            # (D/2,)
+    scale = norms.square().mean(1).sqrt().clamp(min=SMALLEST)        # (D/2,)
     factors = phases
     if not qk_norm:  # the norm would undo a change of length
         factors = phases * (norms / scale[:, None])
@@ -187,7 +189,9 @@ def share_values(values, used_values):
     width = values.size(1)
     _, _, right = torch.linalg.svd(used_values.flatten(0, 1), full_matrices=False)
     size = values.square().mean().sqrt() * values.size(-1) ** 0.5
-    return right[:width], size
+    basis = right[:width]                                            # (D or C, C)
+    missing = width - len(basis)  # a head that is wider than its inputs
+    return torch.nn.functional.pad(basis, (0, 0, 0, missing)), size.clamp(min=SMALLEST)
 
 
 # -- which heads become one --------------------------------------------------------------------

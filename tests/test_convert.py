@@ -259,6 +259,64 @@ def test_bad_input_of_pool(tmp_path, capsys, args, words):
     assert not (tmp_path / "new").exists() and (tmp_path / "from/ckpt.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "args,words",
+    [
+        (["--n_kv_head=4", "--dataset=DATA"], "which uses no data"),
+        (["--n_kv_head=2", "--dataset=DATA"], "which uses no data"),
+        (["--n_kv_head=1", "--dataset=DATA"], "has 257 token ids, more than vocab_size=65"),
+        (["--n_kv_head=1", "--dataset=SHORT"], "needs 49 tokens in each split"),
+    ],
+)
+def test_what_pool_cannot_use(tmp_path, toy_data, capsys, args, words):
+    """Data without an effect was accepted; data that does not fit ended in a traceback."""
+    write_dataset([("train", "x" * 47), ("val", "x" * 47)], tmp_path / "short", "byte")
+    vocab_size = 257 if "SHORT" in args[-1] else 65
+    model = toy_model(n_kv_head=2, block_size=48, vocab_size=vocab_size)
+    source = save(model, tmp_path / "from", "byte")
+    for name, path in (("DATA", toy_data), ("SHORT", tmp_path / "short")):
+        args = [arg.replace(name, str(path)) for arg in args]
+    error = fails(convert.main, command("pool", *args, out_dir=source, new_dir=tmp_path / "new"), capsys)
+    assert words in error and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("part", ["k_proj", "v_proj", "q_proj", "o_proj"])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_pruned_heads_pool(part, qk_norm):
+    """Keys or values of zeros gave weights that are not finite. What is left is pooled as before."""
+    model = toy_model(n_kv_head=4, qk_norm=qk_norm)
+    heads = convert.split_heads(model.state_dict(), "layers.0.attn.", model.config)
+    getattr(heads, part[0])[:] = 0
+    new = nanogqa.pool.aligned(heads, 2, qk_norm, None)
+    for x in (new.q, new.k, new.v, new.o):
+        assert x.float().isfinite().all()
+    if part in ("v_proj", "o_proj"):
+        assert not (new.o[:, :, None] * new.v.repeat_interleave(2, 0).transpose(1, 2)[:, None]).any()
+
+
+def test_heads_wider_than_their_inputs_pool(tmp_path):
+    """The new values had too few rows. Copies of one head pool to that head without loss."""
+    model = toy_model(n_head=4, n_kv_head=1, n_embd=16, head_dim=24)
+    source = save(model, tmp_path / "one")
+    convert.main(command("pool", out_dir=source, new_dir=tmp_path / "four", n_kv_head=4))
+    convert.main(command("pool", out_dir=tmp_path / "four", new_dir=tmp_path / "again", n_kv_head=1))
+    ids = toy_ids(1, 40)
+    torch.testing.assert_close(
+        logits(loaded(tmp_path / "again"), ids), logits(model, ids), atol=1e-3, rtol=1e-3
+    )
+
+
+def test_the_new_folder_is_checked_before_the_work(tmp_path, capsys, monkeypatch):
+    """pool decomposed all layers, and from_hf read all weights, before they refused the folder."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/file").touch()
+    for name in ("load_checkpoint", "read_weights", "read_json"):
+        monkeypatch.setattr(convert, name, None)
+    for words, key in ((["to_hf"], "hf_dir"), (["pool"], "new_dir"), (["from_hf", f"--hf_dir={tmp_path}"], "out_dir")):
+        error = fails(convert.main, [*words, f"--{key}={tmp_path / 'old'}"], capsys)
+        assert "nothing is overwritten" in error
+
+
 def test_heads_that_do_not_nest(tmp_path, capsys):
     source = save(toy_model(n_head=6, n_kv_head=3, n_embd=48), tmp_path / "from")
     error = fails(
