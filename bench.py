@@ -38,7 +38,8 @@ WARMUP_STEPS = 5  # training steps before the first timed one
 
 Mode = Literal["decode", "train", "scale"]
 
-# what each mode prints of a row, beside the kind of attention and batch_size
+HEADS = ("attention", *SETTINGS_OF["gqa"], *SETTINGS_OF["mla"], *SETTINGS_OF_ALL)
+# what each mode prints of a row, beside HEADS, settings with several values, and batch_size
 SHOWN = {
     "decode": ("prompt_len", "prefill_s", "step_ms", "decode_tok_s", "kv_cache_bytes", "mbu"),
     "train": ("block_size", "step_ms", "tok_s", "mfu", "peak_memory_bytes"),
@@ -108,6 +109,8 @@ def clock(runtime):
     """Seconds, once the device has finished its work."""
     if runtime.device.type == "cuda":
         torch.cuda.synchronize()
+    if runtime.device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
 
@@ -487,7 +490,7 @@ def main(argv):
     if configs[0].mode == "scale":
         print(scale_document(), end="")
         return
-    rows = time_all(configs)
+    rows = time_all(configs, [key for key, value in given.items() if isinstance(value, list)])
     result = {"rows": rows}
     if len(rows) == 1:
         result = rows[0]
@@ -501,6 +504,8 @@ def check(configs, given):
             raise UserError("--mode=scale takes its shapes from config/ and no other setting: "
                             "leave the rest out")
     shape = [field.name for field in fields(GPTConfig) if field.name in given]
+    if configs[0].mode == "decode" and isinstance(given.get("block_size"), list):
+        raise UserError("block_size is prompt_len + new_tokens in --mode=decode: leave it out")
     for config in configs:
         if config.out_dir is not None and config.mode == "train":
             raise UserError("out_dir is for --mode=decode: leave it out, train.py reports the "
@@ -510,9 +515,13 @@ def check(configs, given):
                             "has its own shape, so leave out one or the other")
 
 
-def time_all(configs):
-    """A row of results for each config; prints a line for each as soon as it is there."""
-    rows, peak = [], None
+def time_all(configs, axes=()):
+    """A row of results for each config; prints a line for each as soon as it is there.
+
+    axes are the settings of which several values are timed: a row has them all.
+    """
+    rows = []
+    peaks = {}  # the bandwidth of each device
     for config in configs:
         decoding_steps = None
         if config.mode == "decode":
@@ -521,23 +530,26 @@ def time_all(configs):
         if config.mode == "train":
             row = train(config, runtime)
         else:
-            if peak is None:
-                peak = bandwidth(runtime)
-            row = decode(config, runtime, peak)
+            if runtime.device not in peaks:
+                peaks[runtime.device] = bandwidth(runtime)
+            row = decode(config, runtime, peaks[runtime.device])
         now = runtime.describe()
         row.update(device=now["device"], dtype=now["dtype"], compile=now["compile"],
                    torch=torch.__version__)
+        for name in axes:
+            row.setdefault(name, getattr(config, name))
         for key, value in row.items():
             if isinstance(value, float):
                 row[key] = round(value, 5)
-        show(row, (*heads_of(config), "batch_size", *SHOWN[config.mode]))
+        shown = (*HEADS, *axes, "batch_size", *SHOWN[config.mode])
+        show(row, dict.fromkeys(shown))
         rows.append(row)
     return rows
 
 
 def show(row, keys):
     """Prints the entries of a row of results that have a value."""
-    words = [f"{key} {row[key]}" for key in keys if row[key] is not None]
+    words = [f"{key} {row[key]}" for key in keys if row.get(key) is not None]
     print("  ".join(words), flush=True)
 
 

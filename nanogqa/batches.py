@@ -75,16 +75,17 @@ def dropout_seeds(config, first, count):
 
 def batch_shape(config, ranks):
     """(batch_size, micro_steps) of each rank: sequences per forward pass, passes per step."""
-    batch_size = config.batch_size or 1
-    at_once = batch_size * ranks * config.block_size
+    unit = ranks * config.block_size
+    name, remedy = f"{ranks} ranks x block_size {config.block_size}", ""
+    if config.batch_size is not None:
+        unit *= config.batch_size
+        name, remedy = f"batch_size {config.batch_size} x {name}", ", or choose another batch_size"
     try:
-        check_multiple(config.tokens_per_step, at_once, f"batch_size {batch_size} x {ranks} ranks "
-                       f"x block_size {config.block_size} = {at_once}")
+        check_multiple(config.tokens_per_step, unit, f"{name} = {unit}")
     except ValueError as error:
-        raise UserError(f"{error}, or choose another batch_size") from None
+        raise UserError(f"{error}{remedy}") from None
     sequences = config.tokens_per_step // (ranks * config.block_size)  # of a rank in a step
-    if config.batch_size is None:
-        return sequences, 1
+    batch_size = config.batch_size or sequences
     return batch_size, sequences // batch_size
 
 

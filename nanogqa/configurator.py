@@ -27,8 +27,8 @@ class UserError(Exception):
 
 
 def one_line(error, length=200):
-    """The text of an exception on one line of at most length characters; control characters, which
-    could come from a file and change the terminal, are escaped."""
+    """The first length characters of the text of an exception, on one line; control characters,
+    which could come from a file and change the terminal, are escaped."""
     text = " ".join(str(error).split()) or type(error).__name__
     return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text[:length])
 
@@ -303,7 +303,7 @@ def literal(node):
 
 
 def arithmetic(op, a, b):
-    if isinstance(op, ast.Pow) and max(abs(a), abs(b)) > 1000:
+    if isinstance(op, ast.Pow) and abs(b) > 1000:  # a result that long is not worth waiting for
         raise ValueError(f"{a}**{b} is too large")
     value = OPERATORS[type(op)](a, b)
     if isinstance(value, complex) or (isinstance(value, int) and abs(value) >= 2**63):

@@ -11,10 +11,11 @@ from torch.overrides import TorchFunctionMode
 from nanogqa.configurator import UserError, one_line
 
 # peak dense bfloat16 FLOP/s by a part of the device's name (NVIDIA's data sheets)
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
-              "L40S": 362e12, "RTX 4090": 165e12}
+PEAK_FLOPS = {"GH200": 990e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+              "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 # peak memory bandwidth in bytes/s, likewise
-PEAK_BANDWIDTH = {"H200": 4.8e12, "H100 PCIe": 2.0e12, "H100": 3.35e12, "A100-SXM4-80GB": 2.04e12,
+PEAK_BANDWIDTH = {"GH200": 4.0e12, "H200": 4.8e12, "H100 PCIe": 2.0e12, "H100 NVL": 3.9e12,
+                  "H100": 3.35e12, "A100-SXM4-80GB": 2.04e12, "A100 80GB PCIe": 1.94e12,
                   "A100": 1.56e12}
 GPU_MEMORY = {"H100": 80e9, "H200": 141e9}  # bytes (NVIDIA's data sheets)
 LIBRARIES = 96 * 2**20  # bytes of the buffers of PyTorch, MKL and oneDNN, and gaps in the heap
@@ -284,10 +285,10 @@ def mfu(tokens_per_sec, model, runtime):
 
 def training_floor(config, params, tokens, ranks, steps):
     """Bytes that a rank of train.py holds at the same time at least, as for check_memory of
-    runtime.py: weights and the data of a step, and in each of steps on a CPU what comes with them.
+    runtime.py: weights and the data of a step and, if steps are left, what comes with them.
 
-    That is either the input of each block for that many tokens of a forward pass, or gradients and
-    moments: Muon's are half as large, and with trainable nothing is certain.
+    That is the larger of two: the input of each block for that many tokens of a forward pass, or
+    gradients and moments, of which Muon's are half as large. With trainable neither is certain.
     """
     if config.parallel == "fsdp":
         params = params / ranks

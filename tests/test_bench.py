@@ -4,7 +4,9 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ import sample
 import train
 from model import GPT
 from nanogqa.cache import KVCache
-from nanogqa import costs, fast
+from nanogqa import costs, fast, saver
 from nanogqa.costs import Decoding, decoding_bytes
 from nanogqa.fast import FastLinear, accelerate, prepare_for_decoding
 from nanogqa.runtime import compile_for_decoding, compile_model, pick_runtime
@@ -525,3 +527,42 @@ def test_the_document_of_scale_is_the_committed_one(capsys):
         said = " ".join((ROOT / f"config/{name}.py").read_text(encoding="utf-8").split())
         assert name == "gpt2_124m" or all(word in said for word in [*words, "not measured"]), name
     assert re.findall(r"^\| \[(.+?)\]", text, re.M) == list(bench.SIZES)
+
+
+@pytest.mark.parametrize("name,flops,bandwidth", [
+    ("NVIDIA H100 80GB HBM3", 989e12, 3.35e12), ("NVIDIA H100 PCIe", 756e12, 2.0e12),
+    ("NVIDIA H100 NVL", 835e12, 3.9e12), ("NVIDIA H200", 989e12, 4.8e12), ("NVIDIA GH200 480GB", 990e12, 4.0e12),
+    ("NVIDIA A100-SXM4-40GB", 312e12, 1.56e12), ("NVIDIA A100-SXM4-80GB", 312e12, 2.04e12),
+    ("NVIDIA A100 80GB PCIe", 312e12, 1.94e12), ("NVIDIA GeForce RTX 4090", 165e12, None), ("Another", None, None)])
+def test_peaks_are_those_of_the_data_sheets(monkeypatch, name, flops, bandwidth):
+    """Longer names contain shorter ones with other peaks."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    device = torch.device("cuda")
+    assert costs.peak_of(costs.PEAK_FLOPS, device) == flops
+    assert costs.peak_of(costs.PEAK_BANDWIDTH, device) == bandwidth
+    assert costs.peak_of(costs.PEAK_FLOPS, torch.device("cpu")) is None
+
+
+def test_each_device_has_its_own_bandwidth(monkeypatch):
+    """In a table over devices, rows of the second were divided by the bandwidth of the first."""
+    def picked(device, *args):
+        return SimpleNamespace(device=torch.device(device), describe=lambda: dict(device=device, dtype="", compile=""))
+    monkeypatch.setattr(bench, "pick_runtime", picked)
+    monkeypatch.setattr(bench, "bandwidth", lambda runtime: {"cpu": 1, "cuda": 2}[runtime.device.type])
+    monkeypatch.setattr(bench, "decode", lambda config, runtime, peak: dict(peak=peak))
+    monkeypatch.setattr(bench, "show", lambda *args: None)
+    configs = [bench.BenchConfig(device=device) for device in ("cpu", "cuda", "cpu")]
+    assert [row["peak"] for row in bench.time_all(configs)] == [1, 2, 1]
+
+
+def test_a_row_says_what_was_timed(capsys, tmp_path):
+    """Rows of several optimizers, or with and without fast.py, differed in nothing but their times."""
+    table = result(capsys, "--mode=train", "--optimizer=adamw,muon", "--fast=True,False", "--steps=1", "--block_size=8", "--seed=3")
+    assert [(row["optimizer"], row["fast"]) for row in table["rows"]] == [
+        ("adamw", True), ("adamw", False), ("muon", True), ("muon", False)] and "seed" not in table["rows"][0]
+    saver.save(tmp_path, dict(
+        model=toy_model(n_kv_head=2, window=5).state_dict(), config=asdict(toy_config(n_kv_head=2, window=5)), optimizer={},
+        settings={}, runtime={}, step=0, val_loss=None, tokenizer="none", dataset_sha256=""))
+    bench.main(["--device=cpu", f"--out_dir={tmp_path}", "--prompt_len=8", "--new_tokens=2", "--repeats=1", "--batch_size=1,2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("n_kv_head 2" in line and "window 5" in line for line in lines[:2])

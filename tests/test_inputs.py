@@ -1,4 +1,5 @@
 """Bad input: one sentence that names cause and remedy, exit code 2, nothing overwritten."""
+import ast
 import json
 import shutil
 import sys
@@ -11,7 +12,7 @@ from conftest import load
 
 import sample
 import train
-from nanogqa.configurator import parse
+from nanogqa.configurator import literal, parse
 from nanogqa.writer import write_dataset
 from train import TrainConfig
 
@@ -80,6 +81,15 @@ def trained(toy_data, tmp_path_factory):
 def test_bad_settings_of_train(toy_run, tmp_path, capsys, args, words):
     assert words in fails(train.main, [*toy_run, *args], capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_arithmetic_in_config_files():
+    """A base above 1,000 was refused as too large."""
+    for text, value in (("1024**2", 2**20), ("2**20", 2**20), ("1e6**0.5", 1e3), ("3 * 2**4 - 1", 47)):
+        assert literal(ast.parse(text, mode="eval").body) == value
+    for text in ("9**9**9", "2**63", "2**1001", "1e300**1000", "(-8)**0.5"):
+        with pytest.raises((ValueError, OverflowError)):
+            literal(ast.parse(text, mode="eval").body)
 
 
 @pytest.mark.parametrize("text,words", [
