@@ -505,7 +505,7 @@ def plan_timings(variants, config, given):
     """A Timing of training and one of decoding for each shape."""
     shared = {"seed": config.seed, "device": config.device, "dtype": config.dtype}
     decoding = {"batch_size": [1, 16], "prompt_len": [256, 1024, 4096], "new_tokens": 16,
-                "repeats": 2, "compile": False}
+                "repeats": 5, "compile": False}
     if config.decode_batch_size:
         decoding["batch_size"] = given["decode_batch_size"]
     if config.decode_prompt_len:
