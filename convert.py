@@ -361,9 +361,10 @@ def write_hf_config(model_type, config, folder, dtype, tokenizer):
     special = {"bos_token_id": None, "eos_token_id": None}
     if tokenizer is not None:
         special["bos_token_id"] = getattr(tokenizer, "bos_token", tokenizer.eot_token)
-        special["eos_token_id"] = stop_tokens(tokenizer)
-        if len(special["eos_token_id"]) == 1:
-            special["eos_token_id"] = tokenizer.eot_token
+        stops = stop_tokens(tokenizer)
+        special["eos_token_id"] = stops
+        if len(stops) == 1:
+            special["eos_token_id"] = stops[0]
 
     try:
         hf_config = transformers.AutoConfig.for_model(

@@ -201,9 +201,9 @@ def in_ring(layer, decoding):
     return layer.window is not None and layer.window < decoding.max_length
 
 
-def places_read(layer, decoding, tokens):
-    """Tokens that the last part of a prompt attends to in a layer; 0 if it needs no mask, as the
-    whole prompt is one part of that many tokens."""
+def masked_keys(layer, decoding, tokens):
+    """Keys that the last part of a prompt attends to under a mask in a layer; 0 if the whole prompt
+    is one part of that many tokens, which needs none: numbers_per_token has its keys."""
     plain = not decoding.static and not decoding.padded
     if in_ring(layer, decoding):  # what is kept, and the part
         if plain and decoding.prompt_len <= min(tokens, layer.window):
@@ -220,7 +220,7 @@ def copied_numbers(config, decoding, tokens):
     copied = [0]
     for layer in config.layer_caches():
         if in_ring(layer, decoding):
-            read = places_read(layer, decoding, tokens)
+            read = masked_keys(layer, decoding, tokens)
             copied.append(2 * layer.heads * sum(layer.widths) * read)
     return max(copied)
 
@@ -230,7 +230,7 @@ def expanded_numbers(config, decoding, tokens):
     if config.attention != "mla" or tokens <= config.kv_lora_rank:
         return 0
     key = config.nope_head_dim + config.rope_head_dim
-    read = max(places_read(layer, decoding, tokens) for layer in config.layer_caches())
+    read = max(masked_keys(layer, decoding, tokens) for layer in config.layer_caches())
     return read * config.n_head * 4 * key
 
 
@@ -243,13 +243,13 @@ def mask_bytes(config, decoding, rows, tokens):
     queries that share a head become rows of one matrix: in steps, and in prompts on a GPU.
     """
     windows = {layer.window: layer for layer in config.layer_caches()}
-    number = 2 + decoding.dtype.itemsize
+    entry = 2 + decoding.dtype.itemsize  # bytes in attention: two bools and a number
     step, prompt = 0, 0
     for layer in windows.values():
-        S = places_read(layer, decoding, tokens)
-        folded = S * (2 + config.n_head // layer.heads * number)
+        S = masked_keys(layer, decoding, tokens)
+        folded = S * (2 + config.n_head // layer.heads * entry)
         step += folded
-        prompt += tokens * (folded if decoding.folded else S * (2 + number))
+        prompt += tokens * (folded if decoding.folded else S * (2 + entry))
     if decoding.padded:
         return max(decoding.batch_size * step, rows * prompt)
     return max(step, prompt)

@@ -71,12 +71,12 @@ def aligned(heads, n_kv_head, qk_norm=False, moment=None):
     rotations, so only the sign of a plane can change.
     """
     if moment is None:
-        return align(heads, n_kv_head, qk_norm)
+        return align_equally(heads, n_kv_head, qk_norm)
     # With R R = moment, (W R)(W R)^T is the mean of (W x)(W x)^T over the inputs x. So to align the
     # weights W R is to align the outputs W x.
     root, inverse = square_root(moment)
     weighted = Heads(heads.q @ root, heads.k @ root, heads.v @ root, heads.o)
-    new = align(weighted, n_kv_head, qk_norm)
+    new = align_equally(weighted, n_kv_head, qk_norm)
     return Heads(new.q @ inverse, new.k @ inverse, new.v @ inverse, new.o)
 
 
@@ -88,7 +88,7 @@ def square_root(moment):
     return basis * roots @ basis.T, basis / roots @ basis.T
 
 
-def align(heads, n_kv_head, qk_norm):
+def align_equally(heads, n_kv_head, qk_norm):
     """aligned, for inputs whose directions count alike."""
     heads_per_kv = len(heads.q) // len(heads.k)
     keys = to_planes(heads.k, qk_norm)
