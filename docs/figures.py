@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from nanogqa.log import read_rows
 from nanogqa.report import published_table, table
 from nanogqa.summary import summarize
 
@@ -162,6 +163,45 @@ def designs():
         ])
     return table(["design", "cache, MB", "loss, nats per byte", "minus that of mha",
                   "decoding step, ms", "reading the prompts, s"], rows)
+
+
+# -- results/recall --------------------------------------------------------------------------------
+
+def right_answers(run):
+    """[(step, share of right answers)] of the evaluations of a run on associative recall."""
+    points = []
+    for row in read_rows(ROOT / "results/recall/runs" / run / "metrics.jsonl"):
+        if row.get("val_acc") is not None:
+            points.append((row["step"], row["val_acc"]))
+    return points
+
+
+def steps_to_nine_tenths(points):
+    """The first step at which 0.9 of the answers were right, as text; "never" without one."""
+    for step, share in points:
+        if share >= 0.9:
+            return f"{step:,}"
+    return "never"
+
+
+def recall():
+    """Right answers of every run on associative recall (docs/comparing.md)."""
+    results = read("recall/results.json")
+    rows = []
+    for summary in summarize(results):
+        runs = []
+        for record in results["records"]:
+            if record["variant"] == summary.name:
+                runs.append(right_answers(record["run"]))
+        rows.append([
+            summary.name,
+            f"{summary.facts['kv_bytes_per_token']:,}",
+            ", ".join(f"{points[-1][1]:.2f}" for points in runs),
+            ", ".join(steps_to_nine_tenths(points) for points in runs),
+            with_both_intervals(summary.difference),
+        ])
+    return table(["", "cache, bytes per token", "right answers of each seed", "steps to 0.9",
+                  "loss minus MHA's, nats per answer"], rows)
 
 
 # -- results/*.json --------------------------------------------------------------------------------
@@ -314,7 +354,7 @@ def llama():
 
 TABLES = {function.__name__: function for function in (
     attention, findings, comparison, decoding_times, prefill_times, peak_memory, published_table,
-    designs, shakespeare, against_nanogpt, bench_decode, bench_train, transformers_train,
+    designs, recall, shakespeare, against_nanogpt, bench_decode, bench_train, transformers_train,
     transformers_decode, ablation, uptraining)}
 
 

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from nanogqa.configurator import UserError, one_line
 
 # peak dense bfloat16 FLOP/s by a part of the device's name (NVIDIA's data sheets)
-PEAK_FLOPS = {"GH200": 990e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+PEAK_FLOPS = {"GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
               "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 # peak memory bandwidth in bytes/s, likewise
 PEAK_BANDWIDTH = {"GH200": 4.0e12, "H200": 4.8e12, "H100 PCIe": 2.0e12, "H100 NVL": 3.9e12,

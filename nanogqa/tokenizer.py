@@ -317,13 +317,15 @@ def copy_tokenizer(name, source, target, replace=False):
 
     Files that target already has are kept, or with replace give way to those in source.
     """
-    if not name.startswith(HF_TOKENIZER) or not (Path(source) / HF_TOKENIZER).exists():
+    source, target = Path(source).resolve(), Path(target).resolve()
+    if not name.startswith(HF_TOKENIZER) or source == target:
         return
+    if replace and (source / HF_TOKENIZER).exists():
+        for file in (HF_TOKENIZER, HF_CONFIG):
+            (target / file).unlink(missing_ok=True)
     for file in (HF_TOKENIZER, HF_CONFIG):
-        if replace:
-            (Path(target) / file).unlink(missing_ok=True)
-        if (Path(source) / file).exists() and not (Path(target) / file).exists():
-            shutil.copyfile(Path(source) / file, Path(target) / file)
+        if (source / file).exists() and not (target / file).exists():
+            shutil.copyfile(source / file, target / file)
 
 
 # -- ids to text -----------------------------------------------------------------------------------

@@ -365,6 +365,8 @@ def test_a_run_that_replaces_another_has_the_tokenizer_of_its_data(toy_run, tmp_
     assert (tmp_path / "run/tokenizer_config.json").read_text() == mine, "a resumed run keeps its own"
     assert (tmp_path / "run/tokenizer.json").read_bytes() == (tmp_path / "data_b/tokenizer.json").read_bytes()
     sample.main([f"--out_dir={tmp_path / 'run'}", "--prompt=some", "--max_new_tokens=2", "--device=cpu"])
+    train.main([*args, f"--out_dir={tmp_path / 'data_b'}"])
+    assert (tmp_path / "data_b/tokenizer.json").exists(), "a run in the folder of its data set"
 
 
 def test_parts_of_killed_runs_are_removed(toy_run, tmp_path):
