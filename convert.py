@@ -800,7 +800,10 @@ def pooled_config(before, config):
 
 def pooling_inputs(state, before, config):
     """64 training sequences of config.dataset, (64, T) token ids, for a model of the GPTConfig
-    before. T is its block_size, but at most 2,048."""
+    before. T is its block_size, or about 2,048 if that is less.
+
+    Raises UserError if the data set does not fit the model.
+    """
     dataset = Dataset(config.dataset)
     theirs = dataset.meta["tokenizer"]
     ours = present_name(state["tokenizer"], path_of(config.out_dir).parent)
@@ -809,8 +812,20 @@ def pooling_inputs(state, before, config):
             f"{dataset.folder} has tokenizer {theirs!r}, the checkpoint {ours!r}: pass a data set "
             "with the checkpoint's tokenizer, or no --dataset"
         )
-    length = min(before.block_size, 2048)
-    dataset.check_fits(before.vocab_size, length)
+    unit = dataset.train.sequence_length or 1
+    length = max(1, min(before.block_size, 2048) // unit) * unit
+    ids, tokens = dataset.meta["vocab_size"], dataset.train.n_tokens
+    reason = None
+    if ids > before.vocab_size:
+        reason = f"{ids} token ids, and the model {before.vocab_size}"
+    elif length > before.block_size:
+        reason = f"sequences of {unit} tokens, and the model a context of {before.block_size}"
+    elif tokens <= length:
+        reason = f"{tokens} training tokens, of {length + 1} that are needed"
+    if reason:
+        raise UserError(
+            f"{dataset.folder} has {reason}: pass another data set, or no --dataset"
+        )
     inputs, _ = train_batch(dataset.train, 0, 0, 64, length)
     return torch.from_numpy(inputs)
 

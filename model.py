@@ -47,7 +47,7 @@ class GPTConfig:
     rope_factor: float = 1.0  # context extension as in Llama 3.1; 1 turns it off
     rope_original_block_size: int | None = None  # block_size before the extension: original below
     rope_low_freq_factor: float = 1.0  # wavelengths above original / this are stretched
-    rope_high_freq_factor: float = 4.0  # those below original / this are kept; others in between
+    rope_high_freq_factor: float = 4.0  # those below original / this stay; the rest, interpolated
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     qk_norm: bool = True  # normalize queries and keys (Qwen3); MLA: its latents
     qkv_bias: bool = False  # biases on q_proj, k_proj and v_proj (Qwen2)

@@ -22,9 +22,6 @@ from nanogqa.fast import accelerate, keep_freed_memory
 from nanogqa.runtime import compile_model, pick_runtime
 from nanogqa.saver import make_saver
 
-SKIPS = 10  # consecutive steps with a non-finite gradient after which a run stops
-
-
 # -- settings --------------------------------------------------------------------------------------
 
 @dataclass
@@ -231,7 +228,7 @@ def train(given, stack):
     batches = Batches(dataset, config, runtime)
     resume.verify_data(config, dataset)
     if not config.eval_only:
-        folder.open_folder(config, dataset, locked, stack)
+        folder.open_folder(config.out_dir, locked, stack)
 
     # model and optimizers: the plain model owns the weights and is saved, torch.compile wraps it,
     # and DDP wraps that; FSDP is inside it
@@ -257,7 +254,7 @@ def train(given, stack):
     best = state["best_val_loss"] if resumed else None
     # the first step is logged and saved already, unless max_steps was lowered to it since
     logged = resumed and not (start == config.max_steps and state["val_loss"] is None)
-    saver = make_saver(config, state, runtime.rank)
+    saver = make_saver(config, state, dataset, runtime.rank)
     stop = stack.enter_context(distributed.StopSignal())
     logger = stack.enter_context(log.Log(config, start if logged else start - 1))
     times, rate = timing.Times(runtime), timing.Rate(config.tokens_per_step, start)
@@ -312,7 +309,8 @@ def train(given, stack):
         grad_norm = update(model, optimizers, config.grad_clip)
         in_a_row = 0 if grad_norm.isfinite() else in_a_row + 1
         skipped += in_a_row > 0
-        check_finite(in_a_row < SKIPS, f"gradient ({SKIPS} in a row)", step + 1, config, runtime)
+        check_finite(in_a_row < checkpoint.SKIPS, f"gradient ({checkpoint.SKIPS} in a row)",
+                     step + 1, config, runtime)
         times.lap("optimizer")
         logger.advance(step + 1)
 

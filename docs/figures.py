@@ -354,7 +354,7 @@ def llama():
 
 TABLES = {function.__name__: function for function in (
     attention, findings, comparison, decoding_times, prefill_times, peak_memory, published_table,
-    designs, recall, shakespeare, against_nanogpt, bench_decode, bench_train, transformers_train,
+    designs, shakespeare, against_nanogpt, bench_decode, bench_train, transformers_train,
     transformers_decode, ablation, uptraining)}
 
 
@@ -464,7 +464,8 @@ SENTENCES = {
         "`window` ends at {window_minus}, `tied` at {tied_minus}, `mla` at {mla_minus} and "
         "`deepseek_v4_like` at {deepseek_v4_like_minus}",
         "`gemma_like` saves most: it takes {gemma_like_size} of the bytes and {gemma_like_time} of "
-        "the time of a step. A true difference of {gemma_like_missed} nats would have been missed",
+        "the time of a step. For it, a true difference of {gemma_like_missed} nats would have been "
+        "missed",
     ),
     "docs/variant.md": (
         "that of MHA, `KV cache {mha_cache} bytes per token in float32`",

@@ -17,6 +17,7 @@ from nanogqa.folder import find_sharded, path_of
 from nanogqa.runtime import check_memory
 
 REQUIRED = object()
+SKIPS = 10  # consecutive steps with a non-finite gradient after which a run stops
 
 
 def plain_value(value):
@@ -45,6 +46,11 @@ def loss(value):
     return value is None or schema.number(value)
 
 
+def steps_or_none(value):
+    """A list of steps, or None."""
+    return value is None or (isinstance(value, list) and all(map(schema.count, value)))
+
+
 def short_text(value):
     return isinstance(value, str) and len(value) < 200 and value.isprintable()
 
@@ -59,7 +65,7 @@ KEYS = {
     "step": (schema.count, REQUIRED),                # optimizer steps done
     "val_loss": (loss, None),                        # nats per token, if this step was evaluated
     "best_val_loss": (loss, None),                   # the lowest of the run so far
-    "kept": ([schema.count], []),                    # steps whose ckpt_STEP.pt the run has written
+    "kept": (steps_or_none, None),                   # steps whose ckpt_STEP.pt the run has written
     "tokenizer": (short_text, REQUIRED),             # a name for tokenizer.get_tokenizer
     "dataset_sha256": (short_text, REQUIRED),        # of meta.json; empty: not trained here
 }
@@ -245,8 +251,8 @@ def load_moments(model, optimizers, state):
         schema.check(saved, dict, "the state")
         if saved and all(type(key) is int for key in saved):  # older ones number the parameters
             saved = {wanted[key][0]: value for key, value in saved.items()}
-        # none: every step so far was skipped, as its gradient was not finite
-        if saved and saved.keys() != {name for name, _, _ in wanted}:
+        none_yet = not saved and state["step"] < SKIPS  # each step so far may have been skipped
+        if not none_yet and saved.keys() != {name for name, _, _ in wanted}:
             raise ValueError("it has moments of other parameters")
         for name, parameter, optimizer in wanted:
             if name in saved:

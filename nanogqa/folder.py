@@ -10,17 +10,16 @@ import filelock  # torch depends on it
 from nanogqa.configurator import UserError
 from nanogqa.distributed import barrier, world
 from nanogqa.files import check_writable, created
-from nanogqa.tokenizer import HF_CONFIG, HF_TOKENIZER, copy_tokenizer
 
 NAME = "ckpt.pt"      # the newest checkpoint
 BEST = "ckpt_best.pt"  # the one with the lowest validation loss
 # sharded_STEP is a folder of safetensors; state.json in it is written last
 SHARDED = "sharded_"
 # what opening the folder of a run creates in it
-OPENED = {".lock", HF_TOKENIZER, HF_CONFIG}
+OPENED = {".lock"}
 # what a killed run may leave
-LEFT = re.compile(r"(ckpt(_best|_\d+)?\.pt|metrics\.jsonl|trace\.json|wandb\.json)\.part|"
-                  r"\.probe\d+")
+LEFT = re.compile(r"(ckpt(_best|_\d+)?\.pt|metrics\.jsonl|trace\.json|wandb\.json|"
+                  r"tokenizer(_config)?\.json)\.part|\.probe\d+")
 
 
 def numbered(out_dir, before, after=""):
@@ -68,9 +67,8 @@ def own(out_dir, stack):
     barrier()
 
 
-def open_folder(config, dataset, locked, stack):
-    """Creates and locks the folder of a run, and copies the data set's tokenizer into it."""
-    out_dir = config.out_dir
+def open_folder(out_dir, locked, stack):
+    """Creates and locks the folder of a run."""
     if world()[0] == 0:
         stack.enter_context(created(out_dir))
     if not locked:
@@ -78,9 +76,6 @@ def open_folder(config, dataset, locked, stack):
     if world()[0] == 0:
         remove_left(out_dir)
     check_writable(out_dir)
-    if world()[0] == 0:
-        replace = config.init_from != "resume"  # those of the run that this one replaces
-        copy_tokenizer(dataset.meta["tokenizer"], dataset.folder, out_dir, replace)
 
 
 def remove_left(out_dir):

@@ -201,8 +201,8 @@ def groups_of_heads(used_keys, used_values, n_groups):
     n_heads, width = used_values.shape[:2]
     key_gram = used_keys @ used_keys.mH                                           # (D/2, K, K)
     value_gram = torch.einsum("iac,jbc->iajb", used_values, used_values)          # (K, D, K, D)
-    all_keys = key_gram.diagonal(dim1=1, dim2=2).real.sum()
-    all_values = value_gram.flatten(2).flatten(0, 1).trace()
+    all_keys = key_gram.diagonal(dim1=1, dim2=2).real.sum().clamp(min=SMALLEST)
+    all_values = value_gram.flatten(2).flatten(0, 1).trace().clamp(min=SMALLEST)
 
     def kept(group):
         """The share of all keys plus the share of all values that one head for group keeps."""

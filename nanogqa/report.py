@@ -36,7 +36,7 @@ ABOUT_PUBLISHED = (
 )
 ABOUT_SPEED = (
     "bench.py measures speeds and memory with random weights of the same shape. It times every "
-    "shape in two rounds; the tables show the smaller times. Memory excludes the imports."
+    "shape in two rounds; the table shows the better one. Memory excludes the imports."
 )
 
 

@@ -13,7 +13,8 @@ import torch
 from nanogqa.configurator import one_line
 from nanogqa.distributed import total, whole
 from nanogqa.files import replacing, sync, write_json
-from nanogqa.folder import BEST, NAME, SHARDED, clear_sharded
+from nanogqa.folder import BEST, NAME, SHARDED, clear_sharded, numbered
+from nanogqa.tokenizer import copy_tokenizer
 
 
 def save(out_dir, state, also=()):
@@ -161,6 +162,7 @@ class ShardedSaver(Saver):
             with warnings.catch_warnings(action="ignore"):  # torch may still change this interface
                 dcp.save(parts, storage_writer=writer)
             if self.rank == 0:
+                plain["kept"] = self.kept
                 write_json(folder / "state.json", plain)  # last: it marks the folder as complete
             failed = None
         except (dcp.api.CheckpointException, OSError) as error:
@@ -185,13 +187,19 @@ def split(state):
     return parts, state | {"model": {}, "optimizer": steps}
 
 
-def make_saver(config, state, rank):
-    """The Saver of a run that starts from the checkpoint state, or None. A run from scratch removes
-    the sharded checkpoints of the one before."""
+def make_saver(config, state, dataset, rank):
+    """The Saver of a run that starts from the checkpoint state, or None, and the tokenizer of its
+    data set in out_dir. A run from scratch removes sharded checkpoints and the tokenizer of the one
+    before."""
     kept = []
-    if config.init_from == "resume":
+    resumed = config.init_from == "resume"
+    if resumed:
         kept = state["kept"]
-    else:
+    if kept is None:  # an older checkpoint does not say
+        kept = [n for n in numbered(config.out_dir, "ckpt_", ".pt") if n <= state["step"]]
+    if not resumed:
         clear_sharded(config.out_dir, rank)
+    if rank == 0:
+        copy_tokenizer(dataset.meta["tokenizer"], dataset.folder, config.out_dir, not resumed)
     kind = ShardedSaver if config.parallel == "fsdp" else Saver
     return kind(config, kept, rank)

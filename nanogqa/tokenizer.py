@@ -3,13 +3,13 @@ import codecs
 import hashlib
 import json
 import re
-import shutil
 from pathlib import Path
 
 import tiktoken
 
 from nanogqa import schema
 from nanogqa.configurator import UserError, one_line
+from nanogqa.files import replacing
 
 EOT = "<|endoftext|>"
 HF_TOKENIZER = "tokenizer.json"
@@ -320,12 +320,10 @@ def copy_tokenizer(name, source, target, replace=False):
     source, target = Path(source).resolve(), Path(target).resolve()
     if not name.startswith(HF_TOKENIZER) or source == target:
         return
-    if replace and (source / HF_TOKENIZER).exists():
-        for file in (HF_TOKENIZER, HF_CONFIG):
-            (target / file).unlink(missing_ok=True)
     for file in (HF_TOKENIZER, HF_CONFIG):
-        if (source / file).exists() and not (target / file).exists():
-            shutil.copyfile(source / file, target / file)
+        if (source / file).exists() and (replace or not (target / file).exists()):
+            with replacing(target / file, "wb") as copy:
+                copy.write((source / file).read_bytes())
 
 
 # -- ids to text -----------------------------------------------------------------------------------

@@ -327,15 +327,6 @@ def test_two_runs_of_one_variant_and_seed_give_one_curve(toy_data, tmp_path, com
     assert curve(tmp_path / "again") == curve(comparison[0] / "runs" / variant.run_name(1337))
 
 
-def test_each_time_is_the_shorter_one_of_two_rounds():
-    """A step and the prompt before it are timed apart: the other round may have the faster prompt."""
-    first = [dict(step_ms=2.0, prefill_s=1.0, mbu=0.1), dict(step_ms=1.0, prefill_s=None)]
-    again = [dict(step_ms=1.0, prefill_s=3.0, mbu=0.2), dict(step_ms=4.0, prefill_s=None)]
-    assert compare.faster_rows(first, again) == [dict(step_ms=1.0, prefill_s=1.0, mbu=0.2), first[1]]
-    assert compare.faster_rows([dict(step_ms=3.0)], [dict(step_ms=2.0)]) == [dict(step_ms=2.0)], "training reads no prompt"
-    assert again[0]["prefill_s"] == 3.0
-
-
 def test_a_timing_is_a_process_of_bench(monkeypatch):
     settings = {"device": "cpu", "n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 16,
                 "batch_size": 2, "block_size": 8, "steps": 1}

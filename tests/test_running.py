@@ -23,7 +23,7 @@ import convert
 import sample
 import train
 from nanogqa import distributed, files, folder, log, saver as writes, timing
-from nanogqa.configurator import program
+from nanogqa.configurator import UserError, program
 from nanogqa.writer import write_dataset
 
 STOP_SIGNAL = distributed.StopSignal
@@ -324,6 +324,11 @@ def test_a_resumed_run_removes_its_own_old_checkpoints_alone(toy_run, tmp_path, 
     assert load(tmp_path / "run")["kept"] == [8, 12, 13], "8 was removed after this was written"
     train.main([*args, "--eval_interval=4", "--init_from=resume", "--max_steps=16"])
     assert names() == ["ckpt_13.pt", "ckpt_16.pt", "ckpt_18.pt", "ckpt_20.pt"]
+    state = load(tmp_path / "run")
+    del state["kept"]
+    torch.save(state, tmp_path / "run/ckpt.pt")  # as it was before checkpoints said so
+    train.main([*args, "--eval_interval=4", "--init_from=resume", "--max_steps=17"])
+    assert names() == ["ckpt_16.pt", "ckpt_17.pt", "ckpt_18.pt", "ckpt_20.pt"]
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -351,14 +356,20 @@ def test_a_failed_save_leaves_every_name_as_it_was(tmp_path, monkeypatch, links)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_run_that_replaces_another_has_the_tokenizer_of_its_data(toy_run, tmp_path):
-    """That of the run before was kept: sample.py then refused the new checkpoint."""
+def test_a_run_that_replaces_another_has_the_tokenizer_of_its_data(toy_run, tmp_path, monkeypatch):
+    """That of the run before was kept: sample.py then refused the new checkpoint. A new run that ends before it trains
+    leaves the old one as it was."""
     text = "some text to train on, and more of it. " * 60
     for name in ("a", "b"):
         source = file_with_truncation(tmp_path / name, {"a": 280, "b": 270}[name])
         write_dataset([("train", text), ("val", text)], tmp_path / f"data_{name}", source)
         args = [*toy_run, f"--dataset={tmp_path / f'data_{name}'}", "--eval_tokens=64", *SHORT, "--overwrite=True"]
         train.main(args)
+    before = (tmp_path / "run/tokenizer.json").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "compile_model", lambda *args: (_ for _ in ()).throw(UserError("no")))
+        train.main([*args, f"--dataset={tmp_path / 'data_a'}"])
+    assert (tmp_path / "run/tokenizer.json").read_bytes() == before
     mine = '{"eos_token": "<|endoftext|>", "mine": 1}'
     (tmp_path / "run/tokenizer_config.json").write_text(mine)
     train.main([*args, "--overwrite=False", "--init_from=resume"])
@@ -373,7 +384,7 @@ def test_parts_of_killed_runs_are_removed(toy_run, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     left = ["ckpt.pt.part", "ckpt_best.pt.part", "ckpt_20.pt.part", "metrics.jsonl.part",
-            "trace.json.part", "wandb.json.part", ".probe4242"]
+            "trace.json.part", "wandb.json.part", "tokenizer.json.part", ".probe4242"]
     for name in [*left, "mine.part", ".probes"]:
         (folder / name).write_text("x")
     train.main([*toy_run, *SHORT])
