@@ -849,11 +849,12 @@ def test_steps_to_a_loss_stand_where_a_difference_is_found():
 def test_one_model_in_both_matchings_is_one_comparison():
     """MLA has the parameters of MHA in both: its interval was counted twice in the resolution."""
     results = committed()
+    results["records"] = [record for record in results["records"] if record["seed"] <= 4]
     summaries = {(s.name, s.match): s for s in summarize(results)}
     mla = summaries["MLA", "shape"]
     assert mla.difference == summaries["MLA", "params"].difference
     assert mla.difference.half_together / mla.difference.half == pytest.approx(
-        5.840909 / 3.182446, rel=1e-5), "five comparisons, not six"
+        5.840909 / 3.182446, rel=1e-5), "five comparisons, not six, of four seeds"
     text = report(results, [])
     [part] = re.findall(r"## What this run can resolve\n\n(\| variant .*?)\n\n", text, re.S)
     names = [line.split(" | ")[0] for line in part.splitlines()[2:]]

@@ -122,8 +122,8 @@ ODD = {
     "bytes": b"x", "control": "a\n\x1b[2Jb", "long": "x" * 10**5,
 }
 # what may stand there: sample.py does not read the optimizer's state
-LEGAL = {("val_loss", "None"), ("best_val_loss", "None"), ("optimizer", "key"),
-         ("optimizer", "endless")}
+LEGAL = {("val_loss", "None"), ("best_val_loss", "None"), ("kept", "None"), ("kept", "list"),
+         ("optimizer", "key"), ("optimizer", "endless")}
 
 
 @pytest.mark.parametrize("kind", ODD)
