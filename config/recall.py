@@ -1,6 +1,6 @@
 """Two small layers for associative recall: first run python data/recall/prepare.py.
 
-results/recall has the accuracies that it reached. In short trials with one seed each, nothing was
+results/recall has what it reached with 8, 4, 2 and 1 key/value heads. In short trials with one seed each, nothing was
 learned with the embedding table's default standard deviation of 0.02, but with larger ones. The
 effect of rope_theta is not established.
 """
