@@ -206,32 +206,28 @@ class Dataset:
         self.val = Split(self.folder, "val", self.meta)
 
     def check(self, config):
-        """Raises UserError if a run of config cannot use this data set."""
-        self.check_fits(config.vocab_size, config.block_size)
+        """Raises UserError if config's vocab_size or block_size does not fit this data set."""
+        if self.meta["vocab_size"] > config.vocab_size:
+            raise UserError(
+                f"data set {self.name!r} has {self.meta['vocab_size']} token ids, more than "
+                f"vocab_size={config.vocab_size}: raise vocab_size, or leave it out"
+            )
+        for split in (self.train, self.val):
+            if split.n_tokens <= config.block_size:
+                raise UserError(
+                    f"block_size={config.block_size} needs {config.block_size + 1} tokens in each "
+                    f"split, data set {self.name!r} has one of {split.n_tokens}: lower block_size, "
+                    "or use more text"
+                )
+        length = self.train.sequence_length or 1
+        if config.block_size % length:
+            raise UserError(
+                f"block_size={config.block_size} is not a multiple of {length}, the length of the "
+                f"sequences of data set {self.name!r}: set block_size={length}"
+            )
         if self.answer_after is not None:
             self.check_answers(self.train, config.block_size)
             self.check_answers(self.val, config.block_size, config.eval_tokens)
-
-    def check_fits(self, vocab_size, block_size):
-        """Raises UserError if a model of these sizes cannot read this data set."""
-        if self.meta["vocab_size"] > vocab_size:
-            raise UserError(
-                f"data set {self.name!r} has {self.meta['vocab_size']} token ids, more than "
-                f"vocab_size={vocab_size}: raise vocab_size, or leave it out"
-            )
-        for split in (self.train, self.val):
-            if split.n_tokens <= block_size:
-                raise UserError(
-                    f"block_size={block_size} needs {block_size + 1} tokens in each split, data "
-                    f"set {self.name!r} has one of {split.n_tokens}: lower block_size, or use more "
-                    "text"
-                )
-        length = self.train.sequence_length or 1
-        if block_size % length:
-            raise UserError(
-                f"block_size={block_size} is not a multiple of {length}, the length of the "
-                f"sequences of data set {self.name!r}: set block_size={length}"
-            )
 
     def check_answers(self, split, block_size, eval_tokens=None):
         """Raises UserError if the windows of a split hold no answer. Reads up to the first one."""

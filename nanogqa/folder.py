@@ -15,8 +15,6 @@ NAME = "ckpt.pt"      # the newest checkpoint
 BEST = "ckpt_best.pt"  # the one with the lowest validation loss
 # sharded_STEP is a folder of safetensors; state.json in it is written last
 SHARDED = "sharded_"
-# what opening the folder of a run creates in it
-OPENED = {".lock"}
 # what a killed run may leave
 LEFT = re.compile(r"(ckpt(_best|_\d+)?\.pt|metrics\.jsonl|trace\.json|wandb\.json|"
                   r"tokenizer(_config)?\.json)\.part|\.probe\d+")
@@ -40,7 +38,7 @@ def numbered(out_dir, before, after=""):
 def lock(out_dir, patience=60):
     """While it is open, no other process holds lock(out_dir). UserError after patience seconds.
 
-    At the end, removes what OPENED names and was added meanwhile, unless other files were too.
+    At the end, removes its .lock, if it has added that and nothing else was added meanwhile.
     """
     before = set(os.listdir(out_dir))
     held = filelock.FileLock(Path(out_dir) / ".lock")  # released with the process, however it ends
@@ -54,9 +52,8 @@ def lock(out_dir, patience=60):
     finally:
         with contextlib.suppress(OSError):  # someone has removed the folder
             added = set(os.listdir(out_dir)) - before
-            if added <= OPENED:
-                for name in added:
-                    (Path(out_dir) / name).unlink()
+            if added == {".lock"}:
+                (Path(out_dir) / ".lock").unlink()
         held.release()
 
 

@@ -555,6 +555,16 @@ def test_each_device_has_its_own_bandwidth(monkeypatch):
     assert [row["peak"] for row in bench.time_all(configs)] == [1, 2, 1]
 
 
+@pytest.mark.parametrize("device", ["cuda", "mps", "cpu"])
+def test_the_clock_waits_for_the_device(monkeypatch, device):
+    """On Apple GPUs it read the time at which work was queued."""
+    waited = []
+    for name in ("cuda", "mps"):
+        monkeypatch.setattr(getattr(torch, name), "synchronize", lambda name=name: waited.append(name))
+    bench.clock(SimpleNamespace(device=torch.device(device)))
+    assert waited == [name for name in ("cuda", "mps") if name == device]
+
+
 def test_a_row_says_what_was_timed(capsys, tmp_path):
     """Rows of several optimizers, or with and without fast.py, differed in nothing but their times."""
     table = result(capsys, "--mode=train", "--optimizer=adamw,muon", "--fast=True,False", "--steps=1", "--block_size=8", "--seed=3")

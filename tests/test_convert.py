@@ -300,14 +300,18 @@ def test_pool_reads_whole_sequences(tmp_path):
 @pytest.mark.parametrize("part", ["k_proj", "v_proj", "q_proj", "o_proj"])
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_pruned_heads_pool(part, qk_norm):
-    """Keys or values of zeros gave weights that are not finite, and the order of heads as their grouping."""
+    """Keys or values of zeros gave weights that are not finite."""
     model = toy_model(n_kv_head=4, qk_norm=qk_norm)
     heads = convert.split_heads(model.state_dict(), "layers.0.attn.", model.config)
     getattr(heads, part[0])[:] = 0
     new = nanogqa.pool.aligned(heads, 2, qk_norm, None)
     for x in (new.q, new.k, new.v, new.o):
         assert x.float().isfinite().all()
-    # heads 0 and 2 have equal keys and values, as have 1 and 3: zeros leave one of the two to tell that
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_pruned_heads_are_grouped_by_what_is_left(qk_norm):
+    """Keys or values of zeros gave the order of heads as their grouping. Heads 0 and 2 are equal, as are 1 and 3."""
     keys, values = torch.randn(2, 2, 8, 32).repeat(1, 2, 1, 1).double()
     for used_keys, used_values in ((0 * keys, values), (keys, 0 * values)):
         planes = nanogqa.pool.to_planes(used_keys, qk_norm)

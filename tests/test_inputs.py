@@ -12,7 +12,9 @@ from conftest import load
 
 import sample
 import train
-from nanogqa.configurator import literal, parse
+from nanogqa import checkpoint
+from nanogqa.batches import batch_shape
+from nanogqa.configurator import UserError, literal, parse
 from nanogqa.writer import write_dataset
 from train import TrainConfig
 
@@ -65,6 +67,7 @@ def trained(toy_data, tmp_path_factory):
     (["--max_steps=-1"], "max_steps must be at least 0"),
     (["--beta1=1"], "beta1 must be below 1"),
     (["--tokens_per_step=100"], "not a multiple of block_size=32: the nearest is 96 or 128"),
+    (["--tokens_per_step=160"], "batch_size 4 x 1 ranks x block_size 32 = 128: the nearest is 128 or 256, or choose another batch_size"),
     (["--tokens_per_step=160"], "batch_size 4 x 1 ranks x block_size 32 = 128: the nearest is 128 or 256"),
     (["--block_size=100000", "--tokens_per_step=100000", "--batch_size=1"], "block_size=100000 needs 100001 tokens in each split"),
     (["--vocab_size=200"], "has 257 token ids, more than vocab_size=200"),
@@ -81,6 +84,20 @@ def trained(toy_data, tmp_path_factory):
 def test_bad_settings_of_train(toy_run, tmp_path, capsys, args, words):
     assert words in fails(train.main, [*toy_run, *args], capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_size_that_nobody_gave_is_not_named():
+    config = TrainConfig(tokens_per_step=160, block_size=32)
+    with pytest.raises(UserError, match=r"not a multiple of 3 ranks x block_size 32 = 96: the nearest is 96 or 192$"):
+        batch_shape(config, 3)
+    assert batch_shape(config, 5) == (1, 1)
+
+
+def test_too_little_memory_for_a_checkpoint_is_not_damage(trained, capsys, monkeypatch):
+    def meta_model(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+    monkeypatch.setattr(checkpoint, "meta_model", meta_model)
+    assert "there is not enough memory" in fails(sample.main, [f"--out_dir={trained}", "--device=cpu"], capsys)
 
 
 def test_arithmetic_in_config_files():

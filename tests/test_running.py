@@ -313,7 +313,8 @@ def test_a_new_run_keeps_its_own_checkpoints_beside_later_ones_of_another(toy_ru
 
 def test_a_resumed_run_removes_its_own_old_checkpoints_alone(toy_run, tmp_path, monkeypatch):
     """It took all ckpt_STEP.pt for its own: it removed one of its last two, and kept one of a run before it."""
-    names = lambda: sorted(path.name for path in (tmp_path / "run").glob("ckpt_[0-9]*.pt"))  # noqa: E731
+    def names():
+        return sorted(path.name for path in (tmp_path / "run").glob("ckpt_[0-9]*.pt"))
     args = [*toy_run, "--keep_checkpoints=2", "--max_steps=20"]
     train.main([*args, "--eval_interval=9"])
     assert names() == ["ckpt_18.pt", "ckpt_20.pt"]
