@@ -217,6 +217,18 @@ def off_default(settings, always=()):
     return ", ".join(shown)
 
 
+def check_known(settings, known, action):
+    """Raises UserError that names a setting which is off its default and not in known."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if field.name not in known and value != default:
+            raise UserError(f"{field.name}={value} cannot be {action}, since convert.py has no "
+                            f"rule for it: add one, or choose a model with {field.name}={default}")
+
+
 def in_range(settings, names, low, high=math.inf, below=math.inf):
     """Raises ValueError unless each setting in names, separated by blanks, is None or at least low,
     at most high, and below below."""

@@ -1,4 +1,4 @@
-"""Changes the number of key/value heads of an attention layer: head tensors in, head tensors out.
+"""Changes the number of key/value heads of an attention layer: tensors in, tensors out.
 
 Fewer heads: `first`, `mean` and `aligned` turn each group of heads into one. More heads: `copies`.
 Everything here is linear algebra on the weights of one layer.
@@ -25,6 +25,33 @@ class Heads:
     k: torch.Tensor  # (K, D, C)
     v: torch.Tensor  # (K, D, C)
     o: torch.Tensor  # (H, C, D)
+
+
+def split_heads(weights, prefix, config):
+    """The Heads of the attention layer whose weights start with prefix, in float64."""
+    projections = []
+    for name in ("q_proj", "k_proj", "v_proj"):
+        x = weights[f"{prefix}{name}.weight"].double()
+        if config.qkv_bias:
+            bias = weights[f"{prefix}{name}.bias"].double()
+            x = torch.cat((x, bias[:, None]), dim=1)
+        projections.append(x.unflatten(0, (-1, config.head_dim)))
+    o = weights[f"{prefix}o_proj.weight"].double()           # (C, H D)
+    o = o.unflatten(1, (-1, config.head_dim)).permute(1, 0, 2)
+    return Heads(*projections, o)
+
+
+def join_heads(heads, prefix, config):
+    """The float32 weights of an attention layer, by name: the inverse of split_heads."""
+    weights = {}
+    for name, x in (("q_proj", heads.q), ("k_proj", heads.k), ("v_proj", heads.v)):
+        weight = x[..., :config.n_embd].flatten(0, 1)
+        weights[f"{prefix}{name}.weight"] = weight.float().contiguous()
+        if config.qkv_bias:
+            weights[f"{prefix}{name}.bias"] = x[..., -1].flatten().float()
+    o = heads.o.permute(1, 0, 2).flatten(1)
+    weights[f"{prefix}o_proj.weight"] = o.float().contiguous()
+    return weights
 
 
 # -- copies, first, mean -----------------------------------------------------------------------

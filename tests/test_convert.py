@@ -22,6 +22,7 @@ import train
 from model import GPT, GPTConfig, rope_frequencies
 from nanogqa import costs, saver, tokenizer
 from nanogqa.configurator import UserError
+from nanogqa.hf_model import EXPORTABLE
 from nanogqa.pool import best_partition
 from nanogqa.prompts import encode_prompts
 from nanogqa.tokenizer import get_tokenizer
@@ -302,7 +303,7 @@ def test_pool_reads_whole_sequences(tmp_path):
 def test_pruned_heads_pool(part, qk_norm):
     """Keys or values of zeros gave weights that are not finite."""
     model = toy_model(n_kv_head=4, qk_norm=qk_norm)
-    heads = convert.split_heads(model.state_dict(), "layers.0.attn.", model.config)
+    heads = nanogqa.pool.split_heads(model.state_dict(), "layers.0.attn.", model.config)
     getattr(heads, part[0])[:] = 0
     new = nanogqa.pool.aligned(heads, 2, qk_norm, None)
     for x in (new.q, new.k, new.v, new.o):
@@ -430,12 +431,12 @@ def test_settings_at_their_default_need_no_rule(transformers, tmp_path, monkeypa
 
 
 def test_the_rules_name_settings_that_exist():
-    named = convert.POOLABLE | convert.EXPORTABLE["gqa"] | convert.EXPORTABLE["mla"]
+    named = convert.POOLABLE | EXPORTABLE["gqa"] | EXPORTABLE["mla"]
     assert named <= set(keys_of(GPTConfig))
 
 
 def test_to_hf_refuses_an_attention_without_a_rule(tmp_path, capsys, monkeypatch):
-    monkeypatch.delitem(convert.EXPORTABLE, "mla")
+    monkeypatch.delitem(EXPORTABLE, "mla")
     source = save(toy_model(attention="mla"), tmp_path / "ours")
     error = fails(convert.main, command("to_hf", out_dir=source, hf_dir=tmp_path / "hf"), capsys)
     assert "attention=mla cannot be exported" in error and not list(tmp_path.glob("hf*"))
@@ -1111,8 +1112,8 @@ def test_a_difference_to_transformers_is_an_error(transformers, tmp_path, capsys
     make_hf(transformers, tmp_path / "hf", "llama2")
     read = convert.read_weights
 
-    def interleaved(folder, config):
-        weights = read(folder, config)
+    def interleaved(folder, config, GPT):
+        weights = read(folder, config, GPT)
         return {
             name: x.view(-1, 2, D // 2, C).transpose(1, 2).reshape(x.shape)
             if "k_proj" in name or "q_proj" in name
