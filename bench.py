@@ -12,6 +12,7 @@ import ctypes
 import gc
 import json
 import os
+import re
 import resource
 import statistics
 import sys
@@ -28,6 +29,7 @@ from nanogqa import checkpoint, costs
 from nanogqa.batches import MicroBatch, dropout_seeds
 from nanogqa.cache import KVCache
 from nanogqa.configurator import UserError, build, choices_of, in_range, parse, program, subset
+from nanogqa.distributed import world
 from nanogqa.fast import keep_freed_memory, packs, prepare_for_decoding
 from nanogqa.runtime import check_memory, compile_for_decoding, compile_model, pick_runtime
 from sample import prefill
@@ -62,6 +64,8 @@ class BenchConfig(GPTConfig):
     # training
     steps: int = 50  # timed steps; their median counts
     optimizer: Literal["adamw", "muon"] = "adamw"  # adamw or muon, as in train.py
+    trainable: str = ""  # as in train.py: a pattern of the weights that are trained
+    recompute: bool = False  # as in train.py: recompute activations in the backward pass
     # where it runs
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # as in sample.py or train.py
@@ -130,10 +134,11 @@ def bandwidth(runtime):
 def reset_peak(runtime):
     """Makes peak_memory count from now on. Only CUDA and Linux can: elsewhere the peak stays that
     of the whole process."""
+    gc.collect()  # the previous row's compiled model is a cycle of references
     if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     elif os.path.exists("/proc/self/clear_refs"):
-        gc.collect()
         keep_freed_memory(False)
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):  # glibc: returns what the previous row has freed
@@ -151,6 +156,12 @@ def peak_memory(runtime):
 
 def resident_peak():
     """Most bytes of memory that the process has held."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # not ru_maxrss, which on Linux starts at the peak of the program that started this one
+        kib = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.M)
+        if kib:
+            return int(kib[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if sys.platform == "darwin":
         return peak
@@ -282,7 +293,8 @@ def train(config, runtime):
     B, T = config.batch_size, config.block_size
     settings = TrainConfig(
         **asdict(subset(GPTConfig, config)), tokens_per_step=B * T, batch_size=B,
-        optimizer=config.optimizer, seed=config.seed, fast=config.fast)
+        optimizer=config.optimizer, trainable=config.trainable, recompute=config.recompute,
+        seed=config.seed, fast=config.fast)
     check_memory(costs.training_floor(
         settings, costs.count_params(GPT, settings), B * T, 1, config.steps))
     model = make_model(settings, None, runtime)
@@ -345,7 +357,12 @@ def scale_document():
         steps += ["", f"### {name}", "", *table_head(STEP_COLUMNS)]
         for gpus, sharded in CLUSTERS:
             steps.append(step_line(costs.scale(*sizes[name], gpus, sharded), gpus, sharded))
-    return SCALE.format(overview="\n".join(overview), steps="\n".join(steps))
+    return SCALE.format(
+        overview="\n".join(overview), steps="\n".join(steps),
+        peak=round(costs.PEAK_FLOPS["H100"] / 1e12), mfu=costs.ASSUMED_MFU,
+        h100=round(costs.GPU_MEMORY["H100"] / 1e9), h200=round(costs.GPU_MEMORY["H200"] / 1e9),
+        usable=round(costs.USABLE * 100), nvlink=round(costs.NVLINK / 1e9),
+        network=round(costs.NETWORK / 1e9))
 
 
 def table_head(columns):
@@ -441,13 +458,13 @@ with recomputing, they include it.
 
 ## Assumptions
 
-- *GPUs*: 989 TFLOP/s in dense bfloat16 on H100 and H200 (SXM), with 80 and 141 GB. A run fits if
-  it needs at most 90 % of the memory. The rest is left for CUDA itself, fragmentation in the
-  allocator and temporary buffers, which are not counted.
-- *Computing*: a model FLOPs utilisation (MFU) of 0.4, however small a GPU's share of the batch is.
-  Small shares will not reach it. FLOPs per token are `flops_per_token` of nanogqa/costs.py: 6 per
-  weight of a matrix product and 12 L H D T for attention. Recomputing adds a forward pass, a third
-  more. Data loading, the optimizer's own time, evaluation and checkpoints are not counted.
+- *GPUs*: {peak} TFLOP/s in dense bfloat16 on H100 and H200 (SXM), with {h100} and {h200} GB. A run
+  fits if it needs at most {usable} % of the memory. The rest is left for CUDA itself, fragmentation
+  in the allocator and temporary buffers, which are not counted.
+- *Computing*: a model FLOPs utilisation (MFU) of {mfu}, however small a GPU's share of the batch
+  is. Small shares will not reach it. FLOPs per token are `flops_per_token` of nanogqa/costs.py: 6
+  per weight of a matrix product and 12 L H D T for attention. Recomputing adds a forward pass, a
+  third more. Data loading, the optimizer's own time, evaluation and checkpoints are not counted.
 - *Batch*: tokens_per_step and batch_size of the config. batch_size is at most a GPU's share. With
   more GPUs than sequences, each GPU takes one sequence, so the batch is larger than the config's.
 - *Memory*: float32 weights and gradients and AdamW's two moments take 16 bytes per parameter (ZeRO,
@@ -465,9 +482,9 @@ with recomputing, they include it.
 - *Communication*: DDP's ring all-reduce of float32 gradients sends 2 (n - 1) / n times 4 bytes per
   parameter, once a step. FSDP gathers bfloat16 weights twice and reduce-scatters float32 gradients
   in every micro-step, (n - 1) / n times 8 bytes.
-- *Links*: up to 8 GPUs are connected by NVLink at 450 GB/s one way. With more, each GPU has 50 GB/s
-  (400 Gb/s) out of its node of 8. Each ring crosses a node's border once, and eight rings share the
-  node's links, 400 GB/s. A single ring would have 50 GB/s and take eight times as long. Congestion
+- *Links*: up to 8 GPUs are connected by NVLink at {nvlink} GB/s one way. With more, each GPU has
+  {network} GB/s out of its node of 8. Each ring crosses a node's border once, and eight rings share
+  the node's links. A single ring would have {network} GB/s and take eight times as long. Congestion
   and latency are not counted; latency matters for small models on many GPUs.
 - *Overlap*: at best, sending hides behind computing: max(computing, sending). At worst, computing
   waits for it: computing + sending.
@@ -498,7 +515,10 @@ def main(argv):
 
 
 def check(configs, given):
-    """Raises UserError if settings exclude each other."""
+    """Raises UserError if settings exclude each other, or if there are several ranks."""
+    if world().ranks > 1:
+        raise UserError("bench.py times one device: start it without torchrun, with WORLD_SIZE, "
+                        "RANK and LOCAL_RANK unset")
     for config in configs:
         if config.mode == "scale" and (len(given) > 1 or len(configs) > 1):
             raise UserError("--mode=scale takes its shapes from config/ and no other setting: "

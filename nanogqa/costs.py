@@ -11,8 +11,10 @@ from torch.overrides import TorchFunctionMode
 from nanogqa.configurator import UserError, one_line
 
 # peak dense bfloat16 FLOP/s by a part of the device's name (NVIDIA's data sheets)
-PEAK_FLOPS = {"GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
-              "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+PEAK_FLOPS = {"GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12,
+              "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+              "RTX 4090": 165e12}
+OTHER_DEVICES = ("MIG", "Laptop", "4090 D")  # parts or relatives of these, with lower peaks
 # peak memory bandwidth in bytes/s, likewise
 PEAK_BANDWIDTH = {"GH200": 4.0e12, "H200": 4.8e12, "H100 PCIe": 2.0e12, "H100 NVL": 3.9e12,
                   "H100": 3.35e12, "A100-SXM4-80GB": 2.04e12, "A100 80GB PCIe": 1.94e12,
@@ -267,6 +269,8 @@ def peak_of(table, device):
     """The entry of PEAK_FLOPS or PEAK_BANDWIDTH for a CUDA device; None where it is not known."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+        if any(part in name for part in OTHER_DEVICES):
+            return None
         for part, peak in table.items():
             if part in name:
                 return peak

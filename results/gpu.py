@@ -39,7 +39,7 @@ PARTS = ("check", "decode", "train", "compare")
 
 @dataclass
 class GpuConfig:
-    out: str = "out/gpu"  # folder for gpu.json, gpu.md and gpu.log
+    out_dir: str = "out/gpu"  # folder for gpu.json, gpu.md and gpu.log
     minutes: float = 9.0  # the script ends before they are over
     parts: str = ",".join(PARTS)  # what to measure, in this order
     rows: str = ""  # only rows whose name contains this text; empty: all
@@ -291,7 +291,7 @@ def load(path):
         return schema.read_json(path, {"rows": [MEASURED]})["rows"]
     except ValueError as error:
         raise UserError(f"{path} is damaged ({one_line(error)}): remove it, or choose another "
-                        "--out") from None
+                        "--out_dir") from None
 
 
 def place_of(config):
@@ -325,7 +325,7 @@ def find(measured, row, place):
 def main(argv):
     config = build(GpuConfig, parse(GpuConfig, argv, __doc__))
     deadline = time.monotonic() + 60 * config.minutes - 5
-    out = Path(config.out)
+    out = Path(config.out_dir)
     place = place_of(config)
     check_writable(out)
     measured = load(out / "gpu.json")
@@ -370,7 +370,7 @@ def worker_for(row, worker, config, place):
         if worker.name == name and worker.process.poll() is None:
             return worker
         worker.end()
-    return Worker(Path(config.out), place["tree"], name, backend)
+    return Worker(Path(config.out_dir), place["tree"], name, backend)
 
 
 def summary(outcome):

@@ -42,7 +42,7 @@ def decode(**settings):
     config = bench.BenchConfig(mode="decode", **settings)
     runtime = pick_runtime(config.device, config.dtype, config.compile, config.new_tokens)
 
-    def random_model(config):
+    def random_model(config, dtype):
         return model_on_device(subset(GPTConfig, config), runtime)
     bench.load_model = random_model  # drawing billions of numbers on the CPU takes minutes
     peak = None

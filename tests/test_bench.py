@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import kept_in_memory, peak_allocated, toy_config, toy_ids, toy_model
+from test_inputs import fails
 from torch import nn
 
 import bench
@@ -19,6 +20,7 @@ import train
 from model import GPT
 from nanogqa.cache import KVCache
 from nanogqa import costs, fast, saver
+from nanogqa.configurator import UserError
 from nanogqa.costs import Decoding, decoding_bytes
 from nanogqa.fast import FastLinear, accelerate, prepare_for_decoding
 from nanogqa.runtime import compile_for_decoding, compile_model, pick_runtime
@@ -576,3 +578,37 @@ def test_a_row_says_what_was_timed(capsys, tmp_path):
     bench.main(["--device=cpu", f"--out_dir={tmp_path}", "--prompt_len=8", "--new_tokens=2", "--repeats=1", "--batch_size=1,2"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all("n_kv_head 2" in line and "window 5" in line for line in lines[:2])
+
+
+def test_memory_does_not_count_the_program_that_started_this_one():
+    """Linux starts ru_maxrss at the peak of the parent: rows of compare.py were too low by its size, some exactly 0."""
+    held = bytearray(b"x" * 2**29)
+    code = "import bench; print(bench.resident_peak())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 2**25 < int(done.stdout) < len(held)
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3 MIG 3g.40gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"])
+def test_parts_and_relatives_of_a_device_have_no_peak(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert costs.peak_of(costs.PEAK_FLOPS, torch.device("cuda")) is None
+
+
+def test_one_device_is_timed(monkeypatch, capsys):
+    for name, value in dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+    assert "start it without torchrun" in fails(bench.main, ["--mode=train"], capsys)
+
+
+def test_training_is_timed_as_it_is_done(monkeypatch):
+    """Runs with recompute, or with a part of the weights, were timed as those without."""
+    made = []
+
+    def stop(config, *args):
+        made.append((config.recompute, config.trainable))
+        raise UserError("enough")
+    monkeypatch.setattr(bench, "make_model", stop)
+    config = bench.BenchConfig(mode="train", device="cpu", recompute=True, trainable="q_proj")
+    with pytest.raises(UserError, match="enough"):
+        bench.time_all([config])
+    assert made == [(True, "q_proj")]

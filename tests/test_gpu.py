@@ -31,7 +31,7 @@ def test_rows_are_measured_once_and_failures_end_nothing_else(tmp_path, monkeypa
     rows = [row("good"), row("raises", device="nonsense"), row("dies", "os._exit", status=3),
             row("after them")]
     monkeypatch.setattr(gpu, "plan", lambda config: rows)
-    argv = ["--smoke=True", f"--out={tmp_path}", "--minutes=3"]
+    argv = ["--smoke=True", f"--out_dir={tmp_path}", "--minutes=3"]
     gpu.main(argv)
     found = {row["name"]: row["outcome"] for row in gpu.load(tmp_path / "gpu.json")}
     assert list(found) == [row.name for row in rows]
@@ -61,7 +61,7 @@ def test_a_row_that_takes_too_long_is_ended(tmp_path):
 
 def test_nothing_starts_that_would_not_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "Worker", forbidden)
-    gpu.main(["--smoke=True", f"--out={tmp_path}", "--minutes=0.2"])
+    gpu.main(["--smoke=True", f"--out_dir={tmp_path}", "--minutes=0.2"])
     out = capsys.readouterr().out.splitlines()
     assert len(out) == len(gpu.plan(gpu.GpuConfig(smoke=True)))
     assert all("skipped, it takes about" in line for line in out)
@@ -120,7 +120,7 @@ def test_tables_show_what_was_measured():
 ])
 def test_errors_are_one_sentence(argv, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
-        gpu.main([*argv, f"--out={tmp_path / 'new'}"])
+        gpu.main([*argv, f"--out_dir={tmp_path / 'new'}"])
     assert error.value.code == 2 and not (tmp_path / "new").exists()
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
@@ -130,6 +130,28 @@ def test_errors_are_one_sentence(argv, message, tmp_path, capsys):
 def test_a_damaged_file_is_refused_and_stays(content, tmp_path, capsys):
     (tmp_path / "gpu.json").write_text(content, encoding="utf-8")
     with pytest.raises(SystemExit):
-        gpu.main(["--smoke=True", f"--out={tmp_path}"])
+        gpu.main(["--smoke=True", f"--out_dir={tmp_path}"])
     assert "is damaged" in capsys.readouterr().err
     assert (tmp_path / "gpu.json").read_text(encoding="utf-8") == content
+
+
+def test_rows_do_what_their_names_say(monkeypatch):
+    """Rows of decoding ended in a TypeError, the one of memory looked for another message, and that of MLA compared one way
+    with itself."""
+    import gpu_check
+    import gpu_speed
+
+    import bench
+    import model
+    monkeypatch.setattr(bench, "load_model", bench.load_model)  # which decode replaces
+    decoded = gpu_speed.decode(device="cpu", dtype="float32", compile=False, n_layer=1, n_head=2, n_embd=32, prompt_len=8,
+                               new_tokens=2, repeats=1)
+    assert decoded["step_ms"] > 0
+    assert all(check["passed"] for check in gpu_check.out_of_memory("cpu", True)["checks"])
+    ways = []
+    for name in ("expanded", "absorbed"):
+        whole = getattr(model.LatentAttention, name)
+        watched = lambda *args, name=name, whole=whole: ways.append(name) or whole(*args)  # noqa: E731
+        monkeypatch.setattr(model.LatentAttention, name, watched)
+    gpu_check.mla_ways("cpu", "float32", True)
+    assert ways == ["expanded", "absorbed"]

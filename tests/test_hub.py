@@ -1029,7 +1029,7 @@ def test_a_list_without_an_end(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(hub, "MOST_PAGES", 20)
     monkeypatch.setattr(Handler, "end_headers", with_next_page)
     server.files[LIST] = b"[]"
-    assert "does not come to an end" in fails(main, arguments(server, tmp_path / "out"), capsys)
+    assert "answers: check --repo" in fails(main, arguments(server, tmp_path / "out"), capsys)
     assert 20 <= len(server.asked) < 30 and not (tmp_path / "out").exists()
 
 

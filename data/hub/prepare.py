@@ -150,7 +150,8 @@ class Hub:
         """Makes reading the response end with an error if it is too large or too slow."""
         self.n_answers += 1
         if self.n_answers > MOST_PAGES and not self.downloading:
-            raise UserError(f"{self.endpoint} does not come to an end: check --repo and --endpoint")
+            raise UserError(f"{self.endpoint} sends more than {MOST_PAGES:,} answers: check --repo "
+                            "and --endpoint")
         for name in ("Retry-After", "RateLimit"):
             if re.search(r"\d{4}", response.headers.get(name, "")):  # seconds
                 del response.headers[name]  # the library would wait as long
@@ -354,6 +355,8 @@ def check_column(schema, path, column):
     for field in schema:
         if field.type in (pyarrow.string(), pyarrow.large_string()):
             known.append(field.name)
+    if not known:
+        raise UserError(f"{path.name} has no column of text: choose another --repo")
     if column not in known:
         raise UserError(
             f"{path.name} has no column of text {column!r}: choose --column from "
