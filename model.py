@@ -28,7 +28,7 @@ SETTINGS_OF = {
     "gqa": ("n_kv_head", "qkv_bias", "rope_fraction", "kv_tied", "kv_share"),
     "mla": ("kv_lora_rank", "q_lora_rank", "rope_head_dim", "nope_head_dim", "v_head_dim"),
 }
-SETTINGS_OF_ALL = ("window", "global_every")  # those of every kind
+SETTINGS_OF_ALL = ("window", "global_every")  # settings of attention that every kind has
 
 
 @dataclass
@@ -53,7 +53,7 @@ class GPTConfig:
     qkv_bias: bool = False  # biases on q_proj, k_proj and v_proj (Qwen2)
     rope_fraction: float = 1.0  # share of a head's pairs that RoPE rotates; 0: none (NoPE)
     kv_tied: bool = False  # values are the rotated keys, so that only keys are cached
-    kv_share: int = 1  # so many layers of a kind, local or global, share the keys and values of one
+    kv_share: int = 1  # how many layers of a kind (local, global) share one's keys and values
     window: int | None = None  # tokens that a token attends to, itself included; None: all
     global_every: int = 0  # with a window: every n-th layer attends to all tokens; 0: none does
     attention: Literal["gqa", "mla"] = "gqa"  # gqa: key/value heads; mla: latent attention
@@ -129,17 +129,19 @@ class GPTConfig:
         if self.attention == "mla":
             heads, widths = 1, (self.kv_lora_rank + self.rope_head_dim,)
         layers = []
-        same = {self.window: [], None: []}  # local and global layers so far
+        seen = {self.window: 0, None: 0}  # local and global layers so far
+        owner = {}  # of each kind, the last layer that caches keys and values of its own
         for i in range(self.n_layer):
             window = self.window
             if self.global_every and (i + 1) % self.global_every == 0:
                 window = None
             source = None
-            since = len(same[window]) % self.kv_share  # layers since the last with its own
-            if since > 0:
-                source = same[window][-since]
+            if seen[window] % self.kv_share == 0:
+                owner[window] = i
+            else:
+                source = owner[window]
                 layers[source].shared = True
-            same[window].append(i)
+            seen[window] += 1
             layers.append(LayerCache(heads, widths, window, source))
         return layers
 
@@ -220,6 +222,7 @@ def attention_mask(T, window, cache, device):
         mask = mask & (distance < window)
     mask = mask[None, None]                                             # (1, 1, T, S)
     if cache is not None and cache.padding is not None:
+        # padding attends to nothing, for which scaled_dot_product_attention gives zeros, not NaN
         mask = mask & (keys >= cache.padding[:, None, None, None])      # (B, 1, T, S)
     return mask
 
@@ -298,7 +301,7 @@ class Attention(nn.Module):
         kv = [apply_rope(self.k_norm(k).transpose(1, 2), context.cos, context.sin)]
         if not self.kv_tied:
             v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-            kv.append(v.contiguous() if self.layer_cache.shared else v)  # FSDP passes on no view
+            kv.append(v.contiguous() if self.layer_cache.shared else v)  # FSDP: no views
         if context.cache is not None:
             kv = context.cache.append(self.layer, *kv)                  # (B, K, S, D)
         return kv

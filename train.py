@@ -7,7 +7,6 @@ import math
 import signal
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -120,15 +119,18 @@ def learning_rate(step, config):
 def make_optimizers(model, config):
     """A list: Muon for the blocks' matrices if it is chosen, and AdamW for the rest.
 
-    Weight decay is on matrices only. A group may have a factor lr_scale for the learning rate.
+    Weight decay is on matrices only.
     """
-    decay, blocks = config.weight_decay, []
-    if config.optimizer == "muon":
-        blocks = [p for p in model.layers.parameters() if p.requires_grad and p.dim() >= 2]
-    rest = set(model.parameters()) - set(blocks)
-    trained = [p for p in model.parameters() if p.requires_grad and p in rest]
-    groups = [dict(params=[p for p in trained if p.dim() >= 2], weight_decay=decay),
-              dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0)]
+    blocks, matrices, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.dim() < 2:
+            vectors.append(p)
+        elif p.requires_grad and config.optimizer == "muon" and name.startswith("layers."):
+            blocks.append(p)
+        elif p.requires_grad:
+            matrices.append(p)
+    decay = config.weight_decay
+    groups = [dict(params=matrices, weight_decay=decay), dict(params=vectors, weight_decay=0.0)]
     lr, betas = config.learning_rate, (config.beta1, config.beta2)
     adamw = torch.optim.AdamW(groups, lr, betas, fused=True)
     if not blocks:
@@ -141,11 +143,11 @@ def make_optimizers(model, config):
 # -- one step, one evaluation ----------------------------------------------------------------------
 
 def backward(forward, batches, runtime):
-    """Adds the gradient of the step's mean loss to .grad. The mean over ranks of what it returns is
-    that loss: a sum over targets, divided once by the number of targets of the whole step, since
-    micro-steps and ranks may have different numbers."""
+    """Adds the gradient of the step's mean loss to .grad. Returns this rank's part of that loss
+    times the number of ranks, since DDP and FSDP average over ranks. Micro-steps and ranks may have
+    different numbers of targets, so all divide by the number of the whole step."""
     n_targets = distributed.total(sum(int((batch.y >= 0).sum()) for batch in batches))
-    n_targets = (n_targets.clamp(min=1) / runtime.ranks).to(runtime.device)  # DDP and FSDP average
+    divisor = (n_targets.clamp(min=1) / runtime.ranks).to(runtime.device)
     loss = torch.zeros((), device=runtime.device)
     for batch in batches:
         if batch.seeds is not None:
@@ -153,7 +155,7 @@ def backward(forward, batches, runtime):
         x, y = runtime.tensor(batch.x), runtime.tensor(batch.y)
         with distributed.synchronizing(forward, batch is batches[-1]):
             with runtime.autocast():
-                micro_loss = forward(x, y, n_targets, logits="none")[1]
+                micro_loss = forward(x, y, divisor, logits="none")[1]
             micro_loss.backward()
         loss += micro_loss.detach()
     return loss
@@ -211,19 +213,18 @@ def train(given, stack):
     """The whole run, in time order. What is entered on stack is closed when it ends."""
     # the folder is locked before its checkpoint is read: another run may be writing it
     this_call = resume.per_call(given, TrainConfig)
-    locked = Path(this_call.out_dir).is_dir() and not this_call.eval_only
-    if locked:
-        folder.own(this_call.out_dir, stack)
+    locked = not this_call.eval_only and folder.own_if_there(this_call.out_dir, stack)
 
     # settings, data, device: all is checked before anything is written
     config, state = resume.start(given, TrainConfig, GPTConfig)
     resumed = config.init_from == "resume"
     start = state["step"] if resumed else 0
-    prepare_default(config.dataset, distributed.world()[2])
+    prepare_default(config.dataset, distributed.world().local_rank)
     dataset = Dataset(config.dataset)
     config.vocab_size = config.vocab_size or dataset.meta["vocab_size"]
     resume.check_data(config, state, dataset.meta)
-    resume.check_run(GPT, GPTConfig, config, dataset, distributed.world()[1], start)
+    resume.check_ranks(config, start, dataset.meta)
+    resume.check_run(GPT, GPTConfig, config, dataset, distributed.world().ranks, start)
     runtime = pick_runtime(config.device, config.dtype, config.compile)
     batches = Batches(dataset, config, runtime)
     resume.verify_data(config, dataset)
@@ -237,7 +238,7 @@ def train(given, stack):
     optimizers = make_optimizers(model, config)
     checkpoint.restore(config, state, model, optimizers)
     compiled = model
-    if config.parallel != "fsdp":
+    if config.parallel != "fsdp" and not config.eval_only:
         first = batches.step(0)[:1]
         compiled = compile_model(model, runtime, lambda f: backward(f, first, runtime))
         model.zero_grad(set_to_none=True)
@@ -251,12 +252,13 @@ def train(given, stack):
         return
 
     # what the loop keeps
-    best = state["best_val_loss"] if resumed else None
-    # the first step is logged and saved already, unless max_steps was lowered to it since
-    logged = resumed and not (start == config.max_steps and state["val_loss"] is None)
+    # a resumed run has logged and saved its first step already; but if it was stopped there, and
+    # max_steps is now that step, the last evaluation is missing
+    done_before = resumed and (start < config.max_steps or state["val_loss"] is not None)
     saver = make_saver(config, state, dataset, runtime.rank)
+    stack.callback(saver.wait)  # if the run ends in an error, what is being written is finished
     stop = stack.enter_context(distributed.StopSignal())
-    logger = stack.enter_context(log.Log(config, start if logged else start - 1))
+    logger = stack.enter_context(log.Log(config, start if done_before else start - 1))
     times, rate = timing.Times(runtime), timing.Rate(config.tokens_per_step, start)
     loss = grad_norm = None  # of the last step of this run
     skipped = 0  # steps since the last log line whose gradient was not finite
@@ -265,7 +267,7 @@ def train(given, stack):
     for step in range(start, config.max_steps + 1):  # optimizer steps done so far
         last = step == config.max_steps
         stopping = stop.agreed(runtime)
-        new = step > start or not logged
+        new = step > start or not done_before
         evaluating = new and (last or step % config.eval_interval == 0)
         logging = new and (evaluating or step % config.log_interval == 0)
 
@@ -277,7 +279,6 @@ def train(given, stack):
                 metrics = evaluate(compiled, batches, runtime)
                 val_loss = metrics["val_loss"]
                 check_finite(math.isfinite(val_loss), "validation loss", step, config, runtime)
-                best = val_loss if best is None else min(val_loss, best)
             logger.row(
                 step=step, tokens=step * config.tokens_per_step, train_loss=train_loss, **metrics,
                 lr=learning_rate(step - 1, config) if step else None,
@@ -291,8 +292,7 @@ def train(given, stack):
                 model=model.state_dict(), config=asdict(model.config),
                 optimizer=checkpoint.moments(model, optimizers), settings=settings,
                 runtime=runtime.describe(), step=step, val_loss=metrics["val_loss"],
-                best_val_loss=best, tokenizer=dataset.meta["tokenizer"],
-                dataset_sha256=dataset.meta["sha256"]), last)
+                tokenizer=dataset.meta["tokenizer"], dataset_sha256=dataset.meta["sha256"]), last)
         if logging:
             rate.restart(step)
             times.lap("evaluation, log and checkpoints")
@@ -301,7 +301,7 @@ def train(given, stack):
 
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group.get("lr_scale", 1.0) * learning_rate(step, config)
+                group["lr"] = learning_rate(step, config)
         micro_batches = batches.step(step)
         times.lap("data")
         loss = backward(forward, micro_batches, runtime)

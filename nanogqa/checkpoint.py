@@ -5,14 +5,14 @@ The classes GPT and GPTConfig, which this package does not import, are passed in
 import re
 import warnings
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 import torch
 
 from nanogqa import schema
-from nanogqa.configurator import UserError, build, check_key, convert, one_line, out_of_memory
+from nanogqa.configurator import UserError, build, convert, one_line, out_of_memory
 from nanogqa.costs import SHAPE, NoInit, count_params, meta_model
-from nanogqa.distributed import local, placed
+from nanogqa.distributed import cause, local, placed
 from nanogqa.folder import find_sharded, path_of
 from nanogqa.runtime import check_memory
 
@@ -125,7 +125,10 @@ def read_tensors(path):
 def read_plain(path):
     try:
         return schema.read_json(path, dict)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): check its permissions and the "
+                        "disk") from None
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({one_line(error)}): restore it from a copy, or train "
                         "again with --overwrite=True") from None
 
@@ -150,8 +153,11 @@ def check(state, path, GPTConfig):
 def typed(cls, values, path):
     """Stored values of settings of cls, checked as if they had been given."""
     checked = {}
+    known = {field.name for field in fields(cls)}
     for key, value in values.items():
-        check_key(cls, key, path)
+        if key not in known:
+            raise UserError(f"{path} has the setting {key!s:.60}, which this version does not "
+                            "know: use the version that wrote it")
         checked[key] = convert(cls, key, value, str(path))
     return checked
 
@@ -231,13 +237,16 @@ def moments(model, optimizers):
 
 
 def restore(config, state, model, optimizers):
-    """Fills the optimizers of a resumed run, and its model where the checkpoint is sharded."""
-    if config.init_from != "resume":
+    """Fills the optimizers of a resumed run, and its model where the checkpoint is sharded. The
+    tensors in state are then freed: the model has its weights already."""
+    if state is None:
         return
-    if is_sharded(state):
-        load_sharded(config.out_dir, model, optimizers, state)
-    else:
-        load_moments(model, optimizers, state)
+    if config.init_from == "resume":
+        if is_sharded(state):
+            load_sharded(config.out_dir, model, optimizers, state)
+        elif not config.eval_only:
+            load_moments(model, optimizers, state)
+    state.update(model={}, optimizer={})
 
 
 def load_moments(model, optimizers, state):
@@ -323,8 +332,14 @@ def load_sharded(out_dir, model, optimizers, state):
         with warnings.catch_warnings(action="ignore"):
             dcp.load(parts, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     except (dcp.api.CheckpointException, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{folder} does not fit the model or is damaged ({one_line(error)}): start "
-                        "again with --overwrite=True") from None
+        reason = cause(error)
+        if out_of_memory(reason) or isinstance(reason, torch.distributed.DistError):
+            raise reason from None
+        if isinstance(reason, OSError):
+            raise UserError(f"cannot read {folder} ({one_line(reason)}): check its permissions and "
+                            "the disk") from None
+        raise UserError(f"{folder} does not fit the model or is damaged ({one_line(reason)}): "
+                        "restore it from a copy, or start again with --overwrite=True") from None
     if not all(local(x).isfinite().all() for x in parts.values()):
         raise UserError(f"the weights or moments in {folder} are not finite: start again with "
                         "--overwrite=True")

@@ -7,26 +7,40 @@ import os
 import signal
 import sys
 import traceback
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from nanogqa.configurator import UserError, drop_output
+from nanogqa.configurator import UserError, drop_output, one_line
+
+
+class World(NamedTuple):
+    rank: int                     # of this process, from 0 to ranks - 1
+    ranks: int
+    local_rank: int               # of this process among those of its machine
 
 
 def world():
-    """(rank, ranks, local rank) of this process, as torchrun sets them; (0, 1, 0) without it."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    values = [os.environ.get(name, default) for name, default in zip(names, "010", strict=True)]
+    """The World of this process, as torchrun sets it; World(0, 1, 0) without torchrun."""
+    numbers = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    names = (*numbers, "MASTER_ADDR", "MASTER_PORT")
+    values = [os.environ.get(name, default) for name, default in numbers.items()]
     if all(value.isdecimal() for value in values):
-        rank, ranks, local_rank = map(int, values)
-        if max(rank, local_rank) < ranks and (ranks == 1 or "MASTER_ADDR" in os.environ):
-            return rank, ranks, local_rank
-    found = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
+        place = World(*map(int, values))
+        complete = set(names) <= os.environ.keys()
+        if max(place.rank, place.local_rank) < place.ranks and (place.ranks == 1 or complete):
+            return place
+    found = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
     raise UserError(
         f"{found} is not what torchrun sets: unset these variables, or start with torchrun")
+
+
+def first_rank():
+    """Whether this process is the one that writes and prints for all."""
+    return world().rank == 0
 
 
 # -- the process group -----------------------------------------------------------------------------
@@ -37,7 +51,7 @@ def joined():
 
     After an error the group stays as it is, for run() to end the process.
     """
-    if world()[1] == 1:
+    if world().ranks == 1:
         yield
         return
     join_ranks()
@@ -71,27 +85,40 @@ def join_ranks():
 
 def barrier():
     """Returns once all ranks have called it."""
-    if world()[1] > 1:
+    if world().ranks > 1:
         dist.all_reduce(torch.zeros(()))
 
 
 def total(value):
     """The sum over ranks of a tensor or number, as a new tensor."""
     value = torch.as_tensor(value).clone()
-    if world()[1] > 1:
+    if world().ranks > 1:
         dist.all_reduce(value)
     return value
 
 
+def agree(value):
+    """Whether a whole number below 2**52 is the same on all ranks."""
+    here = torch.tensor([value, -value], dtype=torch.float64)
+    if world().ranks > 1:
+        dist.all_reduce(here, dist.ReduceOp.MAX)
+    return bool(here[0] == -here[1])
+
+
 @contextlib.contextmanager
 def explained():
-    """Turns errors that follow from lost ranks into UserErrors."""
+    """Turns errors of lost ranks and of torch.compile into UserErrors."""
     try:
         yield
     except RuntimeError as error:
-        if world()[1] > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise UserError("another rank exited; stopping without saving: start all of them again "
-                            "with --init_from=auto") from None
+        if type(error).__module__ == "torch._dynamo.exc":
+            raise UserError(f"torch.compile does not work here ({one_line(error)}): add "
+                            "--compile=False") from None
+        if world().ranks > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise UserError(f"the ranks lost each other ({one_line(error)}): if another rank has "
+                            "exited, start all of them again with --init_from=auto; if they never "
+                            "met, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to a network card "
+                            "that their machines share") from None
         raise
 
 
@@ -176,7 +203,7 @@ class StopSignal:
 
 def replicate(model, config):
     """model under DDP, where there are several ranks that each have a copy."""
-    if world()[1] == 1 or config.parallel == "fsdp":
+    if world().ranks == 1 or config.parallel == "fsdp":
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
@@ -230,6 +257,14 @@ def shard(model, runtime, weight_of):
             weight = weight_of(name, parameter.shape)
             if weight is not None:
                 parameter.copy_(placed(weight, parameter))
+
+
+def cause(error):
+    """The first exception behind a CheckpointException of torch, whose own text is a traceback; any
+    other error itself."""
+    for failure, _ in getattr(error, "failures", {}).values():
+        return failure
+    return error
 
 
 def placed(x, parameter):

@@ -83,8 +83,9 @@ class OneDNNLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
         grad_x = onednn_product(grad, weight.t())
-        grad_weight = onednn_product(rows.t(), x.flatten(0, -2).t())
-        grad_bias = None
+        grad_weight, grad_bias = None, None
+        if ctx.needs_input_grad[1]:  # unless trainable leaves it out
+            grad_weight = onednn_product(rows.t(), x.flatten(0, -2).t())
         if ctx.has_bias:
             grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias
@@ -137,7 +138,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class FastRMSNorm(nn.RMSNorm):
-    """RMSNorm in the dtype of its input, also under autocast, which widens it to float32."""
+    """RMSNorm in the dtype of its input, also under autocast, where nn.RMSNorm gives float32."""
 
     def forward(self, x):
         on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
@@ -160,7 +161,8 @@ class ChunkedHeadLoss(nn.Module):
 
     def forward(self, x, weight, targets, n_targets):
         return ChunkedCrossEntropy.apply(
-            x.flatten(0, 1), weight, targets.flatten(), n_targets, torch.is_grad_enabled())
+            x.flatten(0, 1), weight, targets.flatten(), n_targets,
+            torch.is_grad_enabled(), torch.is_grad_enabled() and weight.requires_grad)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -171,11 +173,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, n_targets, gradients):
+    def forward(ctx, x, weight, targets, n_targets, gradients, of_weight):
         total = x.new_zeros((), dtype=torch.float32)
         grad_x, grad_weight = None, None
         if gradients:
-            grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+            grad_x = torch.empty_like(x)
+        if of_weight:
+            grad_weight = torch.zeros_like(weight)
         share = (targets >= 0) / n_targets                              # (N,), a row's part
         logits_at_once = 2**23 if x.device.type == "cpu" else 2**28
         n = max(1, logits_at_once // weight.size(0))
@@ -185,7 +189,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part = share[chunk, None]                                   # (n, 1)
             logits = linear(x[chunk], weight)                           # (n, V)
             top, likeliest = logits.max(dim=-1, keepdim=True)
-            below = (top - logits.gather(1, target)).float()            # target's logit below top
+            below = top.float() - logits.gather(1, target).float()      # target's logit below top
             p = logits.float().softmax(dim=-1)
             del logits
             # the likeliest id's probability, unlike the target's, never underflows
@@ -194,6 +198,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if gradients:
                 p = p.scatter_add_(1, target, torch.full_like(below, -1.0)).to(top.dtype)
                 grad_x[chunk] = linear(p, weight.t()) * part
+            if of_weight:
                 grad_weight += linear(p.t(), (x[chunk] * part.to(x.dtype)).t())
         ctx.save_for_backward(grad_x, grad_weight)
         return total
@@ -201,7 +206,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x.mul_(grad), grad_weight.mul_(grad), None, None, None  # in place: used once
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad)                        # in place: used once
+        return grad_x.mul_(grad), grad_weight, None, None, None, None
 
 
 # -- decoding --------------------------------------------------------------------------------------
@@ -209,7 +216,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class PackedLinear(nn.Module):
     """A linear layer for float32 or bfloat16 inference on a CPU.
 
-    Its weight has the blocked layout that oneDNN reads fastest for products of that many rows.
+    Its weight has the blocked layout that oneDNN reads fastest for inputs of that many rows.
     """
 
     def __init__(self, weight, bias, rows):
@@ -263,11 +270,14 @@ def keep_freed_memory(keep=True):
 
     Otherwise they go back to Linux and are requested again page by page, half of the time of a
     large loss head on a CPU (a step with 50,304 ids takes 857 instead of 1,286 ms). keep=False
-    returns to glibc's defaults.
+    sets the thresholds that glibc begins with.
     """
     blocks, heap = 2**17, 2**17
     if keep:
         blocks, heap = 2**30, 2**31 - 1
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-3, blocks)  # M_MMAP_THRESHOLD: smaller ones use the heap
-        ctypes.CDLL(None).mallopt(-1, heap)    # M_TRIM_THRESHOLD: a larger end of it is returned
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "mallopt"):
+        # M_MMAP_THRESHOLD: smaller blocks use the heap. Older versions take 32 MiB at most.
+        if not libc.mallopt(-3, blocks):
+            libc.mallopt(-3, 2**25)
+        libc.mallopt(-1, heap)  # M_TRIM_THRESHOLD: a larger end of the heap is returned

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import filelock  # torch depends on it
 
-from nanogqa.configurator import UserError
-from nanogqa.distributed import barrier, world
+from nanogqa.configurator import UserError, one_line
+from nanogqa.distributed import barrier, first_rank, total
 from nanogqa.files import check_writable, created
 
 NAME = "ckpt.pt"      # the newest checkpoint
@@ -47,6 +47,9 @@ def lock(out_dir, patience=60):
     except filelock.Timeout:
         raise UserError(f"another run writes to {out_dir}: wait until it has ended, or choose "
                         "another --out_dir") from None
+    except (OSError, NotImplementedError) as error:  # some network file systems
+        raise UserError(f"{out_dir} cannot be locked ({one_line(error)}): choose an --out_dir on a "
+                        "file system that has file locks") from None
     try:
         yield
     finally:
@@ -59,18 +62,29 @@ def lock(out_dir, patience=60):
 
 def own(out_dir, stack):
     """Locks out_dir until stack closes: rank 0 does, the others wait for it."""
-    if world()[0] == 0:
+    if first_rank():
         stack.enter_context(lock(out_dir))
     barrier()
 
 
+def own_if_there(out_dir, stack):
+    """Locks out_dir as own does, if rank 0 sees such a folder; returns whether it does."""
+    there = bool(total(float(first_rank() and Path(out_dir).is_dir())))
+    if there:
+        own(out_dir, stack)
+    return there
+
+
 def open_folder(out_dir, locked, stack):
-    """Creates and locks the folder of a run."""
-    if world()[0] == 0:
+    """Creates the folder of a run and locks it, unless it is locked already."""
+    if first_rank():
         stack.enter_context(created(out_dir))
     if not locked:
         own(out_dir, stack)
-    if world()[0] == 0:
+        if exists(out_dir):  # there was no folder when this run looked for a checkpoint
+            raise UserError(f"another run has written to {out_dir} meanwhile: continue that one "
+                            "with --init_from=resume, or choose another --out_dir")
+    if first_rank():
         remove_left(out_dir)
     check_writable(out_dir)
 
@@ -107,7 +121,7 @@ def exists(out_dir):
 def way_back(out_dir, step):
     """What to do about a run whose numbers are not finite at that step, as the end of a message."""
     if step == 0:
-        return "the model is so before its first step: choose --dtype=float32 or another model"
+        return "training has not begun yet, so choose --dtype=float32 or another model"
     if exists(out_dir):
         return "lower learning_rate and continue with --init_from=resume"
     return "lower learning_rate and start again"

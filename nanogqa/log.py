@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from nanogqa import schema
 from nanogqa.configurator import UserError, one_line
+from nanogqa.distributed import first_rank
 from nanogqa.files import append, replacing, write_json
-from nanogqa.terminal import master, plural, reason, warn
+from nanogqa.terminal import plural, reason, warn
 from nanogqa.timing import profiler
 
 # how the terminal shows a number of a row, others with four digits
@@ -111,7 +112,7 @@ class Log:
         self.bar = self.wandb = None
         self.backlogs = []
         self.trace = profiler(config)
-        if not master():
+        if not first_rank():
             return
         path = Path(config.out_dir) / "metrics.jsonl"
         self.backlogs = [Backlog(path, RowFile(path, start).write)]
@@ -147,7 +148,7 @@ class Log:
             if key not in NOT_SHOWN:
                 text += f"  {key} {value:{FORMATS.get(key, '.4f')}}"
         if row["skipped"]:
-            text += f"  {row['skipped']} steps skipped (gradient not finite)"
+            text += f"  {plural(row['skipped'], 'step')} skipped (gradient not finite)"
         self.print(text)
 
     def print(self, text):

@@ -9,10 +9,10 @@ from nanogqa.batches import batch_shape
 from nanogqa.checkpoint import check_whole, freeze, load, typed
 from nanogqa.configurator import UserError, build, subset
 from nanogqa.costs import meta_model
-from nanogqa.distributed import barrier, check_parallel, world
+from nanogqa.distributed import agree, barrier, check_parallel, world
 from nanogqa.folder import exists, path_of
 from nanogqa.runtime import check_training
-from nanogqa.tokenizer import present_name
+from nanogqa.tokenizer import HF_TOKENIZER, present_name
 
 # settings of this call alone, not saved
 PER_CALL = {"out_dir", "init_from", "overwrite", "eval_only", "profile"}
@@ -32,8 +32,8 @@ def start(given, cls, GPTConfig):
     call = per_call(given, cls)
     out_dir, init_from = call.out_dir, call.init_from
     if out_dir.endswith(".pt") and not (call.eval_only or Path(out_dir).is_dir()):
-        raise UserError(f"out_dir={out_dir} is a folder, but .pt ends the name of a checkpoint "
-                        "file: choose another --out_dir")
+        raise UserError(f"out_dir={out_dir} ends in .pt like a checkpoint file, but a run needs a "
+                        "folder: choose another --out_dir")
     if init_from == "auto":
         init_from = "scratch"
         if exists(out_dir):
@@ -51,7 +51,7 @@ def start(given, cls, GPTConfig):
     source = init_from
     if resume:
         source = out_dir
-    if not Path(source).exists():
+    if not resume and not Path(source).exists():
         raise UserError(f"{source} is not a folder: init_from takes scratch, resume, auto, a "
                         "folder that holds a checkpoint, or the path of a ckpt_STEP.pt")
     state = load(source, GPTConfig)
@@ -102,10 +102,12 @@ def check_data(config, state, meta):
         return
     source = config.out_dir if config.init_from == "resume" else config.init_from
     tokenizer = state["tokenizer"]
-    if tokenizer != meta["tokenizer"]:
+    if tokenizer != meta["tokenizer"]:  # an older checkpoint names a tokenizer.json otherwise
         tokenizer = present_name(tokenizer, path_of(source).parent)
     if tokenizer not in (meta["tokenizer"], "none"):
-        same = source if tokenizer.startswith("tokenizer.json") else tokenizer
+        same = tokenizer
+        if tokenizer.startswith(HF_TOKENIZER):
+            same = path_of(source).parent
         raise UserError(
             f"data set {config.dataset!r} has tokenizer {meta['tokenizer']!r}, the model in "
             f"{source} has {tokenizer!r}: prepare the data with --tokenizer={same}")
@@ -115,10 +117,20 @@ def check_data(config, state, meta):
             "(another sha256): prepare that one again, or start another run with another --out_dir")
 
 
+def check_ranks(config, step, meta):
+    """Raises UserError unless all ranks start from the same step, with the same data."""
+    if not agree(step):
+        raise UserError(f"ranks find different checkpoints in {config.out_dir}: choose an "
+                        "--out_dir on a disk that all machines share")
+    if not agree(int(meta["sha256"][:12], 16)):
+        raise UserError(f"machines have different data sets {config.dataset!r}: copy one of them "
+                        "to the others")
+
+
 def verify_data(config, dataset):
     """Verifies the data of a resumed run: one rank of each machine does, the others wait."""
     if config.init_from == "resume":
-        if world()[2] == 0:
+        if world().local_rank == 0:
             dataset.verify()
         barrier()
 

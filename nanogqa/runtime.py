@@ -87,6 +87,9 @@ def pick_device(device, ranks, local_rank):
     if not here[kind]:
         raise UserError(
             f"device {device!r} is not available here: choose --device=auto or --device=cpu")
+    if kind == "mps" and ranks > 1:
+        raise UserError("several ranks cannot share tensors of an Apple GPU: start without "
+                        "torchrun, or choose --device=cpu")
     if kind == "cuda":
         index = local_rank if ranks > 1 or not index else int(index)
         if index >= torch.cuda.device_count():
@@ -173,9 +176,8 @@ def keep_addresses(cache):
 def warn_eager(error, runtime):
     """Warns that compiling has failed and why; goes on in eager mode."""
     if runtime.rank == 0:
-        reason = one_line(str(error).strip().split("\n")[0] or type(error).__name__)
-        print(f"warning: torch.compile does not work here ({reason}): going on in eager mode",
-              file=sys.stderr)
+        print(f"warning: torch.compile does not work here ({one_line(error)}): going on in eager "
+              "mode", file=sys.stderr)
     runtime.compile = False
 
 
@@ -237,12 +239,15 @@ def gigabytes(n):
 
 def check_training(GPT, config, batch_size, ranks, step):
     """Raises UserError if a run from that step on cannot fit into the machine's memory. On other
-    devices than a CPU, the weights and the data are in it first."""
+    devices than a CPU, the weights and the data are in it first. Each rank of a machine needs as
+    much."""
     steps = config.max_steps - step
     if config.eval_only or kind_of(config.device) != "cpu":
         steps = 0
     tokens = batch_size * config.block_size
-    check_memory(training_floor(config, count_params(GPT, config), tokens, ranks, steps))
+    floor = training_floor(config, count_params(GPT, config), tokens, ranks, steps)
+    here = min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    check_memory({setting: here * size for setting, size in floor.items()})
 
 
 def check_sampling(model, config, ids, runtime):

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 
 from nanogqa.configurator import one_line
-from nanogqa.distributed import total, whole
+from nanogqa.distributed import cause, total, whole
 from nanogqa.files import replacing, sync, write_json
-from nanogqa.folder import BEST, NAME, SHARDED, clear_sharded, numbered
+from nanogqa.folder import BEST, NAME, SHARDED, clear_sharded, find_sharded, numbered
 from nanogqa.tokenizer import copy_tokenizer
 
 
 def save(out_dir, state, also=()):
     """Writes state, a dict of checkpoint.KEYS, to out_dir, and under the names in also.
 
-    OSError leaves the previous files as they were.
+    After an OSError, ckpt.pt is the previous one.
     """
     out_dir = Path(out_dir)
     parts = {}
@@ -54,25 +54,33 @@ def link(source, path):
 class Saver:
     """Writes checkpoints in a thread, so that training does not wait for the disk.
 
-    ckpt.pt is the newest, ckpt_best.pt that of the lowest validation loss, ckpt_STEP.pt are the
-    last keep ones. A failed write prints a warning; .failed holds it until one succeeds.
+    ckpt.pt is the newest, ckpt_best.pt that of the lowest validation loss among those written,
+    ckpt_STEP.pt are the last keep ones. A failed write prints a warning; .failed holds it until one
+    succeeds.
     """
 
-    def __init__(self, config, kept=(), rank=0):
+    def __init__(self, config, kept=(), best=None, rank=0):
         self.out_dir = Path(config.out_dir)
         self.keep = config.keep_checkpoints
         self.rank = rank
         self.kept = list(kept)  # steps of the ckpt_STEP.pt that this run has written
+        self.best = best  # lowest validation loss of its checkpoints
         self.thread = None
         self.failed = None
 
     def save(self, state, last=False):
-        """Returns once state is copied to host memory. All ranks call it, rank 0 writes."""
+        """Waits for the previous write, copies state to host memory and starts a write. All ranks
+        call it, rank 0 writes."""
         self.wait()
-        state = host_copy(state, self.rank == 0)
+        state = self.with_best(host_copy(state, self.rank == 0))
         if self.rank == 0:
             self.thread = threading.Thread(target=self.write, args=[state])
             self.thread.start()
+
+    def with_best(self, state):
+        """state with the lowest validation loss of the checkpoints up to it."""
+        losses = [loss for loss in (state["val_loss"], self.best) if loss is not None]
+        return state | {"best_val_loss": min(losses, default=None)}
 
     def write(self, state):
         also = []
@@ -86,6 +94,7 @@ class Saver:
             save(self.out_dir, state | {"kept": kept}, also)
             self.failed = None
             self.kept = kept
+            self.best = state["best_val_loss"]
             self.remove_old()
         except OSError as error:
             size = math.ceil(sum(x.nbytes for x in tensors(state)) / 2**20)
@@ -156,7 +165,7 @@ class ShardedSaver(Saver):
         import torch.distributed.checkpoint as dcp  # see shard in nanogqa/distributed.py
 
         folder = self.out_dir / f"{SHARDED}{state['step']}"
-        parts, plain = split(state)
+        parts, plain = split(self.with_best(state))
         writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
         try:
             with warnings.catch_warnings(action="ignore"):  # torch may still change this interface
@@ -166,13 +175,14 @@ class ShardedSaver(Saver):
                 write_json(folder / "state.json", plain)  # last: it marks the folder as complete
             failed = None
         except (dcp.api.CheckpointException, OSError) as error:
-            failed = (f"cannot save step {state['step']} to {folder} ({one_line(error)}): make "
-                      "room")
+            failed = (f"cannot save step {state['step']} to {folder} ({one_line(cause(error))}): "
+                      "make room")
         # a rank may fail alone, but the next attempt is one of all ranks
         if total(float(failed is not None)):
             self.fail(failed or "another rank cannot save its part")
         else:
             self.failed = None
+            self.best = plain["best_val_loss"]
             clear_sharded(self.out_dir, self.rank, keep=folder)
 
 
@@ -190,16 +200,16 @@ def split(state):
 def make_saver(config, state, dataset, rank):
     """The Saver of a run that starts from the checkpoint state, or None, and the tokenizer of its
     data set in out_dir. A run from scratch removes sharded checkpoints and the tokenizer of the one
-    before."""
-    kept = []
+    before; a resumed one removes parts of a save that was interrupted."""
+    kept, best, sharded = [], None, None
     resumed = config.init_from == "resume"
     if resumed:
-        kept = state["kept"]
+        kept, best = state["kept"], state["best_val_loss"]
+        sharded = find_sharded(config.out_dir)
     if kept is None:  # an older checkpoint does not say
         kept = [n for n in numbered(config.out_dir, "ckpt_", ".pt") if n <= state["step"]]
-    if not resumed:
-        clear_sharded(config.out_dir, rank)
+    clear_sharded(config.out_dir, rank, keep=sharded)
     if rank == 0:
         copy_tokenizer(dataset.meta["tokenizer"], dataset.folder, config.out_dir, not resumed)
     kind = ShardedSaver if config.parallel == "fsdp" else Saver
-    return kind(config, kept, rank)
+    return kind(config, kept, best, rank)

@@ -1,27 +1,24 @@
 """What programs print: what is about to run, warnings, results."""
 import contextlib
+import shlex
 import sys
 
 import torch
 
 from nanogqa.configurator import drop_output, off_default, one_line
 from nanogqa.costs import kv_bytes_beyond_windows, kv_bytes_per_token, kv_cache_bytes, num_params
-from nanogqa.distributed import world
-
-
-def master():
-    return world()[0] == 0
+from nanogqa.distributed import first_rank
 
 
 def say(text):
     """Prints on rank 0."""
-    if master():
+    if first_rank():
         print(text, flush=True)
 
 
 def warn(text):
     """Prints a warning to standard error on rank 0."""
-    if master():
+    if first_rank():
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
@@ -117,12 +114,13 @@ def announce_resume(state, settings, runtime):
 def sampling_command(config, dataset):
     """The command that samples from the run, as text; eval_only where ids stand for no text."""
     if dataset.meta["tokenizer"] == "none":
-        return (f"evaluate it again: python train.py --out_dir={config.out_dir} "
+        return (f"evaluate it again: python train.py --out_dir={shlex.quote(config.out_dir)} "
                 "--init_from=resume --eval_only=True")
     prompt = ""
     if dataset.meta.get("python"):
         prompt = "def "
-    return f'now try: python sample.py --out_dir={config.out_dir} --prompt="{prompt}"'
+    out_dir = shlex.quote(config.out_dir)
+    return f'now try: python sample.py --out_dir={out_dir} --prompt="{prompt}"'
 
 
 def announce_sampling(config, gpt_config, runtime, step, ids):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from nanogqa.distributed import first_rank
 from nanogqa.files import replacing
-from nanogqa.terminal import master, reason, warn
+from nanogqa.terminal import reason, warn
 
 
 class Rate:
@@ -86,7 +87,7 @@ class NoTrace(contextlib.nullcontext):
 
 def profiler(config):
     """Where config.profile is set, traces 5 steps from the sixth on into out_dir/trace.json."""
-    if not config.profile or not master():
+    if not config.profile or not first_rank():
         return NoTrace()
 
     def write(trace):

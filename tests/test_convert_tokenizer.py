@@ -340,6 +340,16 @@ def test_a_tokenizer_is_named_by_what_it_does(tokenizers, tmp_path):
         assert HuggingFaceTokenizer(folder).name != name
 
 
+def test_half_a_surrogate_pair_is_read_as_by_tiktoken(transformers, tmp_path, monkeypatch):
+    """A prompt that is not UTF-8 has some; the tokenizers library ended in a traceback."""
+    llama(transformers, tmp_path / "hf", monkeypatch, eos_token="</s>")
+    encoding = HuggingFaceTokenizer(tmp_path / "hf")
+    for text in ("a\ud800b", "\udcff"):
+        seen = text.replace("\ud800", "\ufffd").replace("\udcff", "\ufffd")
+        assert encoding.encode(text) == encoding.encode(seen)
+        assert get_tokenizer("gpt2").encode(text) == get_tokenizer("gpt2").encode(seen)
+
+
 def test_names_of_earlier_versions_are_read(transformers, tmp_path, monkeypatch):
     """They are the hash of the file. Data that is prepared today fits such a checkpoint."""
     llama(transformers, tmp_path / "hf", monkeypatch, eos_token="</s>")

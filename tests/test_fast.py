@@ -96,3 +96,35 @@ def test_a_model_without_targets_has_a_loss_of_zero():
         loss.backward()
         assert loss == 0
         assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def test_frozen_weights_cost_no_gradient(monkeypatch):
+    """The products for their gradients were computed and thrown away."""
+    plain, changed = GPT(toy_config()), accelerate(GPT(toy_config()))
+    for model in (plain, changed):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("q_proj" in name)
+    ids, targets = small_targets()
+    products, product = [], fast.onednn_product
+    monkeypatch.setattr(fast, "onednn_product", lambda *args: products.append(args) or product(*args))
+    for model in (plain, changed):
+        model(ids, targets, logits="none")[1].backward()
+    for (name, expected), found in zip(plain.named_parameters(), changed.parameters(), strict=True):
+        assert (found.grad is None) == ("q_proj" not in name)
+        if found.grad is not None:
+            torch.testing.assert_close(found.grad, expected.grad, atol=1e-5, rtol=1e-3)
+    if fast.ONEDNN:
+        # forward 7 in each of 2 layers and the head; backward the input of all but what is below the first q_proj,
+        # and the weights of the two q_proj
+        rows = ids.numel()
+        weights = [args for args in products if args[0].size(-1) == rows]
+        assert len(weights) == 2
+
+
+def test_losses_agree_in_bfloat16():
+    """The distance of the target's logit to the largest one was rounded to bfloat16, 0.06 nats for a distance of 10."""
+    logits = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).mul(8).bfloat16()
+    targets = toy_ids(1, 64, vocab=32)
+    found = fast.ChunkedHeadLoss()(logits[None], torch.eye(32).bfloat16(), targets, torch.tensor(64))
+    expected = torch.nn.functional.cross_entropy(logits.float(), targets[0])
+    torch.testing.assert_close(found.float(), expected, atol=1e-4, rtol=1e-4)

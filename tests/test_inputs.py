@@ -12,9 +12,10 @@ from conftest import load
 
 import sample
 import train
-from nanogqa import checkpoint
+from nanogqa import checkpoint, resume
 from nanogqa.batches import batch_shape
 from nanogqa.configurator import UserError, literal, parse
+from nanogqa.prompts import read_prompts
 from nanogqa.writer import write_dataset
 from train import TrainConfig
 
@@ -74,7 +75,7 @@ def trained(toy_data, tmp_path_factory):
     (["--device=tpu"], "unknown device 'tpu': choose auto, cpu, cuda"),
     (["--device=cuda:99"], "--device=cpu"),
     (["--dataset=none"], "there is no data set 'none': choose one of hub, python, recall, shakespeare, text"),
-    (["--init_from=resume"], "init_from takes scratch"),
+    (["--init_from=resume"], "there is no checkpoint"),
     (["--init_from=nowhere"], "init_from takes scratch, resume, auto, a folder"),
     (["--eval_only=True"], "eval_only needs weights"),
     (["--eval_tokens=0"], "eval_tokens must be at least 1"),
@@ -321,8 +322,9 @@ def test_a_prepare_script_downloads_and_checks(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("env,words", [
-    (dict(RANK="abc"), "RANK=abc, WORLD_SIZE=1, LOCAL_RANK=0 is not what torchrun sets"), (dict(WORLD_SIZE="0"), "is not what"),
-    (dict(RANK="1"), "is not what"), (dict(WORLD_SIZE="2"), "is not what"), (dict(LOCAL_RANK=""), "is not what")])
+    (dict(RANK="abc"), "RANK=abc, WORLD_SIZE=None, LOCAL_RANK=None, MASTER_ADDR=None, MASTER_PORT=None is not what torchrun sets"), (dict(WORLD_SIZE="0"), "is not what"),
+    (dict(RANK="1"), "is not what"), (dict(WORLD_SIZE="2"), "is not what"),
+    (dict(WORLD_SIZE="2", RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1"), "LOCAL_RANK=None"), (dict(LOCAL_RANK=""), "is not what")])
 def test_bad_environments(toy_run, trained, capsys, monkeypatch, env, words):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -337,7 +339,7 @@ def test_bad_environments(toy_run, trained, capsys, monkeypatch, env, words):
     (lambda s: s["optimizer"].update(state=3), "optimizer's state in the checkpoint does not fit"),
     (lambda s: s["config"].pop("vocab_size"), "has no vocab_size"),
     (lambda s: s["config"].update(block_size=32.5), "block_size must be a whole number"),
-    (lambda s: s["config"].update(colour=1), "unknown setting 'colour'"),
+    (lambda s: s["config"].update(colour=1), "has the setting colour, which this version does not know"),
     (lambda s: s["settings"].update(dtype="float99"), "dtype must be auto or float32"),
     (lambda s: s["settings"].update(device=3), "device must be text"),
     (lambda s: s["model"].update({3: torch.zeros(1)}), "a key of model is 3, not a str"),
@@ -381,3 +383,48 @@ def test_source_that_cannot_be_read(tmp_path, capsys):
     (tmp_path / "lib/b.py").write_text("# coding: nonsense\n")
     error = fails(program("python"), [f"--input={tmp_path / 'lib'}", f"--data_dir={tmp_path / 'data'}"], capsys)
     assert "no text for the" in error and "--input" in error
+
+
+def test_byte_order_marks_are_no_text(toy_run, trained, tmp_path, capsys):
+    """Editors on Windows begin a file with one: a config was refused, and prompts and training text had it as a character."""
+    (tmp_path / "x.py").write_text("max_steps = 1\n", encoding="utf-8-sig")
+    assert parse(TrainConfig, [str(tmp_path / "x.py")], "")["max_steps"] == 1
+    (tmp_path / "prompts.txt").write_text("one\r\ntwo", encoding="utf-8-sig")
+    assert read_prompts("", str(tmp_path / "prompts.txt")) == ["one", "two"]
+    (tmp_path / "texts").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "texts" / name).write_text("xyz" * 20, encoding="utf-8-sig")
+    for number, source in enumerate(("texts", "texts/a")):
+        program("text")([f"--input={tmp_path / source}", "--tokenizer=byte", f"--data_dir={tmp_path / str(number)}"])
+        assert (tmp_path / str(number) / "train.bin").read_bytes()[:6] == b"x\0y\0z\0"
+
+
+def test_a_text_that_cannot_be_read(tmp_path, capsys, monkeypatch):
+    """The message was about the folder of the data set."""
+    (tmp_path / "text").write_text("abc")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    error = fails(program("text"), [f"--input={tmp_path / 'text'}", f"--data_dir={tmp_path / 'data'}", "--tokenizer=byte"], capsys)
+    assert f"cannot read {tmp_path / 'text'} (Permission denied)" in error
+
+
+def test_a_download_of_something_else(tmp_path, capsys, monkeypatch):
+    """A page of a proxy instead of the tokenizer's file: gpt2 was called unknown, and listed among the known."""
+    def other(name):
+        raise ValueError("Hash mismatch for data downloaded from https://...")
+    monkeypatch.setattr("tiktoken.get_encoding", other)
+    error = fails(program("python"), ["--tokenizer=gpt2", f"--data_dir={tmp_path}"], capsys)
+    assert "cannot be downloaded" in error and "there is no tokenizer" not in error
+
+
+def test_where_a_checkpoint_is_missing_or_has_its_tokenizer(toy_run, trained, tmp_path, capsys, monkeypatch):
+    """A mistyped out_dir was blamed on init_from. A checkpoint file was named as a tokenizer."""
+    error = fails(train.main, [arg.replace("/run", "/tpyo") for arg in toy_run] + ["--init_from=resume"], capsys)
+    assert "there is no checkpoint" in error and "init_from" not in error
+    config = TrainConfig(init_from=str(trained / "ckpt_best.pt"))
+    monkeypatch.setattr(resume, "present_name", lambda name, folder: name)
+    state = dict(tokenizer="tokenizer.json-0123")
+    with pytest.raises(UserError, match=f"prepare the data with --tokenizer={trained}$"):
+        resume.check_data(config, state, dict(tokenizer="byte", sha256=""))

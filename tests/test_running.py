@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ import compare
 import convert
 import sample
 import train
-from nanogqa import distributed, files, folder, log, saver as writes, timing
+from nanogqa import checkpoint, costs, distributed, files, folder, log, resume, runtime, saver as writes, timing
 from nanogqa.configurator import UserError, program
 from nanogqa.writer import write_dataset
 
@@ -106,7 +107,7 @@ def test_a_rank_that_has_saved_tries_again_with_one_that_has_not(tmp_path, monke
     """Otherwise the other rank would wait for it forever."""
     saver = writes.ShardedSaver(train.TrainConfig(out_dir=str(tmp_path)), rank=1)
     monkeypatch.setattr("torch.distributed.checkpoint.save", lambda *args, **kwargs: None)
-    state = dict(step=1, model={}, optimizer=dict(state={}))
+    state = dict(step=1, val_loss=None, model={}, optimizer=dict(state={}))
     for failed in (1.0, 0.0):
         monkeypatch.setattr(writes, "total", lambda mine, failed=failed: mine + failed)
         saver.save(state)
@@ -408,7 +409,7 @@ def test_a_refusal_leaves_the_folder_as_it_was(toy_run, tmp_path, capsys, args, 
 
 
 @pytest.mark.parametrize("step,words", [
-    (0, "so before its first step: choose --dtype=float32 or another model"),
+    (0, "training has not begun yet, so choose --dtype=float32 or another model"),
     (10, "lower learning_rate and continue with --init_from=resume")])
 def test_the_remedy_fits_what_is_there(toy_run, tmp_path, monkeypatch, capsys, step, words):
     losses = iter([1.0] * (step // 10) + [float("nan")])
@@ -500,3 +501,119 @@ def test_the_time_of_a_run_as_text(monkeypatch, seconds, words):
     rate = timing.Rate(1, 0)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: rate.began + seconds)
     assert rate.elapsed() == words
+
+
+# -- what an error or another run must not cost --------------------------------------------------
+
+def test_a_checkpoint_that_is_being_written_outlives_an_error(toy_run, tmp_path, monkeypatch, capsys):
+    """Several ranks end with os._exit, which ended the thread in the middle of the file; the lock was released before."""
+    save = writes.save
+
+    def slow(*args):
+        time.sleep(0.5)
+        save(*args)
+
+    def fail():
+        raise UserError("a rank is lost")
+    monkeypatch.setattr(writes, "save", slow)
+    at_steps(monkeypatch, {12: fail})
+    assert "a rank is lost" in fails(train.main, toy_run, capsys)
+    assert load(tmp_path / "run")["step"] == 10 and not list(tmp_path.glob("run/*.part"))
+
+
+def test_a_run_that_ended_meanwhile_is_not_replaced(toy_run, tmp_path, trained_once, monkeypatch, capsys):
+    """Of two runs that started in a new folder, the second replaced the checkpoint of the first."""
+    def wait_for_the_other_run(out_dir, stack):
+        shutil.copytree(trained_once, out_dir, dirs_exist_ok=True)
+    monkeypatch.setattr(folder, "own", wait_for_the_other_run)
+    for args in ([], ["--init_from=auto"], ["--overwrite=True"]):
+        assert "another run has written to" in fails(train.main, [*toy_run, *args], capsys)
+        shutil.rmtree(tmp_path / "run")
+
+
+@pytest.fixture
+def trained_once(toy_run, tmp_path):
+    train.main(out([*toy_run, *SHORT], tmp_path / "other"))
+    return tmp_path / "other"
+
+
+def test_an_interrupted_sharded_save_is_removed(toy_run, tmp_path):
+    """Files of a save that had more ranks were read together with those of the next one."""
+    for name in ("sharded_10", "sharded_20"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run/sharded_10/state.json").write_text("{}")
+    (tmp_path / "run/sharded_20/shard-00003-model-00001-of-00001.safetensors").write_text("half")
+    config = train.TrainConfig(out_dir=str(tmp_path / "run"), init_from="resume", parallel="fsdp")
+    meta = type("Data", (), dict(meta={"tokenizer": "byte"}, folder=tmp_path))
+    writes.make_saver(config, dict(kept=[], best_val_loss=2.0, step=10), meta, 0)
+    assert [path.name for path in (tmp_path / "run").glob("sharded_*")] == ["sharded_10"]
+
+
+def test_the_best_checkpoint_is_the_best_of_those_written(tmp_path, monkeypatch):
+    """A loss whose checkpoint could not be written still counted as the lowest: no later one was written as the best."""
+    saver = writes.Saver(train.TrainConfig(out_dir=str(tmp_path)), best=None)
+    save = writes.save
+    for step, loss, room in ((0, 2.0, True), (10, 1.5, False), (20, None, True), (30, 1.6, True), (40, 1.7, True)):
+        monkeypatch.setattr(writes, "save", save if room else full)
+        saver.save(dict(step=step, val_loss=loss, model={}, optimizer={}))
+        saver.wait()
+    best, last = (torch.load(tmp_path / name) for name in ("ckpt_best.pt", "ckpt.pt"))
+    assert (best["step"], best["best_val_loss"], last["best_val_loss"]) == (30, 1.6, 1.6)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_file_systems_without_locks(toy_run, tmp_path, monkeypatch, capsys, error):
+    def acquire(*args, **kwargs):
+        raise error
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    assert "cannot be locked" in fails(train.main, toy_run, capsys)
+
+
+# -- ranks ---------------------------------------------------------------------------------------
+
+def test_ranks_on_machines_that_share_no_disk(monkeypatch):
+    """One resumed at its step, the other began: collectives of different steps met."""
+    config, meta = train.TrainConfig(), {"sha256": "ab" * 32}
+    resume.check_ranks(config, 400, meta)
+    for same, words in (((False,), "ranks find different checkpoints in out:"), ((True, False), "machines have different data sets 'python'")):
+        answers = iter(same)
+        monkeypatch.setattr(resume, "agree", lambda value: next(answers))
+        with pytest.raises(UserError, match=words):
+            resume.check_ranks(config, 400, meta)
+
+
+def test_apple_gpus_have_one_rank(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert runtime.pick_device("mps", 1, 0)[0].type == "mps"
+    with pytest.raises(UserError, match="several ranks cannot share tensors of an Apple GPU"):
+        runtime.pick_device("mps", 2, 0)
+
+
+def test_each_rank_of_a_machine_needs_memory(monkeypatch):
+    """Eight ranks on one machine were each told that there is enough."""
+    config = train.TrainConfig(device="cpu", n_layer=2, n_embd=64, vocab_size=100)
+    floor = sum(costs.training_floor(config, costs.count_params(train.GPT, config), 2048, 8, 9).values())
+    monkeypatch.setattr(runtime, "machine_memory", lambda: 2 * floor)
+    config.max_steps = 9
+    runtime.check_training(train.GPT, config, 8, 8, 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(UserError, match="this needs at least"):
+        runtime.check_training(train.GPT, config, 8, 8, 0)
+
+
+def test_a_failed_compilation_is_one_sentence(toy_run, monkeypatch, capsys):
+    """Blocks of --parallel=fsdp are compiled in the first step, behind the fallback to eager mode."""
+    def fail(*args):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler")
+    monkeypatch.setattr(train, "backward", fail)
+    assert "torch.compile does not work here (no compiler): add --compile=False" in fails(train.main, toy_run, capsys)
+
+
+def test_an_evaluation_alone_trains_nothing(toy_run, tmp_path, monkeypatch, capsys):
+    """--eval_only read the moments, compiled, and ran a training step, for which a device may have no memory."""
+    train.main([*toy_run, *SHORT])
+    done = re.search(r"done in .*: (val_loss .*)", capsys.readouterr().out)[1]
+    for module, name in ((train, "backward"), (train, "compile_model"), (checkpoint, "load_moments")):
+        monkeypatch.setattr(module, name, None)
+    train.main([*toy_run, "--init_from=resume", "--eval_only=True"])
+    assert done in capsys.readouterr().out

@@ -71,20 +71,6 @@ def test_wsd_is_constant_and_then_falls():
     assert [learning_rate(step, none) for step in (0, 9)] == [1.0, 1.0]
 
 
-def test_groups_have_a_scale_of_the_rate(toy_run, tmp_path, monkeypatch):
-    make, seen = train.make_optimizers, []
-
-    def scaled(model, config):
-        seen[:] = make(model, config)
-        seen[0].param_groups[0]["lr_scale"] = 0.5
-        return seen
-    monkeypatch.setattr(train, "make_optimizers", scaled)
-    train.main([*toy_run, "--max_steps=3"])
-    matrices, vectors = groups_of(seen)
-    expected = learning_rate(2, TrainConfig(max_steps=3, warmup_steps=4))
-    assert (matrices["lr"], vectors["lr"]) == pytest.approx((expected / 2, expected))
-
-
 def test_a_step_is_one_mean_over_unequal_targets():
     """Micro-batches with 7, 1 and 0 targets give the gradient of one batch with 8."""
     config = GPTConfig(block_size=8, vocab_size=65, n_layer=1, n_head=4, n_embd=32)
