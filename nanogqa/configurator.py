@@ -259,7 +259,7 @@ def check_pattern(settings, name, example):
 def read_config(cls, path, axes=False):
     """The (key, value) assignments of a config file, in order; with axes, a value may be a list."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:  # editors may mark UTF-8 at the start
             body = ast.parse(f.read()).body
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): pass a config file, or a setting "

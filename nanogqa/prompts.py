@@ -13,7 +13,7 @@ from nanogqa.tokenizer import Text
 def read_text(path):
     """The text of a UTF-8 file. Lines end with \\n or \\r\\n, and with no other character."""
     try:
-        return Path(path).read_bytes().decode("utf-8").replace("\r\n", "\n")
+        return Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         raise UserError(
             f"cannot read the prompt {path} ({error.strerror}): name a text file") from None
@@ -120,7 +120,7 @@ class Output:
                 line = dict(prompt=self.prompts[row], text=self.written[row])
                 print(json.dumps(line, ensure_ascii=False))
             else:
-                print(self.prompts[row] + self.written[row])
+                print(self.prompts[row] + self.written[row], flush=True)
             if not self.jsonl and row + 1 < len(self.texts):
                 print("-" * 80, file=sys.stderr, flush=True)
         print(f"{self.count:,} tokens in {seconds:.2f} s, reading the prompt included: "

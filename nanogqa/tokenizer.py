@@ -94,18 +94,18 @@ def file_tokenizer(name, folder):
 
 
 def tiktoken_tokenizer(name):
+    names = tiktoken.list_encoding_names()
+    if name not in names:
+        raise UserError(
+            f"there is no tokenizer {name!r}: choose one of {', '.join(['byte', *names])}, or a "
+            f"folder with a {HF_TOKENIZER}"
+        )
     try:
         encoding = tiktoken.get_encoding(name)
-    except OSError:  # includes failed downloads
+    except (OSError, ValueError):  # failed downloads; those with another content
         raise UserError(
             f"the files of tokenizer {name!r} are not on this machine and cannot be downloaded: "
             "set TIKTOKEN_CACHE_DIR to a folder that holds them, or use --tokenizer=byte"
-        ) from None
-    except ValueError:
-        names = ", ".join(["byte", *tiktoken.list_encoding_names()])
-        raise UserError(
-            f"there is no tokenizer {name!r}: choose one of {names}, or a folder with a "
-            f"{HF_TOKENIZER}"
         ) from None
     if EOT not in encoding.special_tokens_set:
         raise UserError(
@@ -248,6 +248,8 @@ class HuggingFaceTokenizer:
     def encode(self, text, allowed_special="all"):
         """Ids of text, with the prefix that the model expects (a BOS token, for Llama)."""
         self.tokenizer.encode_special_tokens = not allowed_special
+        # half of a surrogate pair becomes U+FFFD, as in tiktoken
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self.tokenizer.encode(text).ids
 
     def encode_ordinary(self, text):

@@ -28,6 +28,7 @@ from nanogqa.dataloader import (
     read_meta,
 )
 from nanogqa.files import sync, write_json
+from nanogqa.terminal import plural
 from nanogqa.tokenizer import (
     HF_CONFIG,
     HF_TOKENIZER,
@@ -93,7 +94,10 @@ def held_out(names):
 def print_skipped(names, wanted):
     """Prints how many files were skipped because they are not what is wanted, if any were."""
     if names:
-        print(f"skipped because they are not {wanted}: {len(names)} files ({names[0]}, ...)")
+        more = ""
+        if len(names) > 1:
+            more = ", ..."
+        print(f"skipped because not {wanted}: {plural(len(names), 'file')} ({names[0]}{more})")
 
 
 # -- tokenizer -------------------------------------------------------------------------------------

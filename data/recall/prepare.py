@@ -38,14 +38,14 @@ class RecallConfig:
         in_range(self, "records", low=1, high=VALUES)
         in_range(self, "seed", low=0)
         self.width = max(2, self.fields)
-        self.relations = list(itertools.permutations(range(self.width), 2))
-        if self.fields == 1:
-            self.relations = [(0, 1)]
-        self.first_value = ASK + 1 + len(self.relations)
         needed = self.records * (self.width + 1) + QUESTION + 1
         if self.length < needed:
             raise ValueError(f"length={self.length} has no room for {self.records} records and a "
                              f"question: it must be at least {needed}")
+        self.relations = list(itertools.permutations(range(self.width), 2))
+        if self.fields == 1:
+            self.relations = [(0, 1)]
+        self.first_value = ASK + 1 + len(self.relations)
 
 
 def sequence(config, n_records, rng):

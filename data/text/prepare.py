@@ -17,7 +17,9 @@ from nanogqa.writer import PrepareConfig, held_out, input_files, print_skipped, 
 def documents_of_file(path):
     """Yields (split, text): the first 90 % and the last 10 % of a file."""
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): name a text file") from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first"
@@ -34,7 +36,7 @@ def documents_of_folder(folder, data_dir):
     skipped = []
     for name, path in files.items():
         try:
-            text = path.read_bytes().decode()
+            text = path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError:
             skipped.append(name)
             continue
@@ -47,7 +49,7 @@ def documents_of_folder(folder, data_dir):
     print_skipped(skipped, "UTF-8")
 
 
-@program
+@program(remedy="split the text into a folder of smaller files")
 def main(argv):
     config = build(PrepareConfig, parse(PrepareConfig, argv, __doc__))
     if config.input is None or not Path(config.input).exists():
