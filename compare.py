@@ -8,13 +8,12 @@
 
 Losses and differences have error bars. Takes every setting of train.py. Writes runs, results.json,
 report.md and, with matplotlib, pictures into out_dir. Run the same command again to resume, or
-with a higher --seeds to add runs. Checkpoints of runs in results.json are not needed for that.
+with a higher --seeds or further values in a list to add runs. Checkpoints of runs in results.json
+are not needed for that.
 """
 import datetime
+import hashlib
 import json
-import math
-import os
-import platform
 import re
 import shutil
 import subprocess
@@ -23,12 +22,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from tqdm import tqdm
 
 from bench import BenchConfig, heads_of
 from model import GPT, SETTINGS_OF, GPTConfig
-from nanogqa import checkpoint, costs, folder, resume
+from nanogqa import costs, resume
+from nanogqa.batches import batch_shape
 from nanogqa.configurator import (
     UserError,
     build,
@@ -42,10 +41,11 @@ from nanogqa.configurator import (
 )
 from nanogqa.dataloader import Dataset, prepare_default
 from nanogqa.files import created, write_json
-from nanogqa.log import read_rows
 from nanogqa.report import write_report
-from nanogqa.results import load_results, quantity, shape_of
-from nanogqa.runtime import pick_runtime
+from nanogqa.results import curve_of, load_results, metrics_of, recorded_curves, shape_of
+from nanogqa.runs import Run, ranks_of, train_runs
+from nanogqa.runtime import describe_machine, pick_runtime
+from nanogqa.terminal import say, warn
 from train import TrainConfig
 
 # -- settings --------------------------------------------------------------------------------------
@@ -77,10 +77,12 @@ class CompareConfig(TrainConfig):
 # These do not affect results: a comparison may be resumed with other values of them.
 NO_EFFECT = ("out_dir", "report_only", "overwrite", "log_interval", "profile", "keep_checkpoints",
              "wandb_log", "wandb_project", "wandb_run_name")
+# The files that training and its result depend on, beside settings and data.
+CODE = ("model.py", "train.py", "nanogqa/batches.py", "nanogqa/dropout.py", "nanogqa/fast.py")
 # All runs share these settings, so they take no list.
 SHARED = (*NO_EFFECT, "seeds", "seed", "match", "controls", "dataset", "vocab_size", "block_size",
           "tokens_per_step", "max_steps", "eval_interval", "eval_tokens", "eval_only", "init_from",
-          "device", "dtype", "compile")
+          "device", "dtype", "compile", "parallel")
 # The name of a variant shows these as MHA, GQA-2, MQA or MLA, or as the design, not as key=value.
 KIND_SETTINGS = ("attention", "n_kv_head", "design")
 
@@ -124,7 +126,7 @@ def plan(given):
     config = first_config(given)
     runtime = pick_runtime(config.device, config.dtype, config.compile)
     prepare_default(config.dataset)
-    choices = plan_choices(config, run_settings(config, given))
+    choices = plan_choices(config, settings_of_runs(config, given))
     matches = [config.match]
     if config.match == "both":
         matches = ["shape", "params"]
@@ -179,10 +181,11 @@ def with_design(values):
     return values | settings
 
 
-def run_settings(config, given):
+def settings_of_runs(config, given):
     """The settings of all runs; a list is an axis, and the last axis varies fastest.
 
-    Unless other axes are given, n_kv_head becomes one: n_head, half of it, and 1.
+    Unless other axes are given, n_kv_head becomes one: n_head, the given value or half of n_head,
+    and 1.
     """
     names = {field.name for field in fields(TrainConfig)} | {"design"}
     settings = {}
@@ -197,7 +200,7 @@ def run_settings(config, given):
     settings["overwrite"] = False
     settings["vocab_size"] = config.vocab_size or Dataset(config.dataset).meta["vocab_size"]
     if wants_head_counts(config, settings):
-        head_counts = (config.n_head, max(1, config.n_head // 2), 1)
+        head_counts = (config.n_head, settings.get("n_kv_head") or half_of(config.n_head), 1)
         settings["n_kv_head"] = list(dict.fromkeys(head_counts))
     if isinstance(settings.get("n_kv_head"), list):
         settings["n_kv_head"] = sorted(settings["n_kv_head"], key=mha_first)
@@ -209,8 +212,14 @@ def wants_head_counts(config, settings):
     axes = axes_of(settings)
     if not axes:
         return config.attention == "gqa" and config.design is None
-    kinds_only = "attention" in axes and set(axes) <= {"attention", *SETTINGS_OF["mla"]}
+    of_others = [name for kind in SETTINGS_OF if kind != "gqa" for name in SETTINGS_OF[kind]]
+    kinds_only = "attention" in axes and set(axes) <= {"attention", *of_others}
     return kinds_only and "n_kv_head" not in settings
+
+
+def half_of(n_head):
+    """The largest number up to half of n_head that divides it."""
+    return max([n for n in range(1, n_head // 2 + 1) if n_head % n == 0], default=1)
 
 
 def axes_of(settings):
@@ -287,8 +296,8 @@ def changed_from(defaults, config):
 
 
 def attention_kind(config):
-    if config.attention == "mla":
-        return "MLA"
+    if config.attention != "gqa":
+        return config.attention.upper()
     if config.n_kv_head == config.n_head:
         return "MHA"
     if config.n_kv_head == 1:
@@ -374,11 +383,11 @@ def identity(config, given, variants, dataset):
         del settings[key]
     for key in ("decode_batch_size", "decode_prompt_len"):  # config has only the first of a list
         settings[key] = given.get(key)
-    shapes = []
+    models = []
     for variant in variants:
         model = asdict(subset(GPTConfig, variant.config))
-        shapes.append({"match": variant.match, "name": variant.name, **model})
-    values = {"settings": settings, "variants": shapes, "dataset_sha256": dataset.meta["sha256"],
+        models.append({"match": variant.match, "name": variant.name, **model})
+    values = {"settings": settings, "variants": models, "dataset_sha256": dataset.meta["sha256"],
               "tokenizer": dataset.meta["tokenizer"]}
     return json.loads(json.dumps(values))
 
@@ -396,18 +405,22 @@ def open_results(config, runtime, wanted):
         if path.exists():
             results = load_results(path, CompareConfig)
             check_same_comparison(results, wanted, out_dir)
+            check_machine(results, runtime, out_dir)
+            if results.get("code", code_digest()) != code_digest():
+                warn(f"one of {', '.join(CODE)} has changed since {path} was begun: its timings "
+                     "and finished runs stay as they are; choose another --out_dir to repeat them")
+            if complete_variants(results) != complete_variants(wanted):
+                results.update(variants=wanted["variants"], speed={})  # all are timed in one go
             return results
         if runs.exists():
             raise UserError(f"{runs} holds runs, but there is no {path} with their settings: "
                             "choose another --out_dir, or replace them with --overwrite=True")
-    machine = describe_machine(runtime, ranks_of(config))
-    return dict(wanted, machine=machine, date=datetime.date.today().isoformat(), speed={},
-                records=[])
+    return dict(wanted, code=code_digest(), speed={}, records=[])
 
 
 def check_same_comparison(results, wanted, out_dir):
-    """Raises UserError where results differ from wanted, unless wanted has more seeds. Missing
-    settings take their defaults."""
+    """Raises UserError where results differ from wanted, unless wanted has more seeds or further
+    variants."""
     there = comparable(results)
     here = comparable(wanted)
     differences = []
@@ -418,8 +431,9 @@ def check_same_comparison(results, wanted, out_dir):
             differences.append(f"{key} {there.get(key)} there, {value} here")
             if key == "seeds":
                 differences[-1] += " (they can only be raised)"
-    if not differences and complete_variants(results) != complete_variants(wanted):
-        differences.append("other variants")
+    before, now = complete_variants(results), complete_variants(wanted)
+    if not differences and (now[0] != before[0] or any(model not in now for model in before)):
+        differences.append("other variants; they can only be added, after the first")
     if differences:
         raise UserError(f"{out_dir} holds a comparison with different settings "
                         f"({one_line('; '.join(differences))}): choose another --out_dir, or "
@@ -427,15 +441,34 @@ def check_same_comparison(results, wanted, out_dir):
 
 
 def comparable(results):
-    """One flat dict of all settings and of the data set."""
+    """One flat dict of all settings and of the data set. Missing settings take their defaults;
+    check_machine compares what dtype has become."""
     values = defaults_of(CompareConfig)
     values.update(results["settings"])
+    del values["dtype"]
     for key in ("dataset_sha256", "tokenizer"):
         values[key] = results.get(key)
     return values
 
 
+def check_machine(results, runtime, out_dir):
+    """Raises UserError where runs would have another dtype than those in results."""
+    here, there = runtime.describe()["dtype"], results["machine"]["dtype"]
+    if here != there:
+        raise UserError(f"{out_dir} holds runs in {there}, and further ones would be in {here}: "
+                        f"add --dtype={there}, or choose another --out_dir")
+
+
+def code_digest():
+    """The sha256 of the files in CODE, as text."""
+    digest = hashlib.sha256()
+    for name in CODE:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()
+
+
 def complete_variants(results):
+    """The variants with all settings of their models: missing ones take their defaults."""
     variants = []
     for variant in results["variants"]:
         variants.append({**defaults_of(GPTConfig), **variant})
@@ -444,34 +477,6 @@ def complete_variants(results):
 
 def defaults_of(cls):
     return {field.name: field.default for field in fields(cls)}
-
-
-def describe_machine(runtime, ranks):
-    """Where this runs, with that many ranks in each training run."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        names = re.findall(r"^model name\s*: (.*)", text, re.M)
-        if names:
-            cpu = names[0]
-    gpu = None
-    cache_bytes = cpu_cache_bytes()
-    if runtime.device.type == "cuda":
-        gpu = torch.cuda.get_device_name(runtime.device)
-        cache_bytes = torch.cuda.get_device_properties(runtime.device).L2_cache_size
-    return dict(cpu=cpu, threads=torch.get_num_threads(), gpu=gpu, gpus=torch.cuda.device_count(),
-                cache_bytes=cache_bytes, torch=torch.__version__, python=platform.python_version(),
-                system=platform.system(), **runtime.describe() | {"ranks": ranks})
-
-
-def cpu_cache_bytes():
-    """The size of the processor's largest cache; None where Linux does not tell."""
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        size = re.match(r"(\d+)K", path.read_text(encoding="utf-8"))
-        if size:
-            sizes.append(int(size[1]) * 1024)
-    return max(sizes, default=None)
 
 
 # -- speed -----------------------------------------------------------------------------------------
@@ -513,10 +518,11 @@ def plan_timings(variants, config, given):
     timings = []
     shapes = {variant.shape: variant.config for variant in variants}
     for shape, run in shapes.items():
-        batch_size = run.batch_size or run.tokens_per_step // run.block_size
-        training = {"batch_size": batch_size, "steps": 30, "compile": config.compile}
-        settings = {**shared, **asdict(subset(GPTConfig, run)), "optimizer": run.optimizer,
-                    "fast": run.fast}
+        batch_size = batch_shape(run, ranks_of(run))[0]
+        training = {"batch_size": batch_size, "steps": 30, "compile": config.compile,
+                    "optimizer": run.optimizer, "trainable": run.trainable,
+                    "recompute": run.recompute}
+        settings = {**shared, **asdict(subset(GPTConfig, run)), "fast": run.fast}
         timings.append(Timing(shape, "train", {**settings, **training}))
         timings.append(Timing(shape, "decode", {**settings, **decoding}))
     return timings
@@ -545,10 +551,13 @@ def run_bench(timing):
 
 
 def faster_rows(rows, again):
-    """The faster one of each pair of rows from two rounds."""
+    """The faster one of each pair of rows from two rounds, with the faster reading of prompts."""
     faster = []
     for pair in zip(rows, again, strict=True):
-        faster.append(min(pair, key=step_ms))
+        row = dict(min(pair, key=step_ms))
+        if "prefill_s" in row:
+            row["prefill_s"] = min(one["prefill_s"] for one in pair)
+        faster.append(row)
     return faster
 
 
@@ -557,79 +566,6 @@ def step_ms(row):
 
 
 # -- runs ------------------------------------------------------------------------------------------
-
-@dataclass
-class Run:
-    """One training run; variants that are one model in both matchings share it."""
-    config: TrainConfig           # complete except for seed and out_dir
-    shape: str
-    seed: int
-    folder: Path
-    steps: int = 0                # done so far: see look
-    finished: bool = False
-    damage: str = ""              # why it cannot be resumed and starts again; empty: it can
-
-    def rows(self):
-        rows = read_rows(self.folder / "metrics.jsonl")
-        return [row for row in rows if row["step"] <= self.config.max_steps]
-
-    def look(self, dataset, curves):
-        """Reads from its folder how far it has got. curves are those of recorded_curves.
-
-        It counts as finished if its checkpoint is that of the last step, and if metrics.jsonl holds
-        all evaluations up to it, the last with the loss of the checkpoint. A run that is recorded
-        in results.json may have lost its checkpoint. Raises UserError if the folder holds another
-        run.
-        """
-        self.steps, self.finished, self.damage = 0, False, ""
-        if not folder.exists(self.folder):
-            rows = self.rows()
-            if rows and curve_of(rows) == curves.get(self.folder.name):
-                self.steps, self.finished = self.config.max_steps, True
-            return
-        try:
-            state = checkpoint.load(self.folder, GPTConfig)
-        except UserError:
-            self.damage = "its checkpoint is damaged"
-            return
-        model = asdict(subset(GPTConfig, self.config))
-        mine = (model, self.seed, dataset.meta["sha256"])
-        if (state["config"], state["settings"].get("seed"), state["dataset_sha256"]) != mine:
-            raise UserError(f"{self.folder} holds another run: move it away, and run the same "
-                            "command again")
-        self.damage = damage_of(self.rows(), state, self.config)
-        if not self.damage:
-            self.steps = state["step"]
-            evaluated = state["val_loss"] is not None
-            self.finished = evaluated and self.steps == self.config.max_steps
-
-
-def recorded_curves(results):
-    """{name of the run: its curve} of the records in results."""
-    return {record["run"]: record["curve"] for record in results["records"]}
-
-
-def curve_of(rows):
-    """[[step, val_loss], ...] of the evaluations among rows of metrics.jsonl."""
-    return [[row["step"], row["val_loss"]] for row in rows if row.get("val_loss") is not None]
-
-
-def damage_of(rows, state, config):
-    """Why rows, of metrics.jsonl, do not fit the checkpoint state, as text; empty if they do."""
-    done = [row for row in rows if row["step"] <= state["step"]]
-    evaluations = [row for row in done if row.get("val_loss") is not None]
-    wanted = list(range(0, state["step"] + 1, config.eval_interval))
-    if state["val_loss"] is not None and state["step"] not in wanted:
-        wanted.append(state["step"])
-    if [row["step"] for row in evaluations] != wanted:
-        return "its metrics.jsonl does not hold each evaluation once"
-    for row in evaluations:
-        if not all(map(quantity, metrics_of(row).values())):
-            return "its metrics.jsonl holds impossible values"
-    if state["val_loss"] not in (None, evaluations[-1]["val_loss"]):
-        return "its metrics.jsonl and its checkpoint hold different losses"
-    return ""
-
 
 def seeds_of(config):
     return range(config.seed, config.seed + config.seeds)
@@ -641,92 +577,9 @@ def plan_runs(variants, config):
     for seed in seeds_of(config):
         for variant in variants:
             name = variant.run_name(seed)
-            folder = Path(config.out_dir) / "runs" / name
-            runs[name] = Run(variant.config, variant.shape, seed, folder)
+            path = Path(config.out_dir) / "runs" / name
+            runs[name] = Run(variant.config, variant.shape, seed, path)
     return list(runs.values())
-
-
-def train_runs(runs, config, results, dataset):
-    """Trains every run that is not finished, with one progress bar for all of them."""
-    speed, curves = results["speed"], recorded_curves(results)
-    for run in runs:
-        if run.damage:
-            print(f"{run.folder.name} starts again: {run.damage}")
-    finished = [run for run in runs if run.finished]
-    minutes = remaining_seconds(runs, config, speed, dataset) / 60
-    print(f"{len(runs)} runs of {config.max_steps:,} steps, {len(finished)} of them finished; the "
-          f"rest takes about {minutes:.0f} minutes here", flush=True)
-    done = sum(run.steps for run in runs)
-    total = len(runs) * config.max_steps
-    with tqdm(total=total, initial=done, unit="step", desc="training", disable=None) as bar:
-        for run in runs:
-            if not run.finished:
-                run_training(run, bar)
-                run.look(dataset, curves)
-            if not run.finished:
-                raise UserError(f"training {run.folder.name} ended at step {run.steps}: run the "
-                                f"same command again, and see {run.folder / 'train.log'}")
-
-
-def remaining_seconds(runs, config, speed, dataset):
-    """Estimated time of the steps left; evaluating a token takes a third of training on it. All
-    ranks together are taken to be as many times as fast as the one that was timed."""
-    evaluations = config.max_steps // config.eval_interval + 1
-    eval_tokens = min(config.eval_tokens or math.inf, dataset.val.n_tokens)
-    tokens_of_run = config.max_steps * config.tokens_per_step + evaluations * eval_tokens / 3
-    seconds = 0.0
-    for run in runs:
-        share_left = max(0, config.max_steps - run.steps) / config.max_steps
-        seconds += share_left * tokens_of_run / speed[run.shape]["train"][0]["tok_s"]
-    return seconds / ranks_of(config)
-
-
-def run_training(run, bar):
-    """Trains or resumes one run with train.py and moves bar by its steps."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    start = run.steps
-    bar_start = bar.n
-    last_line = "no output"
-    with (
-        open(run.folder / "train.log", "a", encoding="utf-8") as log,
-        subprocess.Popen(train_command(run), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         encoding="utf-8", errors="replace") as process,
-    ):
-        for line in process.stdout:
-            log.write(line)
-            last_line = line.strip() or last_line
-            step = re.match(r"step +(\d+)", line)
-            if step:
-                bar.update(max(0, bar_start + int(step[1]) - start - bar.n))
-    if process.returncode:
-        raise UserError(f"training {run.folder.name} ended with code {process.returncode} "
-                        f"({one_line(last_line)}): see {run.folder / 'train.log'}; run the same "
-                        "command again to resume")
-
-
-def ranks_of(config):
-    """The number of ranks of a run: one for each GPU."""
-    if config.device in ("auto", "cuda"):
-        return max(1, torch.cuda.device_count())
-    return 1
-
-
-def train_command(run):
-    """The command of train.py, under torchrun where there are several GPUs."""
-    command = [sys.executable]
-    if ranks_of(run.config) > 1:
-        command += ["-m", "torch.distributed.run", "--standalone",
-                    f"--nproc_per_node={ranks_of(run.config)}"]
-    command.append(Path(__file__).with_name("train.py"))
-    log_interval = max(1, run.config.max_steps // 50)
-    config = replace(run.config, seed=run.seed, out_dir=str(run.folder), init_from="auto",
-                     log_interval=log_interval)
-    if run.damage:
-        config.init_from = "scratch"
-        config.overwrite = True
-    for key, value in asdict(config).items():
-        command.append(f"--{key}={value}")
-    return command
 
 
 # -- records ---------------------------------------------------------------------------------------
@@ -749,15 +602,6 @@ def record_of(variant, seed, rows, dataset):
         val_loss=last["val_loss"], val_bpb=dataset.metrics(last["val_loss"]).get("val_bpb"),
         metrics=metrics_of(last), run=variant.run_name(seed), shape=variant.shape,
         curve=curve_of(rows))
-
-
-def metrics_of(row):
-    """Every number of a row whose name starts with val_."""
-    metrics = {}
-    for key, value in row.items():
-        if key.startswith("val_") and isinstance(value, int | float):
-            metrics[key] = value
-    return metrics
 
 
 # -- the program -----------------------------------------------------------------------------------
@@ -797,19 +641,24 @@ def main(argv):
     if not config.overwrite:
         curves = recorded_curves(results)
         for run in runs:
-            run.look(dataset, curves)
+            run.look(dataset, curves, GPTConfig)
+    else:
+        say("to continue this comparison later, repeat the command without --overwrite=True")
     print_variants(variants)
 
     out_dir = Path(config.out_dir)
     path = out_dir / "results.json"
     with created(out_dir):  # if a timing fails, nothing is left
         if not results["speed"]:
+            results["machine"] = describe_machine(runtime, ranks_of(config))
+            results["date"] = datetime.date.today().isoformat()
             results["speed"] = measure_speed(variants, config, given)
             if config.overwrite:
                 shutil.rmtree(out_dir / "runs", ignore_errors=True)
-            write_json(path, results)
-        train_runs(runs, config, results, dataset)
-        # until here results.json is that of the finished comparison with fewer seeds, if any
+            if not results["records"]:
+                write_json(path, results)
+        train_runs(runs, config, results, dataset, GPTConfig)
+        # until here results.json is that of the finished comparison that is extended, if any
         results["settings"]["seeds"] = config.seeds
         results["records"] = collect_records(variants, runs, config, dataset)
         write_json(path, results)

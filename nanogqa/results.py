@@ -10,7 +10,8 @@ from nanogqa.schema import positive
 # -- what it holds ---------------------------------------------------------------------------------
 
 def shape_of(name, n_ff):
-    """The name of the model of a variant: the key of its timings, and the start of its runs'."""
+    """The name of a variant's model: the key of its timings, and the first part of its runs' names.
+    """
     return f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', name)}-n_ff{n_ff}"
 
 
@@ -49,7 +50,7 @@ def point(value):
 SETTINGS = {"dataset": str, "seed": schema.count, "seeds": positive, "max_steps": positive,
             "tokens_per_step": positive, "warmup_steps": schema.count}
 MACHINE = {"cpu": str, "gpu": (str, type(None)), "threads": schema.count, "torch": str,
-           "dtype": str, "ranks": schema.count, "cache_bytes?": (int, type(None))}
+           "dtype": str, "ranks": positive, "cache_bytes?": (int, type(None))}
 TRAINING = {"step_ms": duration, "tok_s": duration, "peak_memory_bytes": quantity}
 DECODING = {"batch_size": positive, "prompt_len": positive, "step_ms": duration,
             "prefill_s": duration, "mbu": share, "bytes_per_step": positive,
@@ -62,9 +63,28 @@ RECORD = {
 }
 RESULTS = {
     "settings": SETTINGS, "dataset_sha256": str, "tokenizer": str, "machine": MACHINE, "date": str,
-    "variants": [{"name": str, "match": matching, "n_ff": positive}],
+    "variants": [{"name": str, "match": matching, "n_ff": positive}], "code?": str,
     "speed": {str: {"train": [TRAINING], "decode": [DECODING]}}, "records": [RECORD],
 }
+
+
+def curve_of(rows):
+    """[[step, val_loss], ...] of the evaluations among rows of metrics.jsonl."""
+    return [[row["step"], row["val_loss"]] for row in rows if row.get("val_loss") is not None]
+
+
+def metrics_of(row):
+    """Every number of a row whose name starts with val_."""
+    metrics = {}
+    for key, value in row.items():
+        if key.startswith("val_") and isinstance(value, int | float):
+            metrics[key] = value
+    return metrics
+
+
+def recorded_curves(results):
+    """{name of the run: its curve} of the records in results."""
+    return {record["run"]: record["curve"] for record in results["records"]}
 
 
 # -- reading it ------------------------------------------------------------------------------------

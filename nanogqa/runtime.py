@@ -1,5 +1,7 @@
 """Where a program runs: device, dtype, torch.compile and memory."""
 import os
+import platform
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +181,36 @@ def warn_eager(error, runtime):
         print(f"warning: torch.compile does not work here ({one_line(error)}): going on in eager "
               "mode", file=sys.stderr)
     runtime.compile = False
+
+
+# -- the machine -----------------------------------------------------------------------------------
+
+def describe_machine(runtime, ranks):
+    """Where this runs, with that many ranks in each training run."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        names = re.findall(r"^model name\s*: (.*)", text, re.M)
+        if names:
+            cpu = names[0]
+    gpu = None
+    cache_bytes = cpu_cache_bytes()
+    if runtime.device.type == "cuda":
+        gpu = torch.cuda.get_device_name(runtime.device)
+        cache_bytes = torch.cuda.get_device_properties(runtime.device).L2_cache_size
+    return dict(cpu=cpu, threads=torch.get_num_threads(), gpu=gpu, gpus=torch.cuda.device_count(),
+                cache_bytes=cache_bytes, torch=torch.__version__, python=platform.python_version(),
+                system=platform.system(), **runtime.describe() | {"ranks": ranks})
+
+
+def cpu_cache_bytes():
+    """The size of the processor's largest cache; None where Linux does not tell."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        size = re.match(r"(\d+)K", path.read_text(encoding="utf-8"))
+        if size:
+            sizes.append(int(size[1]) * 1024)
+    return max(sizes, default=None)
 
 
 # -- memory ----------------------------------------------------------------------------------------

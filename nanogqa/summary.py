@@ -69,7 +69,7 @@ def summarize_variant(records, first, difference):
         is_first=records is first,
         loss=mean_over_seeds(column(records, "val_loss")),
         bits_per_byte=bits_per_byte,
-        metrics=metrics_of(records),
+        metrics=metrics_over_seeds(records),
         difference=difference,
         curves=curves,
         mean_curve=curve,
@@ -82,7 +82,7 @@ def column(rows, key):
     return [row[key] for row in rows]
 
 
-def metrics_of(records):
+def metrics_over_seeds(records):
     """{name: [value of each seed]}, beyond val_loss and val_bpb, of what every record has."""
     metrics = [record.get("metrics", {}) for record in records]  # older results have none
     values = {}

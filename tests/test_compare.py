@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from tqdm import tqdm
 import bench
 import compare
 import train
-from compare import CompareConfig, Run, Timing, matching_n_ff, plan, run_bench, run_training
+from compare import CompareConfig, Timing, matching_n_ff, plan, run_bench
+from nanogqa import runs as training
 from nanogqa.configurator import UserError, parse
 from nanogqa.estimates import (
     Difference,
@@ -81,7 +83,7 @@ def train_here(run, bar):
     """run_training in this process."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with contextlib.redirect_stdout(io.StringIO()):
-        train.main([str(word) for word in compare.train_command(run)[2:]])
+        train.main([str(word) for word in training.train_command(run)[2:]])
 
 
 class Stop(Exception):
@@ -137,7 +139,7 @@ def comparison(toy_data, tmp_path_factory):
     before = state_of(first)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "run_training", train_here)
+        patch.setattr(training, "run_training", train_here)
         with contextlib.redirect_stdout(io.StringIO()) as out:
             compare.main(args)
     return folder, args, before, out.getvalue()
@@ -148,7 +150,7 @@ def again(comparison, tmp_path, monkeypatch):
     """(folder, arguments) of a copy of the comparison, whose runs train in this process."""
     folder = tmp_path / "again"
     shutil.copytree(comparison[0], folder)
-    monkeypatch.setattr(compare, "run_training", train_here)
+    monkeypatch.setattr(training, "run_training", train_here)
     return folder, [*comparison[1], f"--out_dir={folder}"]
 
 
@@ -245,7 +247,7 @@ def test_results_of_other_settings_are_refused(comparison, capsys):
     folder, args, *_ = comparison
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     for change, words in (("--max_steps=13", "max_steps 12 there, 13 here"),
-                          ("--n_kv_head=4,2", "other variants"),
+                          ("--n_kv_head=4,2", "other variants; they can only be added, after the first"),
                           ("--seeds=1", "seeds 2 there, 1 here (they can only be raised)"),
                           ("--learning_rate=1e-3", "learning_rate 0.003 there")):
         with pytest.raises(SystemExit) as exit:
@@ -280,6 +282,78 @@ def test_a_higher_seeds_adds_runs(again, monkeypatch, capsys):
     assert exit.value.code == 2 and "seeds 3 there, 2 here" in capsys.readouterr().err
 
 
+def test_further_variants_are_added(again, comparison, monkeypatch, capsys):
+    """One's own design could not be set beside those of a finished comparison without training them again. Timings are made
+    anew, all on one machine and day."""
+    folder, args = again
+    old = results_of(folder)
+    monkeypatch.setattr(compare, "run_bench", lambda timing: [dict(row) for row in old["speed"]["MHA-n_ff96"][timing.mode]])
+    path = folder / "results.json"
+    path.write_text(json.dumps(old | {"machine": old["machine"] | {"cpu": "another"}, "date": "2020-01-01"}), encoding="utf-8")
+    compare.main([*args, "--n_kv_head=4,2,1"])
+    assert "6 runs of 12 steps, 4 of them finished" in capsys.readouterr().out
+    new = load_results(path, CompareConfig)
+    assert [(r["variant"], r["seed"]) for r in new["records"]] == [
+        (name, seed) for name in ("MHA", "GQA-2", "MQA") for seed in (1337, 1338)]
+    assert all(record in new["records"] for record in old["records"])
+    assert new["machine"] == old["machine"] and new["date"] > "2020-01-01" and len(new["speed"]) == 3
+
+
+def test_a_comparison_has_one_dtype(again, capsys):
+    """With dtype=auto, seeds that were added on a GPU were in bfloat16, and the sizes of all caches halved."""
+    folder, args = again
+    path = folder / "results.json"
+    results = results_of(folder)
+    results["machine"]["dtype"] = "bfloat16"
+    path.write_text(json.dumps(results), encoding="utf-8")
+    for more in ([], ["--dtype=float32"]):
+        with pytest.raises(SystemExit):
+            compare.main([*args, "--seeds=3", *more])
+        assert "holds runs in bfloat16, and further ones would be in float32: add --dtype=bfloat16" in capsys.readouterr().err
+    results["machine"]["dtype"] = "float32"
+    path.write_text(json.dumps(results), encoding="utf-8")
+    compare.main([*args, "--dtype=float32"])
+
+
+def test_changed_code_is_said(again, monkeypatch, capsys):
+    """After a correction of model.py the same command reported the runs of before, without a word."""
+    folder, args = again
+    compare.main(args)
+    assert "has changed" not in capsys.readouterr().err
+    monkeypatch.setattr(compare, "CODE", ("model.py",))
+    compare.main(args)
+    assert "warning: one of model.py has changed since" in capsys.readouterr().err
+
+
+def test_what_becomes_an_axis_by_itself(toy_data):
+    """A single n_kv_head was ignored, and half of an odd n_head was an error about a value that nobody gave."""
+    assert names_of(toy_data, "--n_head=8", "--n_kv_head=2") == ["MHA", "GQA-2", "MQA"]
+    assert names_of(toy_data, "--n_head=8", "--n_kv_head=1") == ["MHA", "MQA"]
+    assert names_of(toy_data, "--n_head=9", "--n_embd=36") == ["MHA", "GQA-3", "MQA"]
+    assert names_of(toy_data, "--n_head=1") == ["MHA"]
+
+
+def test_a_kind_of_attention_of_ones_own_has_its_name():
+    """It was called MHA, and then refused as a second model of that name."""
+    assert compare.attention_kind(SimpleNamespace(attention="mine", n_head=4, n_kv_head=4)) == "MINE"
+
+
+def test_the_better_of_two_rounds():
+    """The time of a prompt was that of the round with the faster step."""
+    rows = [[dict(step_ms=step, prefill_s=prefill)] for step, prefill in ((2.0, 7.0), (1.0, 9.0))]
+    assert compare.faster_rows(*rows) == [dict(step_ms=1.0, prefill_s=7.0)]
+    assert compare.faster_rows([dict(step_ms=1.0)], [dict(step_ms=2.0)]) == [dict(step_ms=1.0)]
+
+
+def test_a_run_that_cannot_end(toy_data, tmp_path, monkeypatch):
+    """Running the same command again was the remedy for a learning rate at which the loss is not finite."""
+    variant = planned(toy_data, "--match=shape")[2][0]
+    for code, words in ((2, "to leave this variant out, choose another --out_dir"), (1, "run the same command again to resume")):
+        monkeypatch.setattr(training, "train_command", lambda run, code=code: [sys.executable, "-c", f"raise SystemExit({code})"])
+        with pytest.raises(UserError, match=words):
+            training.run_training(training.Run(variant.config, variant.shape, 1, tmp_path / "run"), tqdm(disable=True))
+
+
 def test_added_runs_that_were_interrupted(again, monkeypatch, capsys):
     """Until all of them are finished, results.json and the report are those of fewer seeds, and
     the number of seeds is still free."""
@@ -292,7 +366,7 @@ def test_added_runs_that_were_interrupted(again, monkeypatch, capsys):
             raise Stop
         seen.append(run.folder.name)
         train_here(run, bar)
-    monkeypatch.setattr(compare, "run_training", stop_at_last)
+    monkeypatch.setattr(training, "run_training", stop_at_last)
     with pytest.raises(Stop):
         compare.main([*args, "--seeds=4"])
     assert seen == ["MHA-n_ff96-seed1339", "MQA-n_ff112-seed1339", "MHA-n_ff96-seed1340"]
@@ -319,7 +393,7 @@ def test_results_without_newer_settings_are_resumed(comparison, capsys):
 
 def test_two_runs_of_one_variant_and_seed_give_one_curve(toy_data, tmp_path, comparison):
     variant = planned(toy_data, "--n_kv_head=4,1", "--seeds=2", "--match=params")[2][1]
-    run_training(Run(variant.config, variant.shape, 1337, tmp_path / "again"), tqdm(disable=True))
+    training.run_training(training.Run(variant.config, variant.shape, 1337, tmp_path / "again"), tqdm(disable=True))
 
     def curve(folder):
         keys = ("step", "train_loss", "val_loss", "grad_norm")
@@ -429,7 +503,7 @@ def test_recorded_runs_need_no_checkpoint(again, monkeypatch, capsys):
     for run in (folder / "runs").iterdir():
         (run / "ckpt.pt").unlink()
     trained = []
-    monkeypatch.setattr(compare, "run_training", lambda run, bar: (trained.append(run.folder.name), train_here(run, bar)))
+    monkeypatch.setattr(training, "run_training", lambda run, bar: (trained.append(run.folder.name), train_here(run, bar)))
     compare.main([*args, "--seeds=3"])
     assert trained == ["MHA-n_ff96-seed1339", "MQA-n_ff112-seed1339"]
     assert "6 runs of 12 steps, 4 of them finished" in capsys.readouterr().out
@@ -518,7 +592,7 @@ def quick(again, comparison, monkeypatch):
     def restore(run, bar):
         shutil.rmtree(run.folder)
         shutil.copytree(original / "runs" / run.folder.name, run.folder)
-    monkeypatch.setattr(compare, "run_training", restore)
+    monkeypatch.setattr(training, "run_training", restore)
     monkeypatch.setattr(compare, "measure_speed", lambda *args: copy.deepcopy(speed))
     monkeypatch.setattr(compare, "plan", kept_in_memory(plan))
     with contextlib.suppress(ImportError):
@@ -928,13 +1002,14 @@ def test_pictures_show_what_they_claim(comparison, tmp_path, monkeypatch):
     save = figure_module.Figure.savefig
     monkeypatch.setattr(figure_module.Figure, "savefig", watched)
     results = json.loads((ROOT / "results/compare/results.json").read_text(encoding="utf-8"))
+    seeds = results["settings"]["seeds"]
     for record in results["records"]:
         if record["variant"] == "MLA":
             record["variant"] = "$\\bad$ $x"  # no formula
     compare.write_report(results, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "curves.png", "decode.png", "front.png", "quality.png", "report.md"]
-    for name, words in {"quality": ("paired by seed", "95 % intervals", "dots are the 4 seeds",
+    for name, words in {"quality": ("paired by seed", "95 % intervals", f"dots are the {seeds} seeds",
                                     "thin, all together"),
                         "curves": ("paired by seed",),
                         "decode": ("AMD EPYC", "float32", "random weights")}.items():
@@ -949,7 +1024,7 @@ def test_pictures_show_what_they_claim(comparison, tmp_path, monkeypatch):
     assert "after the warm-up of 100 steps" in seen["curves"].axes[0].get_xlabel()
     assert all("log scale" in text for text in (
         seen["decode"].axes[0].get_xlabel(), seen["decode"].axes[0].get_ylabel()))
-    dots = [line for line in seen["quality"].axes[0].lines if len(line.get_xdata()) == 4]
+    dots = [line for line in seen["quality"].axes[0].lines if len(line.get_xdata()) == seeds]
     assert len(dots) == 3, "a dot for each seed of each variant but the first"
     widths = []
     for bars in seen["quality"].axes[0].containers:
@@ -992,7 +1067,7 @@ def test_the_floor_of_decoding_has_one_bandwidth():
     # what only a run or a timing would find
     (["--vocab_size=200"], "has 257 token ids, more than vocab_size=200"),
     (["--trainable=q_proj,nothing"], "no parameter matches trainable='nothing'"),
-    (["--parallel=ddp,fsdp"], "parallel=fsdp splits a model over ranks, but there is one rank"),
+    (["--parallel=fsdp"], "parallel=fsdp splits a model over ranks, but there is one rank"),
     (["--optimizer=adamw,muon", "--parallel=fsdp"], "parallel=fsdp"),
     (["--batch_size=1,3"], "batch_size 3 x 1 ranks x block_size 32 = 96"),
     (["--block_size=65536", "--tokens_per_step=65536"], "block_size=65536 needs 65537 tokens"),

@@ -342,7 +342,7 @@ def test_compare_reports_the_accuracy(questions, tmp_path, monkeypatch):
     timing = dict(step_ms=1.0, tok_s=1.0, peak_memory_bytes=1, batch_size=1, prompt_len=8,
                   prefill_s=1.0, mbu=None, bytes_per_step=1, kv_cache_bytes=1)
     monkeypatch.setattr(compare, "run_bench", lambda plan: [timing])
-    monkeypatch.setattr(compare, "run_training", train_here)
+    monkeypatch.setattr("nanogqa.runs.run_training", train_here)
     compare.main([f"--dataset={questions}", f"--out_dir={tmp_path}", "--device=cpu", "--seeds=2",
                   "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=64", "--match=shape",
                   "--tokens_per_step=128", "--max_steps=2", "--eval_interval=1",
