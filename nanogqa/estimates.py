@@ -41,7 +41,7 @@ class Difference(NamedTuple):
     half_together: float | None = None  # of intervals that hold all together with 95 %
     p: float | None = None              # of the two-sided t test
     p_holm: float | None = None         # the same, adjusted for the number of comparisons
-    detectable: float | None = None     # the true difference that is found with 80 % power
+    detectable: float | None = None     # a true difference that is found with 80 % power at least
 
     def text(self, digits=4):
         return with_error(f"{self.mean:+.{digits}f}", self.half, digits)

@@ -244,8 +244,8 @@ def draw_fronts(summaries, colors, results):
     if metric_names(summaries):
         about_seeds = " Small dots: seeds."
     figure.suptitle("Against cached bytes. Bars: 95 % interval of the difference to "
-                    f"{summaries[0].name}.{about_seeds}\nDotted line: no other variant caches less "
-                    "and is better", fontsize=14)
+                    f"{summaries[0].name}, each by itself.{about_seeds}\nDotted line: no other "
+                    "variant caches less and is better, by the means", fontsize=14)
     figure.draw_without_rendering()  # the axes get their sizes, which name_points needs
     for axis, (_, points, _) in zip(axes, panels, strict=True):
         name_points(axis, points, colors)

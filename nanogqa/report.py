@@ -1,4 +1,6 @@
 """The tables of a comparison as report.md, from the content of its results.json."""
+import re
+
 from nanogqa.costs import CONTEXT
 from nanogqa.estimates import mean_over_seeds
 from nanogqa.files import replacing
@@ -19,16 +21,18 @@ ABOUT_QUALITY = (
     "runs with the same seed, which share the order of the data and the initial value of every "
     "weight of equal name and shape. Their intervals are Student's: each one has a confidence of "
     "95 % by itself. The wider ones of the next column hold all together with at least 95 % "
-    "(Bonferroni). The verdict is that of the adjusted p value, which is below 0.05 where a "
-    "difference is found (Holm): the chance that the whole report finds one where there is none is "
-    "at most 5 %. Steps are read off the mean curve by linear interpolation, "
-    "and only where a difference is found; their time counts training steps alone."
+    "(Bonferroni). The verdict is Holm's test: a difference is found where its adjusted p value is "
+    "below 0.05. The chance that a report finds any difference where there is none is then at most "
+    "5 %. All this assumes that the differences of seeds are about normally distributed: where the "
+    "dots of quality.png form groups, it is rough. Steps are read off the mean curve by linear "
+    "interpolation, and their time counts training steps alone; \"same\" means that no difference "
+    "was found."
 )
 ABOUT_RESOLUTION = (
     "There is one row for each model that is compared to {first}, also if it is in both "
     "matchings. Found with 80 % power means: if the true difference is this large, and seeds vary "
-    "as they did here, 80 of 100 such comparisons find it. With few seeds, how much they vary is "
-    "itself uncertain."
+    "as they did here, at least 80 of 100 such comparisons find it. With few seeds, how much they "
+    "vary is itself uncertain."
 )
 ABOUT_PUBLISHED = (
     "Published differences are compared in % of the loss of MHA: that is the same per token and "
@@ -36,7 +40,8 @@ ABOUT_PUBLISHED = (
 )
 ABOUT_SPEED = (
     "bench.py measures speeds and memory with random weights of the same shape. It times every "
-    "shape in two rounds; the table shows the better one. Memory excludes the imports."
+    "shape in two rounds. Each time is the better one of the two; memory is that of the round with "
+    "the faster step, and excludes the imports."
 )
 
 
@@ -45,7 +50,8 @@ def report(results, pictures):
     summaries = summarize(results)
     first = summaries[0]
     titles = {"shape": f"Equal shape: only what the name says differs from {first.name}",
-              "params": f"Equal parameters: n_ff is adjusted to the parameters of {first.name}"}
+              "params": "Equal parameters, within 0.5 %: n_ff is adjusted to the parameters of "
+                        f"{first.name}"}
     blocks = introduction(results, summaries)
     for match, title in titles.items():
         matched = with_match(summaries, match)
@@ -173,10 +179,11 @@ def steps_cell(summary, results):
 
 
 def resolution(summaries):
-    """Blocks of text: which differences this comparison can find, and which are published. Losses
-    of answers alone are not compared with published ones, which are of text."""
+    """Blocks of text: which differences this comparison can find and, where it compares a kind of
+    attention with MHA on text, which are published."""
     first = summaries[0]
-    of_text = unit_of(first) == "token"
+    kinds = PUBLISHED[0].perplexity
+    of_text = unit_of(first) == "token" and kind_of(first) == "MHA"
     published = relative_differences()
     rows = []
     for summary in compared(summaries):
@@ -187,8 +194,8 @@ def resolution(summaries):
         row = [shape_label(summary), half_cell(difference.half),
                half_cell(difference.half_together), f"{difference.detectable:.4f}",
                f"{100 * share:.1f}"]
-        if of_text:
-            count = sum(size >= share for size in published)
+        count = sum(size >= share for size in published)
+        if of_text and kind_of(summary) in kinds:
             row.append(f"{count} of {len(published)}")
         rows.append(row)
     if not rows:
@@ -197,10 +204,22 @@ def resolution(summaries):
     head = ["variant", "95 % interval", "all intervals together", "found with 80 % power",
             f"in % of the loss of {first.name}"]
     about = ABOUT_RESOLUTION.format(first=first.name)
-    if not of_text:
+    width = max(map(len, rows))
+    if width == len(head):
         return [table(head, rows), about]
+    for row in rows:
+        row += [""] * (width - len(row))
     head.append("published differences at least as large")
     return [table(head, rows), f"{about} {ABOUT_PUBLISHED}", published_table()]
+
+
+def kind_of(summary):
+    """The kind of attention that a variant's name begins with, as published.py writes it; of names
+    that are designs or settings, something else."""
+    words = summary.name.upper().split()
+    if re.fullmatch(r"GQA(-\d+)?", words[0]):
+        return "GQA-4"
+    return words[0]
 
 
 def unit_of(summary):
