@@ -161,8 +161,7 @@ class ChunkedHeadLoss(nn.Module):
 
     def forward(self, x, weight, targets, n_targets):
         return ChunkedCrossEntropy.apply(
-            x.flatten(0, 1), weight, targets.flatten(), n_targets,
-            torch.is_grad_enabled(), torch.is_grad_enabled() and weight.requires_grad)
+            x.flatten(0, 1), weight, targets.flatten(), n_targets, torch.is_grad_enabled())
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -173,7 +172,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, n_targets, gradients, of_weight):
+    def forward(ctx, x, weight, targets, n_targets, gradients):
+        of_weight = gradients and ctx.needs_input_grad[1]  # unless trainable leaves it out
         total = x.new_zeros((), dtype=torch.float32)
         grad_x, grad_weight = None, None
         if gradients:
@@ -208,7 +208,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad)                        # in place: used once
-        return grad_x.mul_(grad), grad_weight, None, None, None, None
+        return grad_x.mul_(grad), grad_weight, None, None, None
 
 
 # -- decoding --------------------------------------------------------------------------------------
