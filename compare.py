@@ -78,7 +78,8 @@ class CompareConfig(TrainConfig):
 NO_EFFECT = ("out_dir", "report_only", "overwrite", "log_interval", "profile", "keep_checkpoints",
              "wandb_log", "wandb_project", "wandb_run_name")
 # The files that training and its result depend on, beside settings and data.
-CODE = ("model.py", "train.py", "nanogqa/batches.py", "nanogqa/dropout.py", "nanogqa/fast.py")
+CODE = ("model.py", "train.py", "nanogqa/batches.py", "nanogqa/dataloader.py",
+        "nanogqa/dropout.py", "nanogqa/fast.py")
 # All runs share these settings, so they take no list.
 SHARED = (*NO_EFFECT, "seeds", "seed", "match", "controls", "dataset", "vocab_size", "block_size",
           "tokens_per_step", "max_steps", "eval_interval", "eval_tokens", "eval_only", "init_from",
@@ -407,8 +408,8 @@ def open_results(config, runtime, wanted):
             check_same_comparison(results, wanted, out_dir)
             check_machine(results, runtime, out_dir)
             if results.get("code", code_digest()) != code_digest():
-                warn(f"one of {', '.join(CODE)} has changed since {path} was begun: its timings "
-                     "and finished runs stay as they are; choose another --out_dir to repeat them")
+                warn(f"one of {', '.join(CODE)} has changed since {path} was begun: finished runs "
+                     "stay as they are; choose another --out_dir to repeat them")
             if complete_variants(results) != complete_variants(wanted):
                 results.update(variants=wanted["variants"], speed={})  # all are timed in one go
             return results

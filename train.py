@@ -225,7 +225,7 @@ def train(given, stack):
     resume.check_data(config, state, dataset.meta)
     resume.check_ranks(config, start, dataset.meta)
     resume.check_run(GPT, GPTConfig, config, dataset, distributed.world().ranks, start)
-    runtime = pick_runtime(config.device, config.dtype, config.compile)
+    runtime = pick_runtime(config.device, config.dtype, not config.eval_only and config.compile)
     batches = Batches(dataset, config, runtime)
     resume.verify_data(config, dataset)
     if not config.eval_only:
@@ -238,7 +238,7 @@ def train(given, stack):
     optimizers = make_optimizers(model, config)
     checkpoint.restore(config, state, model, optimizers)
     compiled = model
-    if config.parallel != "fsdp" and not config.eval_only:
+    if config.parallel != "fsdp":
         first = batches.step(0)[:1]
         compiled = compile_model(model, runtime, lambda f: backward(f, first, runtime))
         model.zero_grad(set_to_none=True)
@@ -256,8 +256,8 @@ def train(given, stack):
     # max_steps is now that step, the last evaluation is missing
     done_before = resumed and (start < config.max_steps or state["val_loss"] is not None)
     saver = make_saver(config, state, dataset, runtime.rank)
-    stack.callback(saver.wait)  # if the run ends in an error, what is being written is finished
     stop = stack.enter_context(distributed.StopSignal())
+    stack.callback(saver.wait)  # if the run ends in an error, what is being written is finished
     logger = stack.enter_context(log.Log(config, start if done_before else start - 1))
     times, rate = timing.Times(runtime), timing.Rate(config.tokens_per_step, start)
     loss = grad_norm = None  # of the last step of this run

@@ -12,7 +12,7 @@ import torch
 from nanogqa import schema
 from nanogqa.configurator import UserError, build, convert, one_line, out_of_memory
 from nanogqa.costs import SHAPE, NoInit, count_params, meta_model
-from nanogqa.distributed import cause, local, placed
+from nanogqa.distributed import cause, local, lost, placed
 from nanogqa.folder import find_sharded, path_of
 from nanogqa.runtime import check_memory
 
@@ -243,7 +243,7 @@ def restore(config, state, model, optimizers):
         return
     if config.init_from == "resume":
         if is_sharded(state):
-            load_sharded(config.out_dir, model, optimizers, state)
+            load_sharded(config, model, optimizers, state)
         elif not config.eval_only:
             load_moments(model, optimizers, state)
     state.update(model={}, optimizer={})
@@ -301,12 +301,12 @@ def check_count(count, steps, name):
         raise ValueError(f"{name} is at step {count}, the run at {steps}")
 
 
-def load_sharded(out_dir, model, optimizers, state):
-    """Fills model and optimizers, split over any number of ranks, from out_dir's newest sharded
-    checkpoint."""
+def load_sharded(config, model, optimizers, state):
+    """Fills model and optimizers, split over any number of ranks, from the newest sharded
+    checkpoint in out_dir. An evaluation needs the model alone."""
     import torch.distributed.checkpoint as dcp  # see shard in nanogqa/distributed.py
 
-    folder = find_sharded(out_dir)
+    folder = find_sharded(config.out_dir)
     steps = state["optimizer"]
     try:
         schema.check(steps, {str: schema.number}, "optimizer")
@@ -323,7 +323,7 @@ def load_sharded(out_dir, model, optimizers, state):
     parts = {f"model.{name}": x for name, x in model.state_dict().items()}
     try:
         for number, (name, parameter, optimizer) in enumerate(wanted):
-            if steps:
+            if steps and not config.eval_only:
                 key = str(number) if numbered else name
                 first, second = torch.zeros_like(parameter), torch.zeros_like(parameter)
                 step = torch.tensor(steps[key], device=parameter.device)
@@ -333,7 +333,7 @@ def load_sharded(out_dir, model, optimizers, state):
             dcp.load(parts, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     except (dcp.api.CheckpointException, OSError, ValueError, KeyError, RuntimeError) as error:
         reason = cause(error)
-        if out_of_memory(reason) or isinstance(reason, torch.distributed.DistError):
+        if out_of_memory(reason) or lost(reason) or not isinstance(reason, Exception):
             raise reason from None
         if isinstance(reason, OSError):
             raise UserError(f"cannot read {folder} ({one_line(reason)}): check its permissions and "

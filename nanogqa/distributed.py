@@ -105,16 +105,22 @@ def agree(value):
     return bool(here[0] == -here[1])
 
 
+def lost(error):
+    """Whether an exception follows from a rank that has ended; some of gloo's have no class."""
+    from_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    return world().ranks > 1 and (isinstance(error, dist.DistError) or from_gloo)
+
+
 @contextlib.contextmanager
 def explained():
     """Turns errors of lost ranks and of torch.compile into UserErrors."""
     try:
         yield
     except RuntimeError as error:
-        if type(error).__module__ == "torch._dynamo.exc":
+        if any(kind.__module__ == "torch._dynamo.exc" for kind in type(error).__mro__):
             raise UserError(f"torch.compile does not work here ({one_line(error)}): add "
                             "--compile=False") from None
-        if world().ranks > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if lost(error):
             raise UserError(f"the ranks lost each other ({one_line(error)}): if another rank has "
                             "exited, start all of them again with --init_from=auto; if they never "
                             "met, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to a network card "

@@ -47,7 +47,10 @@ def lock(out_dir, patience=60):
     except filelock.Timeout:
         raise UserError(f"another run writes to {out_dir}: wait until it has ended, or choose "
                         "another --out_dir") from None
-    except (OSError, NotImplementedError) as error:  # some network file systems
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "filename", None):  # .lock cannot be created
+            raise
+        # some network file systems
         raise UserError(f"{out_dir} cannot be locked ({one_line(error)}): choose an --out_dir on a "
                         "file system that has file locks") from None
     try:

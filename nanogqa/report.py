@@ -182,7 +182,7 @@ def resolution(summaries):
     """Blocks of text: which differences this comparison can find and, where it compares a kind of
     attention with MHA on text, which are published."""
     first = summaries[0]
-    kinds = PUBLISHED[0].perplexity
+    kinds = list(PUBLISHED[0].perplexity)[1:]
     of_text = unit_of(first) == "token" and kind_of(first) == "MHA"
     published = relative_differences()
     rows = []
@@ -216,7 +216,7 @@ def resolution(summaries):
 def kind_of(summary):
     """The kind of attention that a variant's name begins with, as published.py writes it; of names
     that are designs or settings, something else."""
-    words = summary.name.upper().split()
+    words = summary.name.upper().split() or [""]
     if re.fullmatch(r"GQA(-\d+)?", words[0]):
         return "GQA-4"
     return words[0]

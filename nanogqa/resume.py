@@ -119,7 +119,7 @@ def check_data(config, state, meta):
 
 def check_ranks(config, step, meta):
     """Raises UserError unless all ranks start from the same step, with the same data."""
-    if not agree(step):
+    if not agree(2 * step + (config.init_from == "resume")):  # a run may resume at step 0
         raise UserError(f"ranks find different checkpoints in {config.out_dir}: choose an "
                         "--out_dir on a disk that all machines share")
     if not agree(int(meta["sha256"][:12], 16)):

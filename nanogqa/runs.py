@@ -140,11 +140,10 @@ def run_training(run, bar):
             if step:
                 bar.update(max(0, bar_start + int(step[1]) - start - bar.n))
     if process.returncode:
-        remedy = "run the same command again to resume"
-        if process.returncode == 2:  # an error of its settings, or a loss that is not finite
-            remedy = "to leave this variant out, choose another --out_dir"
         raise UserError(f"training {run.folder.name} ended with code {process.returncode} "
-                        f"({one_line(last_line)}): see {run.folder / 'train.log'}; {remedy}")
+                        f"({one_line(last_line)}): see {run.folder / 'train.log'}; run the same "
+                        "command again to resume, or choose another --out_dir to leave this "
+                        "variant out")
 
 
 def ranks_of(config):

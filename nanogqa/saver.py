@@ -159,6 +159,8 @@ class ShardedSaver(Saver):
         if last:
             super().save(state)
             self.wait()
+            if self.rank > 0:
+                self.failed = None  # rank 0 alone writes now, and says if it fails
             if not self.failed:
                 clear_sharded(self.out_dir, self.rank)
             return

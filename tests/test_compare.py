@@ -346,12 +346,21 @@ def test_the_better_of_two_rounds():
 
 
 def test_a_run_that_cannot_end(toy_data, tmp_path, monkeypatch):
-    """Running the same command again was the remedy for a learning rate at which the loss is not finite."""
+    """Running the same command again was the only remedy for a learning rate at which the loss is not finite."""
     variant = planned(toy_data, "--match=shape")[2][0]
-    for code, words in ((2, "to leave this variant out, choose another --out_dir"), (1, "run the same command again to resume")):
-        monkeypatch.setattr(training, "train_command", lambda run, code=code: [sys.executable, "-c", f"raise SystemExit({code})"])
-        with pytest.raises(UserError, match=words):
-            training.run_training(training.Run(variant.config, variant.shape, 1, tmp_path / "run"), tqdm(disable=True))
+    monkeypatch.setattr(training, "train_command", lambda run: [sys.executable, "-c", "raise SystemExit(2)"])
+    with pytest.raises(UserError, match="or choose another --out_dir to leave this variant out"):
+        training.run_training(training.Run(variant.config, variant.shape, 1, tmp_path / "run"), tqdm(disable=True))
+
+
+def test_published_differences_stand_beside_kinds_of_attention(comparison):
+    """A learning rate, a design or MHA itself was compared with those of GQA, MQA and MLA."""
+    results = results_of(comparison[0])
+    assert "published differences at least as large" in report(results, [])
+    for name in ("MHA learning_rate=0.003", "tied", ""):
+        other = json.loads(json.dumps(results).replace('"MQA', f'"{name}'))
+        text = report(other, [])
+        assert "published" not in text and "found with 80 % power" in text
 
 
 def test_added_runs_that_were_interrupted(again, monkeypatch, capsys):

@@ -356,7 +356,7 @@ def check_column(schema, path, column):
         if field.type in (pyarrow.string(), pyarrow.large_string()):
             known.append(field.name)
     if not known:
-        raise UserError(f"{path.name} has no column of text: choose another --repo")
+        raise UserError(f"{path.name} has no column of text: choose another --repo or --input")
     if column not in known:
         raise UserError(
             f"{path.name} has no column of text {column!r}: choose --column from "
