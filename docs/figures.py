@@ -456,7 +456,9 @@ SENTENCES = {
         "A text of {llama_context} tokens takes {llama_all}, more than the weights",
         "32 query heads it would take {llama_mha}",
         "trained with {seeds} seeds each",
-        "a true difference of {gqa_found} and {mqa_found} nats would have been missed one time in",
+        "a true difference of {gqa_found} and {mqa_found} nats would have been missed at "
+        "most one time in five",
+        "After {seeds} of 18 planned seeds",
         "with 8 query heads and {recall_seeds} seeds, MHA answered {recall_mha} of the questions, "
         "GQA-4 {recall_gqa4}, GQA-2 {recall_gqa2} and MQA {recall_mqa}",
         "equal parameters and {design_seeds} seeds each",
@@ -491,13 +493,13 @@ SENTENCES = {
         "MLA. MLA took {mla_prefill} times as long as MHA to read the prompts",
     ),
     "docs/cache.md": (
-        "equal parameters, on {tokens} tokens",
+        "that of the default model, on {tokens} tokens",
         "Losses are means of {design_seeds} seeds",
         "`window` ends at {window_minus}, `tied` at {tied_minus}, `mla` at {mla_minus} and "
         "`deepseek_v4_like` at {deepseek_v4_like_minus}",
         "`gemma_like` saves most: it takes {gemma_like_size} of the bytes and {gemma_like_time} of "
         "the time of a step. For it, a true difference of {gemma_like_missed} nats would have been "
-        "missed",
+        "missed at most one time in five",
     ),
     "docs/variant.md": (
         "that of MHA, `KV cache {mha_cache} bytes per token in float32`",
