@@ -12,10 +12,8 @@ import ctypes
 import gc
 import json
 import os
-import re
 import resource
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -31,7 +29,13 @@ from nanogqa.cache import KVCache
 from nanogqa.configurator import UserError, build, choices_of, in_range, parse, program, subset
 from nanogqa.distributed import world
 from nanogqa.fast import keep_freed_memory, packs, prepare_for_decoding
-from nanogqa.runtime import check_memory, compile_for_decoding, compile_model, pick_runtime
+from nanogqa.runtime import (
+    check_memory,
+    compile_for_decoding,
+    compile_model,
+    lines_of,
+    pick_runtime,
+)
 from sample import prefill
 from train import TrainConfig, backward, make_model, make_optimizers, update
 
@@ -151,24 +155,22 @@ def peak_memory(runtime):
     those after the imports."""
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resident_peak() - AFTER_IMPORTS
+    return resident("VmHWM") - AFTER_IMPORTS
 
 
-def resident_peak():
-    """Most bytes of memory that the process has held."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # not ru_maxrss, which on Linux starts at the peak of the program that started this one
-        kib = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"), re.M)
-        if kib:
-            return int(kib[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if sys.platform == "darwin":
-        return peak
-    return peak * 1024  # Linux counts in KiB
+def resident(name):
+    """Bytes of memory that the process holds (VmRSS), or the most that it has held (VmHWM).
+
+    Elsewhere than on Linux both are the most. On Linux that of getrusage would start at the peak of
+    the program that started this one.
+    """
+    for line in lines_of("/proc/self/status"):
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-AFTER_IMPORTS = resident_peak()
+AFTER_IMPORTS = resident("VmRSS")
 
 
 # -- --mode=decode ---------------------------------------------------------------------------------

@@ -582,7 +582,7 @@ def test_a_row_says_what_was_timed(capsys, tmp_path):
 
 def test_memory_does_not_count_the_program_that_started_this_one():
     """Linux starts ru_maxrss at the peak of the parent: rows of compare.py were too low by its size, some exactly 0."""
-    code = "import bench; print(bench.resident_peak())"
+    code = "import bench; print(bench.resident('VmHWM'))"
 
     def peak_of_a_child():
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
