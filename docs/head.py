@@ -114,7 +114,7 @@ def left(results):
 # -- right: decoding -------------------------------------------------------------------------------
 
 X0, X1, Y0, Y1 = 590, 900, 322, 70  # the corners of the chart: left, right, bottom, top
-LONGEST, SLOWEST = 4096, 12         # at the right and at the top
+LONGEST, SLOWEST = 4096, 40         # at the right and at the top
 
 
 def place(context, ms):
@@ -126,7 +126,7 @@ def right(results):
     """Time of a decoding step over the context, a line for each variant."""
     threads = results["machine"]["threads"]
     drawn = [text(552, 40, f"Decoding step on {threads} CPU cores, ms", "title")]
-    for ms in range(0, SLOWEST + 1, 4):
+    for ms in range(0, SLOWEST + 1, 10):
         drawn.append(line(place(0, ms), place(LONGEST, ms), "grid"))
         drawn.append(text(X0 - 10, place(0, ms)[1] + 7, str(ms), "end"))
     for context in (256, 1024, 4096):
@@ -134,6 +134,7 @@ def right(results):
     drawn.append(line(place(0, 0), place(LONGEST, 0), "axis"))
     drawn.append(text((X0 + X1) / 2, Y0 + 52, f"tokens of context, in each of {BATCH} texts",
                       "middle"))
+    ends = []
     for variant, (name, _) in VARIANTS.items():
         shape = first(results["records"], variant=variant, match="shape")["shape"]
         points = []
@@ -143,8 +144,12 @@ def right(results):
         path = " L".join(f"{x:.1f} {y:.1f}" for x, y in points)
         drawn.append(f'<path d="M{path}" class="line stroke {name}"/>')
         drawn += [dot(x, y, 5, f"fill {name}") for x, y in points]
-        x, y = points[-1]
-        drawn.append(text(x + 12, y + 7, name, f"name fill {name}"))
+        ends.append((points[-1][1], name))
+    below = 0
+    for y, name in sorted(ends):  # from the top: a name too close to the one above moves down
+        below = max(y, below)
+        drawn.append(text(X1 + 12, below + 7, name, f"name fill {name}"))
+        below += 22
     return drawn
 
 
