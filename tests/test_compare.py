@@ -41,7 +41,7 @@ from nanogqa.estimates import (
 )
 from nanogqa.log import read_rows
 from nanogqa.pictures import Point, apart, bandwidth_beyond_cache, front, paired_curves
-from nanogqa.published import PUBLISHED
+from nanogqa.published import PUBLISHED, relative_differences
 from nanogqa.report import report, table
 from nanogqa.results import load_results
 from nanogqa.summary import summarize
@@ -614,9 +614,12 @@ def answer(args, folder, capsys):
     before = contents(folder)
     try:
         compare.main(args)
+        capsys.readouterr()
         return True
     except SystemExit as exit:
         error = capsys.readouterr().err.strip()
+        if error.startswith("warning: one of model.py"):  # code_digest of the damaged file
+            error = error.partition("\n")[2]
         assert exit.code == 2 and error and "\n" not in error, error
         assert contents(folder) == before
         return False
@@ -911,7 +914,7 @@ def committed():
 
 def test_steps_to_a_loss_stand_where_a_difference_is_found():
     """A difference that was not distinguishable had "790 (62 s)" beside it, or "never"."""
-    text = report(changed_losses(committed(), {"GQA-2": -0.1, "MQA": 0.1, "MLA": -1e-5}), [])
+    text = report(changed_losses(committed(), {"GQA-2": -0.1, "MQA": 0.1, "MLA": -5e-5}), [])
     cells = {}
     for line in text.splitlines():
         name, *rest = line.strip("| ").split(" | ")
@@ -921,7 +924,7 @@ def test_steps_to_a_loss_stand_where_a_difference_is_found():
     word, steps = cells["GQA-2"]
     assert word == "better" and re.fullmatch(r"\d{3} \(\d+ s\)", steps)
     assert 400 < int(steps[:3]) < 700
-    results = changed_losses(committed(), {"GQA-2": -0.1, "MQA": 0.1, "MLA": -1e-5})
+    results = changed_losses(committed(), {"GQA-2": -0.1, "MQA": 0.1, "MLA": -5e-5})
     rate = results["speed"]["GQA-2-n_ff352"]["train"][0]["tok_s"]
     seconds = int(re.search(r"(\d+) s", report(results, []).split("| better | ")[1])[1])
     assert seconds == pytest.approx(int(steps[:3]) * 2048 / rate, abs=1)
@@ -960,7 +963,11 @@ def test_published_differences_carry_their_sources():
     counts = re.findall(r"\| (\d+) of (\d+) \|", precise)
     total = sum(len(row.perplexity) - 1 for row in PUBLISHED)
     assert counts == [(str(total), str(total))] * 5
-    assert re.findall(r"\| (\d+) of \d+ \|", text) == ["0"] * 5
+    found = re.findall(r"\| (\d+\.\d) \| (\d+) of \d+ \|", text)
+    assert len(found) == 5
+    for share, count in found:  # share is rounded
+        most, least = (sum(100 * size >= float(share) + change for size in relative_differences()) for change in (-0.05, 0.05))
+        assert least <= int(count) <= most
 
 
 def test_one_seed_gives_no_test(comparison):

@@ -245,7 +245,7 @@ def test_text_data_set_of_a_file_and_of_a_folder(tmp_path, capsys):
         (folder / f"{i}.txt").write_text(f"text {i}")
     (folder / "image.png").write_bytes(b"\x89\xff\xfe")
     prepare.main([f"--input={folder}", f"--data_dir={tmp_path / 'out'}"])
-    assert "not UTF-8: 1 files (image.png" in capsys.readouterr().out
+    assert "skipped because not UTF-8: 1 file (image.png)" in capsys.readouterr().out
     tokens = Dataset(tmp_path / "out").val.windows([0], Dataset(tmp_path / "out").val.n_tokens)[0]
     assert (tokens == 256).sum() in (2, 3)
 
