@@ -488,6 +488,7 @@ SENTENCES = {
         "{reach_gqa2} and MQA in {reach_mqa}",
         "trains six models with {seeds} seeds each",
         "after these {tokens} tokens",
+        "and a fifth with equal parameters. {seeds} are finished",
         "would have found {found_low} to {found_high} nats with a power of 80 %",
         "a step takes {gqa_step} of MHA's time with GQA, {mqa_step} with MQA and {mla_step} with "
         "MLA. MLA took {mla_prefill} times as long as MHA to read the prompts",

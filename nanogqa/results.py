@@ -70,7 +70,11 @@ RESULTS = {
 
 def curve_of(rows):
     """[[step, val_loss], ...] of the evaluations among rows of metrics.jsonl."""
-    return [[row["step"], row["val_loss"]] for row in rows if row.get("val_loss") is not None]
+    curve = []
+    for row in rows:
+        if row.get("val_loss") is not None:
+            curve.append([row["step"], row["val_loss"]])
+    return curve
 
 
 def metrics_of(row):

@@ -533,7 +533,7 @@ def test_the_document_of_scale_is_the_committed_one(capsys):
 
 @pytest.mark.parametrize("name,flops,bandwidth", [
     ("NVIDIA H100 80GB HBM3", 989e12, 3.35e12), ("NVIDIA H100 PCIe", 756e12, 2.0e12),
-    ("NVIDIA H100 NVL", 835e12, 3.9e12), ("NVIDIA H200", 989e12, 4.8e12), ("NVIDIA GH200 480GB", 989e12, 4.0e12),
+    ("NVIDIA H100 NVL", 835e12, 3.9e12), ("NVIDIA H200", 989e12, 4.8e12), ("NVIDIA H200 NVL", 835e12, 4.8e12), ("NVIDIA GH200 480GB", 989e12, 4.0e12),
     ("NVIDIA A100-SXM4-40GB", 312e12, 1.56e12), ("NVIDIA A100-SXM4-80GB", 312e12, 2.04e12),
     ("NVIDIA A100 80GB PCIe", 312e12, 1.94e12), ("NVIDIA GeForce RTX 4090", 165e12, None), ("Another", None, None)])
 def test_peaks_are_those_of_the_data_sheets(monkeypatch, name, flops, bandwidth):

@@ -18,6 +18,7 @@ from test_repo import PROGRAMS
 from model import SETTINGS_OF
 from nanogqa.configurator import build, choices_of, parse
 from nanogqa.costs import LIBRARIES
+from nanogqa.published import PUBLISHED
 from nanogqa.report import report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -291,6 +292,22 @@ def test_recall_is_worse_with_one_key_value_head_alone():
 def test_mla_alone_differs_as_the_documents_say(match):
     """README.md and docs/comparing.md."""
     assert verdicts("compare", match) == {"worse": {"MLA"}, "not distinguishable": {"GQA-2", "MQA"}}
+
+
+def test_what_the_documents_say_of_larger_and_slower(values):
+    """README.md and docs/comparing.md: published differences of GQA and MQA are smaller, in % of the loss; MLA reads slower."""
+    params = {summary.name: summary for summary in figures.variants("params")}
+    for name, published in (("GQA-2", "GQA-4"), ("MQA", "MQA")):
+        found = params[name].difference.detectable / params["MHA"].loss.mean
+        sizes = [abs(row.relative_difference(published)) for row in PUBLISHED if published in row.perplexity]
+        assert len(sizes) >= 4 and max(sizes) < found
+    cells = {name: figures.slowest_cell(summary) for name, summary in params.items()}
+    for key in ("step_ms", "peak_memory_bytes"):
+        assert max(cells["GQA-2"][key], cells["MQA"][key]) < cells["MHA"][key]
+    assert cells["MLA"]["prefill_s"] > cells["MHA"]["prefill_s"]
+    shape = {summary.name: figures.timing(summary.shape, 1, 4096) for summary in figures.variants("shape")}
+    for key in ("prefill_s", "peak_memory_bytes"):
+        assert shape["MLA"][key] > shape["MHA"][key]
 
 
 def test_a_changed_figure_is_found(values):
