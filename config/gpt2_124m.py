@@ -1,7 +1,8 @@
 """The GPT-2 124M shape, for one or more large GPUs: 0.5M GPT-2 tokens per step, 10B in total.
 
 Add config/gqa.py after it to choose the attention variant. Bring your own text, for example from
-data/hub, and prepare it with --tokenizer=gpt2.
+data/hub, and prepare it with --tokenizer=gpt2. Calculated by bench.py --mode=scale, not measured:
+10.0 billion tokens, 6 GPU-hours on H100s, 13.4 GB on each of 8 (DDP).
 """
 out_dir = "{out_dir}/gpt2_124m"
 dataset = "text"

@@ -211,14 +211,18 @@ def recall():
 
 
 def of_recall():
-    """The mean of right answers, and how many seeds reach 0.9, of each variant."""
+    """Of each variant: the mean of right answers, how many seeds reach 0.9, and by how many % the
+    model is smaller than that of MHA."""
     results = read("recall/results.json")
     tokens = results["settings"]["max_steps"] * results["settings"]["tokens_per_step"]
     texts = dict(recall_seeds=str(results["settings"]["seeds"]),
                  recall_tokens=f"{tokens / 1e6:.1f} million")
-    for summary in summarize(results):
+    summaries = summarize(results)
+    for summary in summaries:
         key = summary.name.lower().replace("-", "")
         runs = recall_runs(summary.name)
+        size = summary.facts["params"] / summaries[0].facts["params"]
+        texts[f"{key}_smaller"] = f"{100 * (1 - size):.0f}"
         texts[f"recall_{key}"] = f"{statistics.mean(points[-1][1] for points in runs):.2f}"
         texts[f"reach_{key}"] = str(sum(steps_to_nine_tenths(points) != "never"
                                         for points in runs))
@@ -455,7 +459,7 @@ SENTENCES = {
         "in bfloat16 this is 2 x {llama_factors} x 2 bytes, or {llama}",
         "A text of {llama_context} tokens takes {llama_all}, more than the weights",
         "32 query heads it would take {llama_mha}",
-        "trained with {seeds} seeds each",
+        "trained with {seeds} seeds each on {tokens} tokens",
         "a true difference of {gqa_found} and {mqa_found} nats would have been missed at "
         "most one time in five",
         "After {seeds} of 18 planned seeds",
@@ -466,7 +470,6 @@ SENTENCES = {
         "`tied`, whose values are the keys ({tied_minus}), and `deepseek_v4_like` "
         "({deepseek_v4_like_minus})",
         "takes {gemma_like_size} of the bytes and {gemma_like_time} of the time of a step",
-        "Runs of {tokens} tokens",
         "transformers takes {decode_low} to {decode_high} times as long per decoding step",
     ),
     "docs/training.md": (
@@ -486,12 +489,13 @@ SENTENCES = {
         "MHA {recall_mha}, GQA-4 {recall_gqa4}, GQA-2 {recall_gqa2}, MQA {recall_mqa}. Of "
         "{recall_seeds} seeds, MHA reaches 0.9 in {reach_mha}, GQA-4 in {reach_gqa4}, GQA-2 in "
         "{reach_gqa2} and MQA in {reach_mqa}",
+        "a model is also {gqa4_smaller} to {mqa_smaller} % smaller",
         "trains six models with {seeds} seeds each",
         "after these {tokens} tokens",
         "and a fifth with equal parameters. {seeds} are finished",
         "would have found {found_low} to {found_high} nats with a power of 80 %",
         "a step takes {gqa_step} of MHA's time with GQA, {mqa_step} with MQA and {mla_step} with "
-        "MLA. MLA took {mla_prefill} times as long as MHA to read the prompts",
+        "MLA. MLA took {mla_prefill} times as long as MHA to read these prompts",
     ),
     "docs/cache.md": (
         "that of the default model, on {tokens} tokens",
