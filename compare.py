@@ -79,7 +79,7 @@ NO_EFFECT = ("out_dir", "report_only", "overwrite", "log_interval", "profile", "
              "wandb_log", "wandb_project", "wandb_run_name")
 # The files that training and its result depend on, beside settings and data.
 CODE = ("model.py", "train.py", "nanogqa/batches.py", "nanogqa/dataloader.py",
-        "nanogqa/dropout.py", "nanogqa/fast.py")
+        "nanogqa/distributed.py", "nanogqa/dropout.py", "nanogqa/fast.py", "nanogqa/runtime.py")
 # All runs share these settings, so they take no list.
 SHARED = (*NO_EFFECT, "seeds", "seed", "match", "controls", "dataset", "vocab_size", "block_size",
           "tokens_per_step", "max_steps", "eval_interval", "eval_tokens", "eval_only", "init_from",
@@ -236,7 +236,7 @@ def plan_choices(config, settings):
     """A Choice for every combination of values on the axes, each followed by its controls."""
     axes = axes_of(settings)
     other_axes = [key for key in axes if key not in KIND_SETTINGS]
-    show_kind = not axes or other_axes != axes
+    show_kind = not axes or other_axes != axes  # otherwise all have the same kind of attention
     points = choices_of(settings, SETTINGS_OF)
     configs = []
     for values in points:
@@ -250,10 +250,10 @@ def plan_choices(config, settings):
     for values, run in zip(points, configs, strict=True):
         details = [f"{key}={values[key]}" for key in other_axes if key in values]
         details += changed_from(differing, run)
-        words = details
         if "design" in values:
-            words = details = [values["design"], *details]
-        elif show_kind:
+            details.insert(0, values["design"])
+        words = details
+        if show_kind and "design" not in values:
             words = [attention_kind(run), *details]
         choices.append(Choice(" ".join(words), run))
         if config.controls:
@@ -654,8 +654,8 @@ def main(argv):
             results["machine"] = describe_machine(runtime, ranks_of(config))
             results["date"] = datetime.date.today().isoformat()
             results["speed"] = measure_speed(variants, config, given)
-            if config.overwrite:
-                shutil.rmtree(out_dir / "runs", ignore_errors=True)
+            if config.overwrite and (out_dir / "runs").exists():
+                shutil.rmtree(out_dir / "runs")
             if not results["records"]:
                 write_json(path, results)
         train_runs(runs, config, results, dataset, GPTConfig)

@@ -251,7 +251,7 @@ def attend(q, k, v, mask=None, scale=None):
             q, k, v, mask, is_causal=mask is None, scale=scale,
             enable_gqa=True if H != K else False)  # noqa: SIM210 (H != K may be symbolic)
     if causal:
-        mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=q.device).tril()
+        mask = q.new_ones(1, 1, T, S, dtype=torch.bool).tril()
     if mask is not None:
         mask = mask.repeat(1, 1, H // K, 1)                             # (1 or B, 1, H/K * T, S)
     q = q.reshape(B, K, H // K * T, D)
@@ -282,7 +282,7 @@ class Attention(nn.Module):
     def forward(self, x, context, kv):
         """kv: keys and values of a layer below, for a layer without its own. Returns the output,
         and keys and values if layers above read them."""
-        B, T, C = x.shape
+        B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)                # (B, T, H, D)
         q = apply_rope(self.q_norm(q).transpose(1, 2), context.cos, context.sin)
         if self.layer_cache.source is None:
@@ -296,7 +296,7 @@ class Attention(nn.Module):
 
     def keys_and_values(self, x, context):
         """[k, v], or [k] if they are tied: (B, K, S, D) each, from the cache if there is one."""
-        B, T, C = x.shape
+        B, T, _ = x.shape
         k = self.k_proj(x).view(B, T, -1, self.head_dim)                # (B, T, K, D)
         kv = [apply_rope(self.k_norm(k).transpose(1, 2), context.cos, context.sin)]
         if not self.kv_tied:
@@ -338,7 +338,7 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(H * U, C, bias=False)
 
     def forward(self, x, context, kv):
-        B, T, C = x.shape
+        B, T, _ = x.shape
         R, P, N, U = self.widths
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.q_lora_rank else self.q_proj(x)
         q = q.view(B, T, -1, N + P).transpose(1, 2)                     # (B, H, T, N + P)
@@ -470,10 +470,10 @@ class GPT(nn.Module):
         for window in dict.fromkeys(layer.window for layer in self.layer_caches):
             masks[window] = attention_mask(T, window, cache, idx.device)
         context = Context(cos, sin, masks, cache)
-        shared = {}  # keys and values of the layers that others read
+        shared = {None: None}  # keys and values of each layer so far; None: no other reads them
         x = self.dropout(self.embed(idx))                               # (B, T, C)
         for i, block in enumerate(self.layers):
-            kv = shared.get(self.layer_caches[i].source)
+            kv = shared[self.layer_caches[i].source]
             if self.recompute and self.training:
                 x, shared[i] = checkpoint(block, x, context, kv, use_reentrant=False)
             else:
@@ -490,4 +490,6 @@ class GPT(nn.Module):
             return None, loss
         if logits == "targets":
             x = x[targets >= 0]
-        return (F.linear(x, self.embed.weight) if self.lm_head is None else self.lm_head(x)), loss
+        if self.lm_head is None:
+            return F.linear(x, self.embed.weight), loss
+        return self.lm_head(x), loss  # a module, which nanogqa/fast.py may replace

@@ -181,9 +181,9 @@ def generate(model, prompts, max_new_tokens, num_samples=1, known=None, **option
                            options.top_p, options.generator)[:, 0].tolist()
         for text, token in zip(batch.texts, ids, strict=True):
             text.append(token)
-        left = unfinished(range(len(rows)))  # a compiled batch may still hold finished rows
-        yield pick(rows, left), pick(ids, left)
-        left = unfinished(left)  # the caller may have finished some meanwhile
+        running = unfinished(range(len(rows)))  # a compiled batch may still hold finished rows
+        yield pick(rows, running), pick(ids, running)
+        left = unfinished(running)  # the caller has added these ids, which may end texts
         if not left:
             return
         # another number of rows is another graph: compiled, the batch shrinks by halves only
@@ -202,11 +202,13 @@ def main(argv):
     gpt_config = GPTConfig(**state["config"])
     ids = encode_prompts(encoding, prompts, gpt_config.vocab_size)
     model = checkpoint.load_model(GPT, gpt_config, state).to(runtime.device, runtime.dtype).eval()
+    step = state["step"]
+    del state  # it holds the weights once more, and the optimizer's moments
     check_sampling(model, config, ids, runtime)
     if config.fast:
         prepare_for_decoding(model, len(prompts) * config.num_samples)
     compiled = compile_for_decoding(model, runtime) if runtime.compile else None
-    announce_sampling(config, gpt_config, runtime, state["step"], ids)
+    announce_sampling(config, gpt_config, runtime, step, ids)
     output = Output(prompts, config.num_samples, encoding, config.stop, config.output == "jsonl")
     known = known_ids(encoding, gpt_config.vocab_size).to(runtime.device)
     generator = torch.Generator(runtime.device).manual_seed(config.seed)
@@ -215,8 +217,7 @@ def main(argv):
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
             generator=generator, kv_cache=config.kv_cache, compiled=compiled,
             stopped=output.stopped):
-        for row, token in zip(rows, new, strict=True):
-            output.add(row, token)
+        output.add(rows, new)
     output.finish()
 
 

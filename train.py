@@ -93,11 +93,9 @@ def make_model(config, state, runtime):
         accelerate(model)
     dropout.by_sequence(model)
     if config.parallel == "fsdp":
-        def weight_of(name, shape):  # None: sharded, checkpoint.restore reads it
-            if state is not None:
-                return state["model"].get(name)
+        def initial(name, shape):
             return initial_weight(name, shape, config.seed, config.embed_std)
-        distributed.shard(model, runtime, weight_of)
+        distributed.shard(model, runtime, checkpoint.weight_source(model, state, initial))
     model.recompute = config.recompute
     checkpoint.freeze(model, config.trainable)
     return model.to(runtime.device)
@@ -117,17 +115,15 @@ def learning_rate(step, config):
 
 
 def make_optimizers(model, config):
-    """A list: Muon for the blocks' matrices if it is chosen, and AdamW for the rest.
-
-    Weight decay is on matrices only.
-    """
+    """A list: Muon for the blocks' matrices if it is chosen, and AdamW for the rest."""
     blocks, matrices, vectors = [], [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad and p.dim() < 2:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for name, p in trained:
+        if p.dim() < 2:
             vectors.append(p)
-        elif p.requires_grad and config.optimizer == "muon" and name.startswith("layers."):
+        elif config.optimizer == "muon" and name.startswith("layers."):
             blocks.append(p)
-        elif p.requires_grad:
+        else:
             matrices.append(p)
     decay = config.weight_decay
     groups = [dict(params=matrices, weight_decay=decay), dict(params=vectors, weight_decay=0.0)]
@@ -241,7 +237,7 @@ def train(given, stack):
     if config.parallel != "fsdp":
         first = batches.step(0)[:1]
         compiled = compile_model(model, runtime, lambda f: backward(f, first, runtime))
-        model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)  # compiling runs a backward pass
     forward = distributed.replicate(compiled, config)
     settings = resume.run_settings(config, GPTConfig)
     terminal.announce(config, model, batches, runtime)
@@ -252,7 +248,7 @@ def train(given, stack):
         return
 
     # what the loop keeps
-    # a resumed run has logged and saved its first step already; but if it was stopped there, and
+    # a resumed run begins at a step that is saved already; but if it was stopped there, and
     # max_steps is now that step, the last evaluation is missing
     done_before = resumed and (start < config.max_steps or state["val_loss"] is not None)
     saver = make_saver(config, state, dataset, runtime.rank)
@@ -267,7 +263,7 @@ def train(given, stack):
     for step in range(start, config.max_steps + 1):  # optimizer steps done so far
         last = step == config.max_steps
         stopping = stop.agreed(runtime)
-        new = step > start or not done_before
+        new = step > start or not done_before  # not saved by the run that this one resumes
         evaluating = new and (last or step % config.eval_interval == 0)
         logging = new and (evaluating or step % config.log_interval == 0)
 
@@ -307,16 +303,17 @@ def train(given, stack):
         loss = backward(forward, micro_batches, runtime)
         times.lap("forward and backward")
         grad_norm = update(model, optimizers, config.grad_clip)
-        in_a_row = 0 if grad_norm.isfinite() else in_a_row + 1
-        skipped += in_a_row > 0
+        if grad_norm.isfinite():
+            in_a_row = 0
+        else:
+            in_a_row += 1
+            skipped += 1
         check_finite(in_a_row < checkpoint.SKIPS, f"gradient ({checkpoint.SKIPS} in a row)",
                      step + 1, config, runtime)
         times.lap("optimizer")
         logger.advance(step + 1)
 
-    saver.wait()
-    if saver.failed:
-        raise UserError(f"{saver.failed}: continue with --init_from=auto")
+    saver.check_written()
     logger.check_written()
     if stopping and not last:
         logger.print(f"stopped by {signal.Signals(stopping).name} after step {step} and saved: the "

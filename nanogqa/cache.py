@@ -16,14 +16,15 @@ class KVCache:
     A layer with a window of W tokens has room for no more. Its tensors are rings: the token at
     place p of its row is at index p mod W.
 
-    Rows of different lengths are padded on the left: padding, (B,), is the number of padded places
-    in each row. So a token's place in its row counts the padding, and its position does not.
+    Rows of different lengths are padded on the left. The caller then sets .padding to the number of
+    padded places in each row, (B,). So a token's place in its row counts the padding, and its
+    position does not.
 
     A static cache is for torch.compile: its length is a tensor, and attention reads all places
     under a mask, so that one graph serves every step.
     """
 
-    def __init__(self, config, batch_size, max_length, like=None, padding=None, static=False):
+    def __init__(self, config, batch_size, max_length, like=None, static=False):
         """like: a tensor that gives the cache its device and dtype; None: the defaults."""
         if like is None:
             like = torch.empty(0)
@@ -31,7 +32,7 @@ class KVCache:
             raise ValueError(f"a cache of {max_length} tokens: it must be 1 to "
                              f"block_size={config.block_size}")
         self.device, self.max_length = like.device, max_length
-        self.padding, self.static = padding, static
+        self.padding, self.static = None, static
         self.has_rings = False
         self.layers = []  # of each layer: a list of tensors (B, heads, room, width)
         for layer in config.layer_caches():
@@ -74,6 +75,7 @@ class KVCache:
         """Places of the tokens at each index of a layer once length were written; below 0: none."""
         filled = room if self.static else min(room, length)
         newest = length - 1
+        # index i holds the newest place p <= newest for which p mod room = i
         return newest - (newest - torch.arange(filled, device=self.device)) % room
 
     def positions(self, T):
@@ -139,5 +141,6 @@ class KVCache:
         other.layers = [[x[index] for x in tensors] for tensors in self.layers]
         if self.padding is not None:
             other.padding = self.padding[index]
-        other.length = self.length + 0  # a separate tensor where it is one
+        if self.static:
+            other.length = self.length.clone()
         return other

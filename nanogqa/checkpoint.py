@@ -17,6 +17,12 @@ from nanogqa.folder import find_sharded, path_of
 from nanogqa.runtime import check_memory
 
 REQUIRED = object()
+
+
+class Damaged(UserError):
+    """The content of a checkpoint is not what this program writes."""
+
+
 SKIPS = 10  # consecutive steps with a non-finite gradient after which a run stops
 
 
@@ -63,12 +69,15 @@ KEYS = {
     "settings": ({str: plain_value}, REQUIRED),      # of train.py except the model's; not resolved
     "runtime": ({str: plain_value}, REQUIRED),       # the resolved device, dtype, compile, ranks
     "step": (schema.count, REQUIRED),                # optimizer steps done
-    "val_loss": (loss, None),                        # nats per token, if this step was evaluated
+    "val_loss": (loss, None),                        # nats per target, if this step was evaluated
     "best_val_loss": (loss, None),                   # the lowest of the run so far
     "kept": (steps_or_none, None),                   # steps whose ckpt_STEP.pt the run has written
     "tokenizer": (short_text, REQUIRED),             # a name for tokenizer.get_tokenizer
     "dataset_sha256": (short_text, REQUIRED),        # of meta.json; empty: not trained here
 }
+
+DOES_NOT_FIT = ("the weights in the checkpoint do not fit its config ({}): it is damaged, or of "
+                "another version")
 
 # the moments that an optimizer keeps of a parameter: True where they have its shape
 MOMENTS = {
@@ -117,7 +126,7 @@ def read_tensors(path):
         reason = type(error).__name__
         if type(error) is ValueError:
             reason = one_line(error)
-        raise UserError(
+        raise Damaged(
             f"{path} is damaged or not a checkpoint ({reason}): restore it from a copy, or train "
             "again with --overwrite=True") from None
 
@@ -129,8 +138,8 @@ def read_plain(path):
         raise UserError(f"cannot read {path} ({error.strerror}): check its permissions and the "
                         "disk") from None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({one_line(error)}): restore it from a copy, or train "
-                        "again with --overwrite=True") from None
+        raise Damaged(f"{path} is damaged ({one_line(error)}): restore it from a copy, or train "
+                      "again with --overwrite=True") from None
 
 
 def check(state, path, GPTConfig):
@@ -144,8 +153,8 @@ def check(state, path, GPTConfig):
         if state["config"].get("vocab_size") is None:
             raise ValueError("its config has no vocab_size")
     except ValueError as error:
-        raise UserError(f"{path} is not a checkpoint of this program ({one_line(error)}): name "
-                        "another --out_dir") from None
+        raise Damaged(f"{path} is not a checkpoint of this program ({one_line(error)}): name "
+                      "another --out_dir") from None
     state["config"] = asdict(build(GPTConfig, typed(GPTConfig, state["config"], path)))
     return state
 
@@ -202,11 +211,35 @@ def load_model(GPT, config, state):
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         if out_of_memory(error):
             raise
-        raise UserError(f"the weights in the checkpoint do not fit its config ({one_line(error)}): "
-                        "it is damaged, or of another version") from None
-    if not all(p.isfinite().all() for p in model.parameters()):
-        raise UserError("the weights in the checkpoint are not finite: go back to an older one")
+        raise UserError(DOES_NOT_FIT.format(one_line(error))) from None
+    check_finite_weights(weights)
     return model
+
+
+def check_finite_weights(weights):
+    """Raises UserError unless all weights of a loaded checkpoint are finite numbers."""
+    if not all(x.isfinite().all() for x in weights.values()):
+        raise UserError("the weights in the checkpoint are not finite: go back to an older one")
+
+
+def weight_source(model, state, initial):
+    """A function of the name and shape of a parameter, for distributed.shard: its values before
+    training by initial(name, shape) where state is None, else those in the checkpoint state. None
+    where that is sharded, as restore reads it."""
+    if state is None:
+        return initial
+    weights = dict(state["model"])
+    if not is_sharded(state):
+        shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+        for name in sorted(shapes.keys() | weights.keys()):
+            if name not in weights or tuple(weights[name].shape) != shapes.get(name):
+                raise UserError(DOES_NOT_FIT.format(name))
+        check_finite_weights(weights)
+
+    def stored(name, shape):
+        return weights.get(name)
+
+    return stored
 
 
 def freeze(model, pattern):
@@ -318,8 +351,8 @@ def load_sharded(config, model, optimizers, state):
     wanted = list(optimized(model, optimizers))
     numbered = all(key.isdecimal() for key in steps)  # older checkpoints number the parameters
     if steps and len(steps) != len(wanted):
-        raise UserError(f"{folder} holds moments of {len(steps)} parameters, not {len(wanted)}: it "
-                        "is damaged")
+        raise UserError(f"{folder} holds moments of {len(steps)} parameters, and {len(wanted)} are "
+                        "trained: leave trainable as it was, or restore the folder from a copy")
     parts = {f"model.{name}": x for name, x in model.state_dict().items()}
     try:
         for number, (name, parameter, optimizer) in enumerate(wanted):

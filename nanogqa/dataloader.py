@@ -98,7 +98,7 @@ class Split:
     """One split of a data set: a sequence of n_tokens tokens, stored in one or more files."""
 
     def __init__(self, folder, name, meta):
-        self.folder = Path(folder)
+        self.folder, self.name = Path(folder), name
         self.vocab_size = meta["vocab_size"]
         self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         self.answer_after = meta.get("answer_after")
@@ -234,10 +234,11 @@ class Dataset:
         for start in val_windows(split, block_size, eval_tokens):
             if (val_batch(split, [start], 1, block_size)[1] >= 0).any():
                 return
-        raise UserError(
-            f"{split.folder} has no answer, {split.answer_place()}, in the windows of one of its "
-            "splits: raise eval_tokens, or correct answer_after in its prepare.py"
-        )
+        what_to_do = "correct answer_after in its prepare.py"
+        if eval_tokens is not None:
+            what_to_do = f"raise eval_tokens, or {what_to_do}"
+        raise UserError(f"{split.folder} has no answer, {split.answer_place()}, in the windows of "
+                        f"its split {split.name}: {what_to_do}")
 
     @property
     def metric_names(self):
@@ -367,7 +368,7 @@ def train_batch(split, seed, first, count, block_size):
     # number of offsets at which n_blocks blocks still fit
     n_offsets = min(block_size, split.n_tokens - n_blocks * block_size)
     if split.sequence_length is not None:
-        n_offsets = 1
+        n_blocks, n_offsets = (split.n_tokens - 1) // block_size, 1
     starts = []
     for sequence in range(first, first + count):
         epoch, index = divmod(sequence, n_blocks)

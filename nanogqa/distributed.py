@@ -183,10 +183,10 @@ class StopSignal:
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
-    def __exit__(self, *error):
-        # after a stop, ignore further signals until the final message is printed: a killed agent
-        # sends one for each of its threads
-        if not self.number or any(error):
+    def __exit__(self, kind, *error):
+        # after a stop, further signals are caught until the program ends, which keeps its exit
+        # code: a killed agent sends one for each of its threads
+        if not self.number or kind not in (None, SystemExit):
             self.restore()
 
     def restore(self):

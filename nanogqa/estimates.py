@@ -94,11 +94,11 @@ def two_sided_probability(t, df):
     """
     theta = math.atan(t / math.sqrt(df))
     odd = df % 2 == 1
-    term = 1.0
+    first, term = 2, 1.0
     if odd:
-        term = math.cos(theta)
+        first, term = 3, math.cos(theta)
     total = 0.0
-    for k in range(2 + odd, df + 1, 2):
+    for k in range(first, df + 1, 2):
         total += term
         term *= math.cos(theta) ** 2 * (k - 1) / k
     if odd:

@@ -75,7 +75,6 @@ class OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
         return onednn_product(x, weight, bias)
 
     @staticmethod
@@ -84,9 +83,9 @@ class OneDNNLinear(torch.autograd.Function):
         rows = grad.flatten(0, -2)
         grad_x = onednn_product(grad, weight.t())
         grad_weight, grad_bias = None, None
-        if ctx.needs_input_grad[1]:  # unless trainable leaves it out
+        if ctx.needs_input_grad[1]:  # False where trainable leaves it out; likewise below
             grad_weight = onednn_product(rows.t(), x.flatten(0, -2).t())
-        if ctx.has_bias:
+        if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias
 

@@ -98,13 +98,14 @@ class Output:
         """Whether a text needs no more tokens."""
         return self.texts[row].done
 
-    def add(self, row, token):
-        """Appends a token id to a text."""
-        self.count += 1
-        piece = self.texts[row].add(token)
-        self.written[row] += piece
-        if self.stream:
-            print(piece, end="", flush=True)
+    def add(self, rows, ids):
+        """Appends a token id to each of these texts."""
+        for row, token in zip(rows, ids, strict=True):
+            self.count += 1
+            piece = self.texts[row].add(token)
+            self.written[row] += piece
+            if self.stream:
+                print(piece, end="", flush=True)
 
     def finish(self):
         """Prints what was held back, or all texts; the speed goes to standard error."""

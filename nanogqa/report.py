@@ -5,7 +5,7 @@ from nanogqa.costs import CONTEXT
 from nanogqa.estimates import mean_over_seeds
 from nanogqa.files import replacing
 from nanogqa.pictures import draw
-from nanogqa.published import PUBLISHED, relative_differences
+from nanogqa.published import PUBLISHED, VARIANTS, relative_differences
 from nanogqa.summary import (
     by_shape,
     cache_bytes,
@@ -20,13 +20,13 @@ ABOUT_QUALITY = (
     "Losses are in nats per {unit}, mean over seeds ± standard error. Differences are between "
     "runs with the same seed, which share the order of the data and the initial value of every "
     "weight of equal name and shape. Their intervals are Student's: each one has a confidence of "
-    "95 % by itself. The wider ones of the next column hold all together with at least 95 % "
-    "(Bonferroni). The verdict is Holm's test: a difference is found where its adjusted p value is "
-    "below 0.05. The chance that a report finds any difference where there is none is then at most "
-    "5 %. All this assumes that the differences of seeds are about normally distributed: where the "
-    "dots of quality.png form groups, it is rough. Steps are read off the mean curve by linear "
-    "interpolation, and their time counts training steps alone; \"same\" means that no difference "
-    "was found."
+    "95 % by itself. The wider ones of the next column all contain the true difference with a "
+    "confidence of at least 95 % (Bonferroni). The verdict is Holm's test: a difference is found "
+    "where its adjusted p value is below 0.05. The chance that a report finds any difference where "
+    "there is none is then at most 5 %. All this assumes that the differences of seeds are about "
+    "normally distributed: where the dots of quality.png form groups, it is rough. Steps are read "
+    "off the mean curve by linear interpolation, and their time counts training steps alone; "
+    "\"same\" means that no difference was found."
 )
 ABOUT_RESOLUTION = (
     "There is one row for each model that is compared to {first}, also if it is in both "
@@ -182,21 +182,22 @@ def resolution(summaries):
     """Blocks of text: which differences this comparison can find and, where it compares a kind of
     attention with MHA on text, which are published."""
     first = summaries[0]
-    kinds = list(PUBLISHED[0].perplexity)[1:]
     of_text = unit_of(first) == "token" and kind_of(first) == "MHA"
+    with_error = [summary for summary in compared(summaries) if summary.difference.half is not None]
+    beside_published = of_text and any(kind_of(summary) in VARIANTS for summary in with_error)
     published = relative_differences()
     rows = []
-    for summary in compared(summaries):
+    for summary in with_error:
         difference = summary.difference
-        if difference.half is None:
-            continue
         share = difference.detectable / first.loss.mean
         row = [shape_label(summary), half_cell(difference.half),
                half_cell(difference.half_together), f"{difference.detectable:.4f}",
                f"{100 * share:.1f}"]
-        count = sum(size >= share for size in published)
-        if of_text and kind_of(summary) in kinds:
-            row.append(f"{count} of {len(published)}")
+        if beside_published:
+            larger = ""
+            if kind_of(summary) in VARIANTS:
+                larger = f"{sum(size >= share for size in published)} of {len(published)}"
+            row.append(larger)
         rows.append(row)
     if not rows:
         return ["One seed, or one variant, gives no error bar: any difference above may be due to "
@@ -204,18 +205,15 @@ def resolution(summaries):
     head = ["variant", "95 % interval", "all intervals together", "found with 80 % power",
             f"in % of the loss of {first.name}"]
     about = ABOUT_RESOLUTION.format(first=first.name)
-    width = max(map(len, rows))
-    if width == len(head):
+    if not beside_published:
         return [table(head, rows), about]
-    for row in rows:
-        row += [""] * (width - len(row))
     head.append("published differences at least as large")
     return [table(head, rows), f"{about} {ABOUT_PUBLISHED}", published_table()]
 
 
 def kind_of(summary):
-    """The kind of attention that a variant's name begins with, as published.py writes it; of names
-    that are designs or settings, something else."""
+    """The kind of attention that a variant's name begins with, as published.py writes it: every GQA
+    is compared with the published GQA-4. Of names that are designs or settings, something else."""
     words = summary.name.upper().split() or [""]
     if re.fullmatch(r"GQA(-\d+)?", words[0]):
         return "GQA-4"
@@ -231,9 +229,8 @@ def unit_of(summary):
 
 def published_table():
     """Published differences to MHA and their sources."""
-    variants = list(PUBLISHED[0].perplexity)[1:]
     head = ["source", "parameters, million", "tokens, billion", "parameters equal"]
-    for variant in variants:
+    for variant in VARIANTS:
         head.append(f"{variant} minus MHA, nats per token")
     rows = []
     for row in PUBLISHED:
@@ -242,7 +239,7 @@ def published_table():
             matched = "yes"
         cells = [f"[{row.paper}]({row.url}), {row.table}", f"{row.params / 1e6:,.0f}",
                  f"{row.tokens / 1e9:.0f}", matched]
-        for variant in variants:
+        for variant in VARIANTS:
             cells.append(published_cell(row, variant))
         rows.append(cells)
     return table(head, rows)

@@ -53,7 +53,7 @@ class Run:
             return
         try:
             state = checkpoint.load(self.folder, GPTConfig)
-        except UserError:
+        except checkpoint.Damaged:
             self.damage = "its checkpoint is damaged"
             return
         model = asdict(subset(GPTConfig, self.config))
@@ -138,7 +138,8 @@ def run_training(run, bar):
             last_line = line.strip() or last_line
             step = re.match(r"step +(\d+)", line)
             if step:
-                bar.update(max(0, bar_start + int(step[1]) - start - bar.n))
+                now = bar_start + int(step[1]) - start
+                bar.update(max(0, now - bar.n))
     if process.returncode:
         raise UserError(f"training {run.folder.name} ended with code {process.returncode} "
                         f"({one_line(last_line)}): see {run.folder / 'train.log'}; run the same "

@@ -93,11 +93,14 @@ def pick_device(device, ranks, local_rank):
         raise UserError("several ranks cannot share tensors of an Apple GPU: start without "
                         "torchrun, or choose --device=cpu")
     if kind == "cuda":
-        index = local_rank if ranks > 1 or not index else int(index)
+        if ranks > 1 and index:
+            raise UserError(f"device={device} is one GPU, but there are {ranks} ranks: choose "
+                            "--device=cuda, which gives each rank its own")
+        index = int(index or local_rank)
         if index >= torch.cuda.device_count():
             raise UserError(
-                f"there is no GPU {index}, this machine has {torch.cuda.device_count()}: start at "
-                "most as many ranks as GPUs, or choose --device=cpu")
+                f"there is no GPU {index}, this machine has {torch.cuda.device_count()}: choose "
+                "another --device, or start at most as many ranks as GPUs")
         device = f"cuda:{index}"
         torch.cuda.set_device(index)
     return torch.device(device), why
@@ -198,9 +201,12 @@ def describe_machine(runtime, ranks):
     if runtime.device.type == "cuda":
         gpu = torch.cuda.get_device_name(runtime.device)
         cache_bytes = torch.cuda.get_device_properties(runtime.device).L2_cache_size
-    return dict(cpu=cpu, threads=torch.get_num_threads(), gpu=gpu, gpus=torch.cuda.device_count(),
-                cache_bytes=cache_bytes, torch=torch.__version__, python=platform.python_version(),
-                system=platform.system(), **runtime.describe() | {"ranks": ranks})
+    machine = dict(
+        cpu=cpu, threads=torch.get_num_threads(), gpu=gpu, gpus=torch.cuda.device_count(),
+        cache_bytes=cache_bytes, torch=torch.__version__, python=platform.python_version(),
+        system=platform.system(), **runtime.describe())
+    machine["ranks"] = ranks
+    return machine
 
 
 def cpu_cache_bytes():

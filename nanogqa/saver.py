@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nanogqa.configurator import one_line
+from nanogqa.configurator import UserError, one_line
 from nanogqa.distributed import cause, total, whole
 from nanogqa.files import replacing, sync, write_json
 from nanogqa.folder import BEST, NAME, SHARDED, clear_sharded, find_sharded, numbered
@@ -62,6 +62,7 @@ class Saver:
     def __init__(self, config, kept=(), best=None, rank=0):
         self.out_dir = Path(config.out_dir)
         self.keep = config.keep_checkpoints
+        self.resumed = config.init_from == "resume"
         self.rank = rank
         self.kept = list(kept)  # steps of the ckpt_STEP.pt that this run has written
         self.best = best  # lowest validation loss of its checkpoints
@@ -70,7 +71,7 @@ class Saver:
 
     def save(self, state, last=False):
         """Waits for the previous write, copies state to host memory and starts a write. All ranks
-        call it, rank 0 writes."""
+        call it, rank 0 writes. last: the run ends with this checkpoint (see ShardedSaver)."""
         self.wait()
         state = self.with_best(host_copy(state, self.rank == 0))
         if self.rank == 0:
@@ -100,6 +101,9 @@ class Saver:
             size = math.ceil(sum(x.nbytes for x in tensors(state)) / 2**20)
             self.fail(f"cannot save step {state['step']} to {self.out_dir} ({error.strerror}): "
                       f"make {size:,} MiB of room; {self.previous()}")
+        except Exception as error:  # the thread would end unnoticed, and the run as if it had saved
+            self.fail(f"cannot save step {state['step']} to {self.out_dir} ({one_line(error)}): "
+                      f"{self.previous()}")
 
     def previous(self):
         """What is left after a failed write, as text."""
@@ -126,9 +130,15 @@ class Saver:
         if self.thread is not None:
             self.thread.join()
 
+    def check_written(self):
+        """Waits for the last write, and raises UserError if it failed."""
+        self.wait()
+        if self.failed:
+            raise UserError(f"{self.failed}: continue with --init_from=auto")
+
 
 def host_copy(value, wanted=True):
-    """A copy of nested dicts and lists with every tensor whole and in host memory.
+    """A copy of nested dicts with every tensor whole and in host memory.
 
     All ranks call it, as each holds a part of a split tensor. Where wanted is False, tensors
     become None.
@@ -138,8 +148,6 @@ def host_copy(value, wanted=True):
         return value.detach().to("cpu", copy=True) if wanted else None
     if isinstance(value, dict):
         return {key: host_copy(x, wanted) for key, x in value.items()}
-    if isinstance(value, list):
-        return [host_copy(x, wanted) for x in value]
     return value
 
 
@@ -184,6 +192,8 @@ class ShardedSaver(Saver):
             self.fail(failed or "another rank cannot save its part")
         else:
             self.failed = None
+            if self.rank == 0 and self.best is None and not self.resumed:
+                (self.out_dir / BEST).unlink(missing_ok=True)  # of a run that this one replaces
             self.best = plain["best_val_loss"]
             clear_sharded(self.out_dir, self.rank, keep=folder)
 

@@ -96,7 +96,7 @@ def metrics_over_seeds(records):
 def mean_curve(curves):
     """(step, mean loss) points of curves that were evaluated at the same steps."""
     mean = []
-    for points in zip(*curves, strict=False):
+    for points in zip(*curves, strict=True):
         steps, losses = zip(*points, strict=True)
         mean.append((steps[0], statistics.mean(losses)))
     return mean

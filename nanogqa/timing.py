@@ -32,7 +32,7 @@ class Rate:
         return (step - self.step) * self.tokens_per_step / (time.perf_counter() - self.since)
 
     def elapsed(self):
-        """The time of the whole run as text."""
+        """The time since training began, as text."""
         minutes, seconds = divmod(round(time.perf_counter() - self.began), 60)
         return f"{minutes} min {seconds} s"
 

@@ -131,8 +131,8 @@ def ragged_rows(device, dtype, toy):
         padding = [0, longest // 3, longest - 5]
         ids = random_ids(model.config, 3, longest).to(runtime.device)
         for name, static in CACHES.items():
-            cache = KVCache(model.config, 3, longest, model.embed.weight, static=static,
-                            padding=torch.tensor(padding, device=runtime.device))
+            cache = KVCache(model.config, 3, longest, model.embed.weight, static=static)
+            cache.padding = torch.tensor(padding, device=runtime.device)
             parts = ids.split([longest // 2, longest // 2 - 1, 1], dim=1)
             logits = torch.cat([model(part, cache=cache)[0] for part in parts], dim=1)
             worst = 0.0

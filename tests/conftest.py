@@ -72,11 +72,13 @@ def check_ragged(model, chunks, static):
     rows = [toy_ids(1, n, seed=n)[0] for n in (15, 9, 4)]
     idx = torch.stack([torch.cat((torch.full((15 - len(row),), 7), row)) for row in rows])
     with torch.inference_mode():
-        cache = KVCache(model.config, 3, 15, padding=torch.tensor([0, 6, 11]), static=static)
+        cache = KVCache(model.config, 3, 15, static=static)
+        cache.padding = torch.tensor([0, 6, 11])
         out = torch.cat([model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)], dim=1)
         for i, row in enumerate(rows):
             torch.testing.assert_close(out[i, 15 - len(row):], model(row[None])[0][0], atol=1e-4, rtol=1e-4)
-        kept = KVCache(model.config, 3, 15, padding=torch.tensor([0, 6, 11]), static=static)
+        kept = KVCache(model.config, 3, 15, static=static)
+        kept.padding = torch.tensor([0, 6, 11])
         model(idx[:, :14], cache=kept)
         out = model(idx[[2, 0], 14:], cache=kept.rows([2, 0]))[0]
         torch.testing.assert_close(out[:, 0], torch.stack([model(rows[i][None])[0][0, -1] for i in (2, 0)]), atol=1e-4, rtol=1e-4)

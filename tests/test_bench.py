@@ -73,6 +73,28 @@ def test_decode_reports_what_was_read(capsys):
     assert (row["n_kv_head"], row["batch_size"], row["prompt_len"]) == (2, 3, 10)
 
 
+def test_an_embedding_table_beside_a_head_is_not_read():
+    """Each row looks up one of its lines; a tied table is read as the head."""
+    sizes = {}
+    for tied in (True, False):
+        model = toy_model(tie_embeddings=tied)
+        sizes[tied] = costs.bytes_per_step(model, 2, 10, torch.float32)
+        assert costs.num_params(model) == costs.num_params(toy_model()) + (not tied) * 65 * 32
+    assert sizes[True] == sizes[False]
+
+
+def test_utilisation_of_all_ranks(monkeypatch):
+    """Tokens per second of 4 ranks on H100s, whose data sheet has 989.4 TFLOP/s in bfloat16 without sparsity."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    runtime = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, ranks=4)
+    model = toy_model()
+    wanted = 1e9 * costs.flops_per_token(model) / (4 * 989.4e12)
+    assert costs.mfu(1e9, model, runtime) == pytest.approx(wanted, rel=1e-3)
+    assert costs.mfu(None, model, runtime) is None
+    runtime.dtype = torch.float32
+    assert costs.mfu(1e9, model, runtime) is None
+
+
 def test_the_keys_of_a_row(capsys):
     """Other programs read them, and tables of results hold them."""
     shape = ["mode", "n_layer", "n_head", "n_embd", "attention", "n_kv_head", "kv_lora_rank",
@@ -277,8 +299,9 @@ def test_prefill_takes_no_more_than_the_formula_says(
         batch, length, places, packed=packed, static=static, padded=padded))
     if fast_modules:
         prepare_for_decoding(model, batch)
-    padding = torch.arange(batch) if padded else None
-    cache = KVCache(config, batch, places, static=static, padding=padding)
+    cache = KVCache(config, batch, places, static=static)
+    if padded:
+        cache.padding = torch.arange(batch)
     assert cache.nbytes == bound["cache"]
     peak = peak_allocated(lambda: prefill(model, idx, cache))
     assert 0.3 * bound["prefill"] < peak < bound["prefill"] + bound["logits"]
@@ -320,8 +343,14 @@ def test_compiled_decoding_past_the_context_and_with_rows_that_end(graphs):
     model = toy_model(n_kv_head=2, block_size=12, tie_embeddings=False)
     prompts = [toy_ids(1, n, seed=n)[0].tolist() for n in (3, 11, 1, 9)]
     ends = [40, 4, 40, 9]
-    texts = []
-    for compiled in (None, compile_for_decoding(model, pick_runtime("cpu", "float32", True))):
+    texts, sizes = [], []  # sizes: rows of each compiled step
+    whole = compile_for_decoding(model, pick_runtime("cpu", "float32", True))
+
+    def watched(idx, **kwargs):
+        if idx.size(1) == 1:
+            sizes.append(len(idx))
+        return whole(idx, **kwargs)
+    for compiled in (None, watched):
         got = [[] for _ in prompts]
 
         def stopped(row, got=got):
@@ -333,7 +362,7 @@ def test_compiled_decoding_past_the_context_and_with_rows_that_end(graphs):
         texts.append(got)
     assert texts[0] == texts[1]
     assert [len(text) for text in texts[1]] == ends
-    assert len(graphs) <= 8
+    assert set(sizes) == {4, 2} and sizes == sorted(sizes, reverse=True), "it shrinks by halves"
 
 
 def test_every_model_of_a_sweep_is_compiled(graphs):

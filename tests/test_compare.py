@@ -13,12 +13,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import kept_in_memory, load
+from test_inputs import fails
 from tqdm import tqdm
 
 import bench
@@ -26,7 +28,8 @@ import compare
 import train
 from compare import CompareConfig, Timing, matching_n_ff, plan, run_bench
 from nanogqa import runs as training
-from nanogqa.configurator import UserError, parse
+from nanogqa.configurator import UserError, build, parse
+from nanogqa.dataloader import Dataset
 from nanogqa.estimates import (
     Difference,
     Estimate,
@@ -45,6 +48,7 @@ from nanogqa.published import PUBLISHED, relative_differences
 from nanogqa.report import report, table
 from nanogqa.results import load_results
 from nanogqa.summary import summarize
+from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ["--device=cpu", "--n_layer=1", "--n_head=4", "--n_embd=32", "--block_size=32",
@@ -320,9 +324,20 @@ def test_changed_code_is_said(again, monkeypatch, capsys):
     folder, args = again
     compare.main(args)
     assert "has changed" not in capsys.readouterr().err
-    monkeypatch.setattr(compare, "CODE", ("model.py",))
+    for name in (*compare.CODE, "README.md"):
+        (folder.parent / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder.parent / "tree" / name)
+    monkeypatch.setattr(compare, "__file__", str(folder.parent / "tree/compare.py"))
+    before = compare.code_digest()
+    for name in compare.CODE:
+        content = (folder.parent / "tree" / name).read_bytes()
+        (folder.parent / "tree" / name).write_bytes(content + b"#")
+        assert compare.code_digest() != before
+        (folder.parent / "tree" / name).write_bytes(content)
+    assert compare.code_digest() == before
+    (folder.parent / "tree/model.py").write_bytes(b"changed")
     compare.main(args)
-    assert "warning: one of model.py has changed since" in capsys.readouterr().err
+    assert "warning: one of model.py, train.py," in capsys.readouterr().err
 
 
 def test_what_becomes_an_axis_by_itself(toy_data):
@@ -351,6 +366,39 @@ def test_a_run_that_cannot_end(toy_data, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "train_command", lambda run: [sys.executable, "-c", "raise SystemExit(2)"])
     with pytest.raises(UserError, match="or choose another --out_dir to leave this variant out"):
         training.run_training(training.Run(variant.config, variant.shape, 1, tmp_path / "run"), tqdm(disable=True))
+
+
+def test_runs_use_all_gpus(toy_data, tmp_path, monkeypatch):
+    """By torchrun with a rank for each. The settings of the command are those of the variant."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    variant = planned(toy_data, "--match=shape")[2][1]
+    for device, ranks in (("auto", 4), ("cuda", 4), ("cpu", 1), ("cuda:0", 1)):
+        config = replace(variant.config, device=device)
+        run = training.Run(config, variant.shape, 7, tmp_path / "run")
+        words = [str(word) for word in training.train_command(run)]
+        assert ("--nproc_per_node=4" in words, training.ranks_of(config)) == (ranks > 1, ranks)
+        at = words.index(str(ROOT / "train.py"))
+        built = build(TrainConfig, parse(TrainConfig, words[at + 1:], ""))
+        assert built == replace(config, seed=7, out_dir=str(tmp_path / "run"), init_from="auto", log_interval=1)
+
+
+def test_the_time_that_is_left(toy_data, tmp_path, monkeypatch):
+    """Two runs of 12 steps of 128 tokens, one of them half done, with evaluations at 0, 4, 8 and 12, of 512 tokens each."""
+    variant = planned(toy_data, "--match=shape")[2][0]
+    half, new = (training.Run(variant.config, "shape", seed, tmp_path, steps) for seed, steps in ((1, 6), (2, 0)))
+    left = 1.5 * (12 * 128 + 4 * 512 / 3) / 1000
+    for gpus, device in ((0, "cpu"), (4, "cuda")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        config = replace(variant.config, device=device)
+        seconds = training.remaining_seconds([half, new], config, {"shape": {"train": [{"tok_s": 1000}]}}, Dataset(toy_data))
+        assert seconds == pytest.approx(left / max(1, gpus))
+
+
+def test_an_unfinished_comparison_has_no_report(again, capsys):
+    folder, args = again
+    for missing in (dict(records=[]), dict(speed={})):
+        (folder / "results.json").write_text(json.dumps(results_of(folder) | missing), encoding="utf-8")
+        assert "belongs to an unfinished comparison" in fails(compare.main, [f"--out_dir={folder}", "--report_only=True"], capsys)
 
 
 def test_published_differences_stand_beside_kinds_of_attention(comparison):
@@ -502,6 +550,21 @@ def test_a_run_counts_as_finished_by_its_checkpoint(again, comparison, capsys):
                                 strict=True):
         same = 3 if record["run"] == older.name else 4
         assert record["curve"][:same] == expected["curve"][:same] and len(record["curve"]) == 4
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_replaced(again, monkeypatch, capsys):
+    """A finished run was trained again, as if damaged, where its checkpoint was of a newer version, or the disk failed."""
+    folder, args = again
+    newer = sorted((folder / "runs").iterdir())[0]
+    state = load(newer)
+    torch.save(dict(state, config=state["config"] | {"new_setting": 1}), newer / "ckpt.pt")
+    assert "has the setting new_setting, which this version does not know" in fails(compare.main, args, capsys)
+    torch.save(state, newer / "ckpt.pt")
+
+    def fail(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+    monkeypatch.setattr(torch, "load", fail)
+    assert "cannot read" in fails(compare.main, args, capsys)
 
 
 def test_recorded_runs_need_no_checkpoint(again, monkeypatch, capsys):

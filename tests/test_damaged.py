@@ -11,8 +11,10 @@ from test_inputs import fails, trained  # noqa: F401
 
 import sample
 import train
+from model import GPT, GPTConfig
 from nanogqa import checkpoint, dataloader, resume, saver, schema
 from nanogqa.configurator import UserError
+from nanogqa.costs import meta_model
 from nanogqa.dataloader import Dataset
 from nanogqa.prompts import drawable, encode_prompts, read_prompts
 from nanogqa.tokenizer import get_tokenizer
@@ -38,6 +40,39 @@ def tensors_of_other_kinds():
 
 
 KINDS = list(tensors_of_other_kinds())
+
+
+def meta_and_state(run_dir):
+    """The model of a checkpoint without values, and the checkpoint."""
+    state = checkpoint.load(run_dir, GPTConfig)
+    return meta_model(GPT, GPTConfig(**state["config"])), state
+
+
+def test_weights_for_a_sharded_model_are_checked_too(trained):  # noqa: F811
+    """--parallel=fsdp took no notice of missing weights, whose memory kept what was in it."""
+    model, good = meta_and_state(trained)
+    assert torch.equal(checkpoint.weight_source(model, good, None)(WEIGHT, SHAPE), good["model"][WEIGHT])
+    assert checkpoint.weight_source(model, dict(good, model={}), None)(WEIGHT, SHAPE) is None, "sharded"
+    assert checkpoint.weight_source(model, None, lambda *args: args)(WEIGHT, SHAPE) == (WEIGHT, SHAPE)
+    missing = {name: x for name, x in good["model"].items() if name != WEIGHT}
+    wrong = good["model"] | {WEIGHT: torch.zeros(SHAPE[::-1])}
+    for weights, words in ((missing, WEIGHT), (wrong, WEIGHT), (good["model"] | {"other": torch.zeros(2)}, "other")):
+        with pytest.raises(UserError, match=f"do not fit its config .{words}"):
+            checkpoint.weight_source(model, dict(good, model=weights), None)
+    infinite = good["model"] | {WEIGHT: torch.full(SHAPE, torch.inf)}
+    with pytest.raises(UserError, match="weights in the checkpoint are not finite"):
+        checkpoint.weight_source(model, dict(good, model=infinite), None)
+
+
+def test_another_trainable_is_not_called_damage(trained, tmp_path):  # noqa: F811
+    """The moments of a sharded checkpoint are those of other parameters then."""
+    model, state = meta_and_state(trained)
+    (tmp_path / "sharded_1").mkdir()
+    (tmp_path / "sharded_1/state.json").write_text("{}")
+    config = train.TrainConfig(out_dir=str(tmp_path))
+    with pytest.raises(UserError, match="moments of 1 parameters, and [0-9]+ are trained: leave trainable"):
+        checkpoint.load_sharded(config, model, [torch.optim.AdamW(model.parameters())],
+                                dict(state, optimizer={WEIGHT: 1.0}))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -19,7 +19,7 @@ import pytest
 import tiktoken
 from test_inputs import fails, program
 
-from nanogqa import writer
+from nanogqa import dataloader, writer
 from nanogqa.configurator import UserError
 from nanogqa.dataloader import Dataset, shuffled, train_batch, val_batch, val_windows
 from nanogqa.tokenizer import Text, get_tokenizer, known_ids
@@ -142,6 +142,23 @@ def counting(tmp_path):
         json.dumps(dict(tokenizer="byte", vocab_size=257, dtype="uint16", sha256="0" * 64, splits=splits))
     )
     return Dataset(tmp_path)
+
+
+def test_the_first_id_beyond_the_vocabulary_is_refused(counting, tmp_path, monkeypatch):
+    """Where a split is opened, and in what is read of it later."""
+    ids = np.fromfile(tmp_path / "train.bin", "<u2")
+    ids[20] = 256
+    ids.tofile(tmp_path / "train.bin")
+    assert 256 in Dataset(tmp_path).train.windows([15], 10)
+    ids[20] = 257
+    ids.tofile(tmp_path / "train.bin")
+    with pytest.raises(UserError, match="holds token id 257, but its vocabulary ends at 256"):
+        Dataset(tmp_path)
+    monkeypatch.setattr(dataloader, "SCANNED", 20)
+    split = Dataset(tmp_path).train
+    assert split.windows([5], 10).shape == (1, 10)
+    with pytest.raises(UserError, match="holds token id 257"):
+        split.windows([15], 10)
 
 
 def test_an_epoch_visits_each_block_once(counting, monkeypatch):

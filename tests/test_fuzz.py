@@ -1,5 +1,6 @@
 """A thousand damaged checkpoints, .bin files, meta.json and configs: each is a sentence or a correct run."""
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -66,8 +67,13 @@ def outcomes(times, attempt):
         except UserError as error:
             count["error"] += 1
             assert str(error) and "\n" not in str(error), str(error)
-    assert count["error"], count
+    assert count["error"] and count["run"], count
     return count
+
+
+def test_the_watch_sees_what_is_executed():
+    os.system("true")
+    assert EXECUTED.pop()[0] == "os.system" and not EXECUTED
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -87,13 +93,20 @@ def test_checkpoints(trained, tmp_path):  # noqa: F811
 
 
 def test_checkpoints_through_sample(trained, tmp_path, capsys):  # noqa: F811
-    good = (trained / "ckpt.pt").read_bytes()
+    good, args = (trained / "ckpt.pt").read_bytes(), ["--max_new_tokens=2", "--device=cpu"]
+    sample.main([f"--out_dir={trained}", *args])
+    text = capsys.readouterr().out
+    count = {"error": 0, "run": 0}
     for i in range(20):
         (tmp_path / "ckpt.pt").write_bytes(mutated(good, random.Random(1000 + i)))
         try:
-            sample.main([f"--out_dir={tmp_path}", "--max_new_tokens=2", "--device=cpu"])
+            sample.main([f"--out_dir={tmp_path}", *args])
+            assert capsys.readouterr().out == text
+            count["run"] += 1
         except SystemExit as exit:
             assert exit.code == 2 and "Traceback" not in capsys.readouterr().err
+            count["error"] += 1
+    assert count["error"], count
 
 
 @pytest.mark.parametrize("name,times", [("meta.json", 250), ("train.bin", 100)])

@@ -214,6 +214,8 @@ def test_damaged_checkpoints(trained, tmp_path, toy_data, capsys, kind, words, w
     (["--init_from=resume", "--tokens_per_step=256"], "tokens_per_step=256, but the run in"),
     (["--init_from=resume", "--n_kv_head=1"], "n_kv_head=1, but the model in"),
     (["--init_from=resume", "--n_layer=2"], "n_layer=2, but the model in"),
+    (["--init_from=resume", "--block_size=64"], "block_size=64, but the model in"),
+    (["--init_from=resume", "--dropout=0.1"], "dropout=0.1, but the model in"),
     (["--init_from=resume", "--max_steps=1"], "is at step 2, beyond max_steps=1"),
 ])
 def test_a_finished_run_is_not_overwritten(trained, toy_data, capsys, args, words):

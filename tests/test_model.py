@@ -184,6 +184,30 @@ def test_both_routes_of_attention_equal_plain_matmul(n_kv_head, T, S):
         torch.testing.assert_close(attend(q, k, v), expected, atol=1e-5, rtol=1e-5)
 
 
+class Elsewhere(torch.Tensor):
+    """Says that it is on a device whose kernels copy shared heads, as a GPU's do in float32."""
+    device = torch.device("mps")
+
+
+@pytest.mark.parametrize("T,S", [(9, 9), (1, 9), (4, 9)])
+def test_folded_attention_equals_plain_matmul(n_kv_head, T, S):
+    """The queries of a head become rows of one matrix: with a mask for each row of the batch, one for all, and none."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, T, 8, generator=g)
+    k, v = torch.randn(2, 2, n_kv_head, S, 8, generator=g).unbind(0)
+    causal = torch.ones(S, S, dtype=torch.bool).tril()[S - T:][None, None]
+    padded = causal & (torch.arange(S) >= torch.tensor([0, 3])[:, None, None, None])
+    padded[:, :, :, S - T] = True  # each query sees something, so that plain softmax is defined
+    here = q.as_subclass(Elsewhere)
+    for mask in (causal, padded):
+        torch.testing.assert_close(attend(here, k, v, mask).as_subclass(torch.Tensor), plain_attention(q, k, v, mask), atol=1e-5, rtol=1e-5)
+    if T in (1, S):
+        torch.testing.assert_close(attend(here, k, v).as_subclass(torch.Tensor), plain_attention(q, k, v, causal), atol=1e-5, rtol=1e-5)
+    else:
+        with pytest.raises(AssertionError, match="aligned to the top left"):
+            attend(q, k, v)
+
+
 def test_rows_may_see_different_lengths():
     """The mask is per row, (B, 1, T, S), so that rows of unequal prompts can share a batch."""
     g = torch.Generator().manual_seed(0)
@@ -332,7 +356,7 @@ def test_costs_equal_a_hand_count(tied):
     assert kv_bytes_per_token(model.config) == 2 * 2 * 2 * 8 * 4
 
 
-def test_one_graph_for_training_and_one_for_decoding():
+def test_training_and_decoding_have_no_graph_breaks():
     """fullgraph refuses graph breaks; the eager backend keeps it quick. torch.compile must give the same logits."""
     torch._dynamo.reset()
     model, ids = toy_model(n_kv_head=2), toy_ids(2, 16)

@@ -191,6 +191,16 @@ def test_windows_begin_with_a_sequence_and_targets_are_answers(questions, block_
     assert all(np.flatnonzero(row >= 0)[0] == 18 for row in y)
 
 
+def test_every_block_that_fits_is_trained_on(tmp_path):
+    """Seven sequences are three blocks of two; the third was left out, as if blocks began at an offset."""
+    documents = [("train", f"{a}+{a}={2 * a}") for a in range(5)] + [("train", "1+2=3"), ("train", "1+3=4"), ("val", "2+1=3")]
+    with contextlib.redirect_stdout(io.StringIO()):
+        write_dataset([*documents, ("val", "2+2=4")], tmp_path / "sums", "byte", sequence_length=6)
+    x, _ = train_batch(Dataset(str(tmp_path / "sums")).train, seed=3, first=0, count=3, block_size=12)
+    texts = {bytes(ids.tolist()) for ids in (row[:5] for row in x)}
+    assert texts == {b"0+0=0", b"2+2=4", b"4+4=8"}
+
+
 def test_a_batch_without_an_answer_has_loss_0_and_no_gradient(questions):
     config = GPTConfig(block_size=64, vocab_size=201, n_layer=1, n_embd=32)
     runtime = pick_runtime("cpu", "float32", False)

@@ -130,7 +130,7 @@ def test_rows_wait_for_room(toy_run, tmp_path, monkeypatch, capsys, name):
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(21))
     monkeypatch.setattr(log, name, full)
     error = fails_last(train.main, [*toy_run, "--init_from=resume", "--max_steps=25"], capsys)
-    assert "1 row could not be written to" in error or "0 rows" in error
+    assert ": 1 row could not be written to" in error
     assert load(tmp_path / "run")["step"] == 25
 
 
@@ -270,6 +270,25 @@ def test_a_closed_terminal_stops_a_run_as_sigterm_does(toy_run, tmp_path, monkey
     assert "stopped by SIGHUP after step 7 and saved" in capsys.readouterr().out
 
 
+def test_a_stopped_run_keeps_its_exit_code(monkeypatch):
+    """Its handlers were gone while it ended, so that a second SIGTERM of torchrun's killed it."""
+    before = signal.getsignal(signal.SIGTERM)
+    stop = STOP_SIGNAL()
+    try:
+        with pytest.raises(SystemExit), stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise SystemExit(143)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+    finally:
+        stop.restore()
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(UserError), stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise UserError("another error")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 @pytest.mark.parametrize("agent,code", [(None, None), ("a", 129)])
 def test_nohup_is_respected_except_where_torchrun_passes_the_signal_on(
         toy_run, tmp_path, monkeypatch, agent, code):
@@ -302,6 +321,24 @@ def test_foreign_files_are_left_alone(toy_run, tmp_path):
     assert all((folder / name).read_text() == "foreign" for name in names)
     kept = [path.name for path in folder.glob("ckpt_*.pt") if path.name not in names]
     assert sorted(kept) == ["ckpt_8.pt", "ckpt_best.pt"]
+
+
+def test_an_old_checkpoint_that_is_gone_already_is_not_missed(toy_run, tmp_path, monkeypatch, capsys):
+    """Someone has deleted the file that is to be removed: the new one is saved all the same."""
+    at_steps(monkeypatch, {6: (tmp_path / "run/ckpt_5.pt").unlink})
+    train.main([*toy_run, "--max_steps=10", "--eval_interval=5", "--keep_checkpoints=1"])
+    assert "warning" not in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").glob("ckpt_[0-9]*.pt")] == ["ckpt_10.pt"]
+
+
+def test_a_sharded_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch, capsys):
+    (tmp_path / "sharded_4").mkdir()
+    (tmp_path / "sharded_4/state.json").write_text("{}")
+    saver = writes.ShardedSaver(train.TrainConfig(out_dir=str(tmp_path)), best=2.5)
+    monkeypatch.setattr("torch.distributed.checkpoint.save", lambda *args, **kwargs: full())
+    saver.save(dict(step=8, val_loss=1.5, model={}, optimizer=dict(state={})))
+    assert "cannot save step 8" in saver.failed and "make room" in capsys.readouterr().err
+    assert saver.best == 2.5 and folder.find_sharded(tmp_path) == tmp_path / "sharded_4"
 
 
 def test_a_new_run_keeps_its_own_checkpoints_beside_later_ones_of_another(toy_run, tmp_path):
@@ -561,6 +598,33 @@ def test_the_best_checkpoint_is_the_best_of_those_written(tmp_path, monkeypatch)
     assert (best["step"], best["best_val_loss"], last["best_val_loss"]) == (30, 1.6, 1.6)
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_sharded_run_that_replaces_another_has_not_its_best_checkpoint(tmp_path, monkeypatch, resumed):
+    """It stayed beside the new ckpt.pt to the end, and afterwards. It goes once something is saved in its place."""
+    init_from = "resume" if resumed else "scratch"
+    saver = writes.ShardedSaver(train.TrainConfig(out_dir=str(tmp_path), init_from=init_from))
+    monkeypatch.setattr("torch.distributed.checkpoint.save", lambda *args, **kwargs: (tmp_path / "sharded_0").mkdir())
+    (tmp_path / "ckpt_best.pt").write_bytes(b"of another run")
+    monkeypatch.setattr(writes, "total", lambda mine: 1.0)
+    saver.save(dict(step=0, val_loss=3.0, model={}, optimizer=dict(state={})))
+    assert (tmp_path / "ckpt_best.pt").exists(), "nothing could be saved"
+    monkeypatch.setattr("torch.distributed.checkpoint.save", lambda *args, **kwargs: None)
+    monkeypatch.setattr(writes, "total", lambda mine: mine)
+    saver.save(dict(step=0, val_loss=3.0, model={}, optimizer=dict(state={})))
+    assert (tmp_path / "ckpt_best.pt").exists() == resumed
+
+
+def test_a_save_that_ends_in_any_error_is_not_taken_for_one(tmp_path, monkeypatch, capsys):
+    """The thread ended with a traceback, and the run with "done" and exit code 0."""
+    def no_memory(*args):
+        raise MemoryError("no room for the copy")
+    saver = writes.Saver(train.TrainConfig(out_dir=str(tmp_path)))
+    monkeypatch.setattr(writes, "save", no_memory)
+    saver.save(dict(step=4, val_loss=None, model={}, optimizer={}))
+    with pytest.raises(UserError, match="cannot save step 4 .*no room for the copy.*nothing is saved yet"):
+        saver.check_written()
+
+
 @pytest.mark.parametrize("error,words", [
     (OSError(errno.ENOLCK, "No locks available"), "cannot be locked"), (NotImplementedError("no flock"), "cannot be locked"),
     (PermissionError(errno.EACCES, "Permission denied", "out/.lock"), "(Permission denied): check the path")])
@@ -589,6 +653,18 @@ def test_apple_gpus_have_one_rank(monkeypatch):
     assert runtime.pick_device("mps", 1, 0)[0].type == "mps"
     with pytest.raises(UserError, match="several ranks cannot share tensors of an Apple GPU"):
         runtime.pick_device("mps", 2, 0)
+
+
+def test_one_gpu_is_not_for_several_ranks(monkeypatch):
+    """--device=cuda:1 was ignored under torchrun."""
+    for name, value in (("is_available", True), ("device_count", 2), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    assert [str(runtime.pick_device(*args)[0]) for args in (("cuda", 2, 1), ("cuda:1", 1, 0), ("cuda:0", 1, 0))] == [
+        "cuda:1", "cuda:1", "cuda:0"]
+    with pytest.raises(UserError, match="device=cuda:1 is one GPU, but there are 2 ranks"):
+        runtime.pick_device("cuda:1", 2, 0)
+    with pytest.raises(UserError, match="there is no GPU 2, this machine has 2"):
+        runtime.pick_device("cuda:2", 1, 0)
 
 
 def test_each_rank_of_a_machine_needs_memory(monkeypatch):

@@ -1,5 +1,6 @@
 """Drawing tokens, keeping the context, ending texts, and sample.py as a program."""
 import json
+import weakref
 
 import pytest
 import torch
@@ -164,6 +165,24 @@ def test_standard_output_is_prompt_and_text_alone(run_dir, capsys):
     assert plain.out == one.out and "no KV cache" in plain.err
     three = say(capsys, run_dir, "--prompt=the ", "--max_new_tokens=50", "--temperature=0", "--num_samples=3")
     assert three.out == one.out * 3
+
+
+def test_the_checkpoint_does_not_stay_in_memory_while_a_text_grows(run_dir, monkeypatch, capsys):
+    """Its float32 weights and moments took three times the memory of the model."""
+    held = []
+    load, first = sample.checkpoint.load, sample.generate
+
+    def loading(*args):
+        state = load(*args)
+        held.extend(weakref.ref(x) for x in state["model"].values())
+        return state
+
+    def generating(*args, **options):
+        assert held and all(reference() is None for reference in held)
+        return first(*args, **options)
+    monkeypatch.setattr(sample.checkpoint, "load", loading)
+    monkeypatch.setattr(sample, "generate", generating)
+    sample.main([f"--out_dir={run_dir}", "--max_new_tokens=2", "--dtype=bfloat16"])
 
 
 def test_seed_decides_the_text(run_dir, capsys):

@@ -9,9 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import load, model_of
+from test_inputs import fails
 
 from nanogqa import checkpoint, distributed, saver
 import train
@@ -69,6 +71,42 @@ def test_wsd_is_constant_and_then_falls():
     assert learning_rate(99, config) == pytest.approx(0.1 + 0.9 / 2) and learning_rate(110, config) == pytest.approx(0.1)
     none = TrainConfig(schedule="wsd", learning_rate=1.0, max_steps=10, warmup_steps=0, cooldown=0)
     assert [learning_rate(step, none) for step in (0, 9)] == [1.0, 1.0]
+
+
+def cosine(step):
+    return 3e-3 * (step + 1) / 4 if step < 4 else 3e-3 * (1 + math.cos(math.pi * (step - 4) / 8)) / 2
+
+
+def wsd(step):
+    return 3e-3 * (step + 1) / 4 if step < 4 else 3e-3 * min(1.0, (12 - step) / 6)
+
+
+@pytest.mark.parametrize("schedule", [cosine, wsd])
+def test_the_optimizers_get_the_rate_of_the_schedule(toy_run, monkeypatch, schedule):
+    rates = {torch.optim.AdamW: [], torch.optim.Muon: []}
+    for kind, seen in rates.items():
+        def stepping(self, *args, seen=seen, step=kind.step, **kwargs):
+            seen.append({group["lr"] for group in self.param_groups})
+            return step(self, *args, **kwargs)
+        monkeypatch.setattr(kind, "step", stepping)
+    train.main([*toy_run, "--optimizer=muon", "--max_steps=12", "--cooldown=0.5", f"--schedule={schedule.__name__}"])
+    for seen in rates.values():
+        assert [len(rate) for rate in seen] == [1] * 12
+        assert [min(rate) for rate in seen] == pytest.approx([schedule(step) for step in range(12)])
+
+
+@pytest.mark.parametrize("grad_clip,scale", [(1.0, 1 / 5), (0.0, 1.0), (10.0, 1.0)])
+def test_a_gradient_is_clipped_to_its_norm(grad_clip, scale):
+    """By SGD, since Adam's steps are the same whatever the scale of the gradient."""
+    layer = torch.nn.Linear(2, 1)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    gradient = dict(weight=torch.tensor([[3.0, 0.0]]), bias=torch.tensor([-4.0]))
+    for name, p in layer.named_parameters():
+        p.grad = gradient[name].clone()
+    assert train.update(layer, [torch.optim.SGD(layer.parameters(), lr=1.0)], grad_clip).item() == 5.0
+    for name, p in layer.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] - scale * gradient[name])
+        assert p.grad is None
 
 
 def test_a_step_is_one_mean_over_unequal_targets():
@@ -517,9 +555,26 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(toy_run, tmp_pat
     values = torch.linalg.svdvals(update)  # Muon's update is nearly orthogonal, and as large as AdamW's: 0.2 lr a number
     assert values.max() / values.median() < 2 and update.square().mean().sqrt().item() == pytest.approx(0.2e-2, rel=0.3)
 
+
+
+def test_an_optimizer_cannot_resume_the_run_of_another(toy_run, capsys):
     train.main([*toy_run, "--optimizer=muon", "--max_steps=2"])
-    with pytest.raises(SystemExit):
-        train.main([*toy_run, "--init_from=resume", "--optimizer=adamw", "--max_steps=4"])
+    assert "the optimizer's state in the checkpoint does not fit the model" in fails(
+        train.main, [*toy_run, "--init_from=resume", "--optimizer=adamw", "--max_steps=4"], capsys)
+
+
+def test_a_run_that_was_stopped_at_its_new_last_step_is_evaluated(toy_run, tmp_path, monkeypatch):
+    """It has no evaluation of that step, and --max_steps is lowered to it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "StopSignal", StopAt)
+        patch.setattr(StopAt, "step", 7)
+        with pytest.raises(SystemExit):
+            train.main(toy_run)
+    assert load(tmp_path / "run")["val_loss"] is None
+    train.main([*toy_run, "--init_from=resume", "--max_steps=7"])
+    last = rows(tmp_path / "run")[-1]
+    assert [row["step"] for row in rows(tmp_path / "run")].count(7) == 1
+    assert (last["step"], load(tmp_path / "run")["val_loss"]) == (7, last["val_loss"]) and last["val_loss"] > 0
 
 
 def test_a_run_says_where_its_time_went_and_writes_a_trace(toy_run, tmp_path, capsys):
@@ -535,10 +590,16 @@ def test_a_run_says_where_its_time_went_and_writes_a_trace(toy_run, tmp_path, ca
     assert equal(weights(tmp_path / "plain"), weights(tmp_path / "run"))
 
 
-def test_loss_falls_to_its_band_on_the_embedded_data(tmp_path):
-    """The Python standard library itself, prepared by train.py where it is not yet: a twelfth of the steps of config/gqa.py."""
-    train.main(["config/gqa.py", f"--out_dir={tmp_path}", "--device=cpu", "--block_size=128", "--batch_size=16",
-                "--tokens_per_step=2048", "--max_steps=100", "--eval_interval=100", "--eval_tokens=16384", "--warmup_steps=20"])
+def test_loss_falls_below_that_of_bigrams_on_the_embedded_data(tmp_path):
+    """The Python standard library itself, prepared by train.py where it is not yet. Two layers learn in 200 steps to use more
+    than the last byte."""
+    train.main(["config/gqa.py", f"--out_dir={tmp_path}", "--device=cpu", "--n_layer=2", "--block_size=128", "--batch_size=16",
+                "--tokens_per_step=2048", "--max_steps=200", "--eval_interval=200", "--eval_tokens=16384", "--warmup_steps=20",
+                "--learning_rate=6e-3"])
     first, last = rows(tmp_path)[0], rows(tmp_path)[-1]
     assert first["val_loss"] == pytest.approx(math.log(257), abs=0.3)
-    assert 1.6 < last["val_loss"] < 2.6, "bigrams of bytes reach about 2.4"
+    data = Dataset("python")
+    tokens, val = (split.windows([0], split.n_tokens)[0] for split in (data.train, data.val))
+    counts = np.bincount(257 * tokens[:-1] + tokens[1:], minlength=257 * 257).reshape(257, 257) + 1.0
+    shares = counts / counts.sum(1, keepdims=True)
+    assert last["val_loss"] < -np.log(shares)[val[:-1], val[1:]].mean()
