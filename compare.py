@@ -620,6 +620,14 @@ def report_again(config):
     write_report(results, Path(config.out_dir))
 
 
+def remove_runs(folder):
+    """Removes all runs in folder, which may be a link to another disk."""
+    if folder.exists():
+        for run in folder.iterdir():
+            if run.is_dir():
+                shutil.rmtree(run)
+
+
 def print_variants(variants):
     first_params = variants[0].facts["params"]
     for variant in variants:
@@ -654,8 +662,8 @@ def main(argv):
             results["machine"] = describe_machine(runtime, ranks_of(config))
             results["date"] = datetime.date.today().isoformat()
             results["speed"] = measure_speed(variants, config, given)
-            if config.overwrite and (out_dir / "runs").exists():
-                shutil.rmtree(out_dir / "runs")
+            if config.overwrite:
+                remove_runs(out_dir / "runs")
             if not results["records"]:
                 write_json(path, results)
         train_runs(runs, config, results, dataset, GPTConfig)

@@ -244,9 +244,9 @@ def attend(q, k, v, mask=None, scale=None):
     K, S = k.shape[1:3]
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, norms return float32
     causal = mask is None and T > 1
+    assert T == S or not causal, "is_causal is aligned to the top left: it needs T = S"
     half_on_cuda = q.device.type == "cuda" and q.dtype != torch.float32
     if T > 1 and (H == K or q.device.type == "cpu" or (causal and half_on_cuda)):
-        assert T == S or not causal, "is_causal is aligned to the top left: it needs T = S"
         return F.scaled_dot_product_attention(
             q, k, v, mask, is_causal=mask is None, scale=scale,
             enable_gqa=True if H != K else False)  # noqa: SIM210 (H != K may be symbolic)

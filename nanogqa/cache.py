@@ -38,7 +38,7 @@ class KVCache:
         for layer in config.layer_caches():
             tensors = []
             if layer.source is None:
-                room = self.room(layer.window)
+                room = self.room_for(layer.window)
                 self.has_rings = self.has_rings or self.is_ring(room)
                 for width in layer.widths:
                     tensors.append(like.new_zeros(batch_size, layer.heads, room, width))
@@ -49,7 +49,7 @@ class KVCache:
     def nbytes(self):
         return sum(x.nbytes for tensors in self.layers for x in tensors)
 
-    def room(self, window):
+    def room_for(self, window):
         """Tokens of each row that a layer with this window has room for."""
         return min(window or self.max_length, self.max_length)
 
@@ -59,14 +59,14 @@ class KVCache:
     def places(self, T):
         """Places of the next T tokens in their rows, (T,). Raises ValueError if they do not fit."""
         if not self.static and self.length + T > self.max_length:
-            # a slice assignment past the end silently drops tokens; see indices for a static cache
+            # a slice assignment past the end silently drops tokens (static: see write_indices)
             raise ValueError(f"the cache holds {self.length} of at most {self.max_length} tokens: "
                              f"{T} more do not fit")
         return self.length + torch.arange(T, device=self.device)
 
     def key_places(self, T, window=None):
         """Places of the S tokens that append returns for T new ones, (S,); below 0: none yet."""
-        room = self.room(window)
+        room = self.room_for(window)
         if T > 1 and self.is_ring(room):
             return torch.cat((self.places_held(room, self.length), self.places(T)))
         return self.places_held(room, self.length + T)
@@ -97,22 +97,22 @@ class KVCache:
         """
         T, room = x.size(2), kept.size(2)
         if T > 1 and self.is_ring(room):
-            seen = torch.cat((self.filled(kept, self.length), x), dim=2)
-            kept.index_copy_(2, self.indices(T, room)[-room:], x[:, :, -room:])
+            seen = torch.cat((self.written(kept, self.length), x), dim=2)
+            kept.index_copy_(2, self.write_indices(T, room)[-room:], x[:, :, -room:])
             return seen
         if self.static:
-            kept.index_copy_(2, self.indices(T, room), x)
+            kept.index_copy_(2, self.write_indices(T, room), x)
         else:
             start = self.length % room
             kept[:, :, start:start + T] = x
-        return self.filled(kept, self.length + T)
+        return self.written(kept, self.length + T)
 
-    def indices(self, T, room):
+    def write_indices(self, T, room):
         """Where the next T tokens are written. Past max_length it is room, which is an error."""
         places = self.places(T)
         return torch.where(places < self.max_length, places % room, room)
 
-    def filled(self, kept, length):
+    def written(self, kept, length):
         """The part of kept that holds something once length tokens were written; static: all."""
         return kept if self.static else kept[:, :, :length]
 

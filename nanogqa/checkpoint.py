@@ -2,6 +2,7 @@
 
 The classes GPT and GPTConfig, which this package does not import, are passed in.
 """
+import errno
 import re
 import warnings
 import zipfile
@@ -117,10 +118,11 @@ def read_tensors(path):
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): check its permissions and the "
-                        "disk") from None
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes
+        # zipfile seeks to where the archive says, which the system calls an invalid argument
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise UserError(f"cannot read {path} ({error.strerror}): check its permissions and the "
+                            "disk") from None
         if out_of_memory(error):
             raise UserError(f"{path} does not fit into memory: use a machine with more") from None
         reason = type(error).__name__
@@ -217,8 +219,8 @@ def load_model(GPT, config, state):
 
 
 def check_finite_weights(weights):
-    """Raises UserError unless all weights of a loaded checkpoint are finite numbers."""
-    if not all(x.isfinite().all() for x in weights.values()):
+    """Raises UserError unless all weights of a loaded checkpoint are finite in float32."""
+    if not all(x.float().isfinite().all() for x in weights.values()):
         raise UserError("the weights in the checkpoint are not finite: go back to an older one")
 
 

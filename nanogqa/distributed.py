@@ -167,7 +167,7 @@ class StopSignal:
     """While it is open, Ctrl-C, SIGTERM and SIGHUP set .number, and the loop stops at the next
     step.
 
-    A second Ctrl-C ends the program at once.
+    A second Ctrl-C ends the program at once. After a stop, a process that goes on must restore().
     """
 
     def __enter__(self):
@@ -184,8 +184,8 @@ class StopSignal:
             signal.signal(number, signal.default_int_handler)
 
     def __exit__(self, kind, *error):
-        # after a stop, further signals are caught until the program ends, which keeps its exit
-        # code: a killed agent sends one for each of its threads
+        # after a stop, further SIGTERM and SIGHUP are caught until the program ends, which keeps
+        # its exit code: a killed agent sends one for each of its threads
         if not self.number or kind not in (None, SystemExit):
             self.restore()
 

@@ -43,7 +43,7 @@ class Run:
         It counts as finished if its checkpoint is that of the last step, and if metrics.jsonl holds
         all evaluations up to it, the last with the loss of the checkpoint. A run that is recorded
         in results.json may have lost its checkpoint. Raises UserError if the folder holds another
-        run.
+        run, or a checkpoint that cannot be read here although it may be whole.
         """
         self.steps, self.finished, self.damage = 0, False, ""
         if not folder.exists(self.folder):

@@ -94,13 +94,13 @@ def pick_device(device, ranks, local_rank):
                         "torchrun, or choose --device=cpu")
     if kind == "cuda":
         if ranks > 1 and index:
-            raise UserError(f"device={device} is one GPU, but there are {ranks} ranks: choose "
+            raise UserError(f"device={device} names one GPU for all {ranks} ranks: choose "
                             "--device=cuda, which gives each rank its own")
         index = int(index or local_rank)
         if index >= torch.cuda.device_count():
             raise UserError(
                 f"there is no GPU {index}, this machine has {torch.cuda.device_count()}: choose "
-                "another --device, or start at most as many ranks as GPUs")
+                "another, such as --device=cpu, or start at most as many ranks as GPUs")
         device = f"cuda:{index}"
         torch.cuda.set_device(index)
     return torch.device(device), why

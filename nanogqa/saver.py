@@ -193,7 +193,8 @@ class ShardedSaver(Saver):
         else:
             self.failed = None
             if self.rank == 0 and self.best is None and not self.resumed:
-                (self.out_dir / BEST).unlink(missing_ok=True)  # of a run that this one replaces
+                with contextlib.suppress(OSError):
+                    (self.out_dir / BEST).unlink()  # of a run that this one replaces
             self.best = plain["best_val_loss"]
             clear_sharded(self.out_dir, self.rank, keep=folder)
 

@@ -1,5 +1,6 @@
 import os
 import random
+import signal
 from dataclasses import fields
 
 import pytest
@@ -65,6 +66,15 @@ def toy_run(toy_data, tmp_path):
     return [f"--dataset={toy_data}", f"--out_dir={tmp_path / 'run'}", "--device=cpu", "--n_layer=2", "--n_head=4",
             "--n_kv_head=2", "--n_embd=32", "--block_size=32", "--batch_size=4", "--tokens_per_step=256", "--max_steps=20",
             "--eval_interval=10", "--eval_tokens=1024", "--log_interval=5", "--warmup_steps=4"]
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run that was stopped keeps its handlers to the end of the process, which is here that of the tests."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def check_ragged(model, chunks, static):

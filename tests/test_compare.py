@@ -368,6 +368,17 @@ def test_a_run_that_cannot_end(toy_data, tmp_path, monkeypatch):
         training.run_training(training.Run(variant.config, variant.shape, 1, tmp_path / "run"), tqdm(disable=True))
 
 
+def test_runs_in_a_linked_folder_are_removed(tmp_path):
+    """Of a comparison that is replaced. Where they stayed, they were resumed."""
+    (tmp_path / "disk/MHA-seed1").mkdir(parents=True)
+    (tmp_path / "disk/MHA-seed1/ckpt.pt").touch()
+    (tmp_path / "disk/notes.txt").touch()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    compare.remove_runs(tmp_path / "runs")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["notes.txt"]
+    compare.remove_runs(tmp_path / "none")
+
+
 def test_runs_use_all_gpus(toy_data, tmp_path, monkeypatch):
     """By torchrun with a rank for each. The settings of the command are those of the variant."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

@@ -59,9 +59,20 @@ def test_weights_for_a_sharded_model_are_checked_too(trained):  # noqa: F811
     for weights, words in ((missing, WEIGHT), (wrong, WEIGHT), (good["model"] | {"other": torch.zeros(2)}, "other")):
         with pytest.raises(UserError, match=f"do not fit its config .{words}"):
             checkpoint.weight_source(model, dict(good, model=weights), None)
-    infinite = good["model"] | {WEIGHT: torch.full(SHAPE, torch.inf)}
-    with pytest.raises(UserError, match="weights in the checkpoint are not finite"):
-        checkpoint.weight_source(model, dict(good, model=infinite), None)
+    for value in (torch.full(SHAPE, torch.inf), torch.full(SHAPE, 1e300, dtype=torch.float64)):
+        infinite = dict(good, model=good["model"] | {WEIGHT: value})
+        with pytest.raises(UserError, match="weights in the checkpoint are not finite"):
+            checkpoint.weight_source(model, infinite, None)
+        with pytest.raises(UserError, match="weights in the checkpoint are not finite"):
+            checkpoint.load_model(GPT, model.config, infinite)
+
+
+def test_missing_bytes_are_damage(trained, tmp_path):  # noqa: F811
+    """zipfile then seeks to a negative place, an OSError, which was called a fault of the disk."""
+    content = (trained / "ckpt.pt").read_bytes()
+    (tmp_path / "ckpt.pt").write_bytes(content[:100] + content[108:])
+    with pytest.raises(checkpoint.Damaged, match="is damaged or not a checkpoint"):
+        checkpoint.load(tmp_path, GPTConfig)
 
 
 def test_another_trainable_is_not_called_damage(trained, tmp_path):  # noqa: F811

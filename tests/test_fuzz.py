@@ -23,13 +23,18 @@ EXECUTED = []
 WATCHING = [False]
 
 
+def watch(event, args):
+    if WATCHING[0] and event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect"):
+        EXECUTED.append((event, args))
+
+
+sys.addaudithook(watch)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_executed():
     """Fails a test during which Python starts a process or runs a shell: what a crafted file would want."""
-    def watch(event, args):
-        if WATCHING[0] and event in ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect"):
-            EXECUTED.append((event, args))
-    sys.addaudithook(watch)
+    EXECUTED.clear()
     WATCHING[0] = True
     yield
     WATCHING[0] = False

@@ -325,7 +325,11 @@ def test_foreign_files_are_left_alone(toy_run, tmp_path):
 
 def test_an_old_checkpoint_that_is_gone_already_is_not_missed(toy_run, tmp_path, monkeypatch, capsys):
     """Someone has deleted the file that is to be removed: the new one is saved all the same."""
-    at_steps(monkeypatch, {6: (tmp_path / "run/ckpt_5.pt").unlink})
+    def delete():
+        while not (tmp_path / "run/ckpt_5.pt").exists():  # a thread writes it
+            time.sleep(0.01)
+        (tmp_path / "run/ckpt_5.pt").unlink()
+    at_steps(monkeypatch, {6: delete})
     train.main([*toy_run, "--max_steps=10", "--eval_interval=5", "--keep_checkpoints=1"])
     assert "warning" not in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").glob("ckpt_[0-9]*.pt")] == ["ckpt_10.pt"]
@@ -661,9 +665,9 @@ def test_one_gpu_is_not_for_several_ranks(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
     assert [str(runtime.pick_device(*args)[0]) for args in (("cuda", 2, 1), ("cuda:1", 1, 0), ("cuda:0", 1, 0))] == [
         "cuda:1", "cuda:1", "cuda:0"]
-    with pytest.raises(UserError, match="device=cuda:1 is one GPU, but there are 2 ranks"):
+    with pytest.raises(UserError, match="device=cuda:1 names one GPU for all 2 ranks"):
         runtime.pick_device("cuda:1", 2, 0)
-    with pytest.raises(UserError, match="there is no GPU 2, this machine has 2"):
+    with pytest.raises(UserError, match="there is no GPU 2, this machine has 2: choose another, such as --device=cpu"):
         runtime.pick_device("cuda:2", 1, 0)
 
 
