@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from nanogqa.log import read_rows
+from nanogqa.published import PUBLISHED
 from nanogqa.report import published_table, table
 from nanogqa.summary import summarize
 
@@ -145,6 +146,49 @@ def prefill_times():
 def peak_memory():
     """Megabytes at the peak of a decoding run (docs/comparing.md)."""
     return over_cells("peak_memory_bytes", 1e-6, 0)
+
+
+NOISE_STEPS = (200, 400, 600, 800)
+
+
+def losses_of(summary):
+    """{step: losses of a variant at that step, one for each seed}."""
+    losses = {}
+    for record in read("compare/results.json")["records"]:
+        if (record["variant"], record["match"]) == (summary.name, summary.match):
+            for step, loss in record["curve"]:
+                losses.setdefault(step, []).append(loss)
+    return losses
+
+
+def noise():
+    """Standard deviations over seeds of MHA's loss, and of the differences to it, while they train;
+    at the end also without pairs of a seed, and for the mean of the last two evaluations
+    (docs/comparing.md)."""
+    first = losses_of(variants("shape")[0])
+    rows = [noise_row("loss of MHA", first)]
+    for match, words in (("shape", "equal shape"), ("params", "equal parameters")):
+        for summary in variants(match)[1:]:
+            if (summary.name, match) != ("MLA", "params"):  # the same model as in equal shape
+                label = f"{NAMES[summary.name]}, {words}"
+                rows.append(noise_row(label, losses_of(summary), first))
+    return table(["", *(f"{step} steps" for step in NOISE_STEPS), "800, unpaired",
+                  "mean of 700 and 800"], rows)
+
+
+def noise_row(label, losses, first=None):
+    """Standard deviations of losses, or of their differences to first if it is given."""
+    unpaired = ""
+    if first is not None:
+        variance = statistics.variance(losses[800]) + statistics.variance(first[800])
+        unpaired = f"{math.sqrt(variance):.3f}"
+        paired = {}
+        for step, values in losses.items():
+            paired[step] = [a - b for a, b in zip(values, first[step], strict=True)]
+        losses = paired
+    last_two = [(a + b) / 2 for a, b in zip(losses[700], losses[800], strict=True)]
+    deviations = [statistics.stdev(losses[step]) for step in NOISE_STEPS]
+    return [label, *(f"{x:.3f}" for x in deviations), unpaired, f"{statistics.stdev(last_two):.3f}"]
 
 
 # -- results/cache ---------------------------------------------------------------------------------
@@ -380,9 +424,9 @@ def llama():
 # -- tables and sentences --------------------------------------------------------------------------
 
 TABLES = {function.__name__: function for function in (
-    attention, findings, comparison, decoding_times, prefill_times, peak_memory, published_table,
-    designs, recall, shakespeare, against_nanogpt, bench_decode, bench_train, transformers_train,
-    transformers_decode, ablation, uptraining)}
+    attention, findings, comparison, decoding_times, prefill_times, peak_memory, noise,
+    published_table, designs, recall, shakespeare, against_nanogpt, bench_decode, bench_train,
+    transformers_train, transformers_decode, ablation, uptraining)}
 
 
 def values():
@@ -412,12 +456,19 @@ def ratios():
 
 
 def missed():
-    """True differences that the comparison with equal parameters finds with a power of 80 %."""
+    """True differences that the comparison with equal parameters finds with a power of 80 %, and
+    what it finds of MQA in equal shape, beside the published run."""
     texts = {}
     for summary in variants("params")[1:]:
         key = summary.name.lower().removesuffix("-2")
         texts[f"{key}_found"] = f"{summary.difference.detectable:.3f}"
-    return texts
+    mha, _, mqa, _ = variants("shape")
+    [published] = [row for row in PUBLISHED if not row.matched]
+    return texts | dict(
+        mqa_fewer=f"{100 * (1 - mqa.facts['params'] / mha.facts['params']):.0f}",
+        mqa_p=f"{mqa.difference.p_holm:.3f}",
+        mqa_share=f"{100 * mqa.difference.mean / mha.loss.mean:.1f}",
+        mqa_published=f"{100 * published.relative_difference('MQA'):.1f}")
 
 
 def of_designs():
@@ -460,9 +511,9 @@ SENTENCES = {
         "A text of {llama_context} tokens takes {llama_all}, more than the weights",
         "32 query heads it would take {llama_mha}",
         "trained with {seeds} seeds each on {tokens} tokens",
-        "a true difference of {gqa_found} and {mqa_found} nats would have been missed at "
+        "true differences of {gqa_found} and {mqa_found} nats would have been missed at "
         "most one time in five",
-        "After {seeds} of 18 planned seeds",
+        "After all {seeds} planned seeds",
         "with 8 query heads and {recall_seeds} seeds, MHA answered {recall_mha} of the questions, "
         "GQA-4 {recall_gqa4}, GQA-2 {recall_gqa2} and MQA {recall_mqa}",
         "equal parameters and {design_seeds} seeds each",
@@ -492,7 +543,9 @@ SENTENCES = {
         "a model is also {gqa4_smaller} to {mqa_smaller} % smaller",
         "trains six models with {seeds} seeds each",
         "after these {tokens} tokens",
-        "and a fifth with equal parameters. {seeds} are finished",
+        "{seeds} seeds were planned on 2026-11-28",
+        "with {mqa_fewer} % fewer parameters, but barely (adjusted p value {mqa_p}): by {mqa_share} "
+        "% of the loss, where the published run in equal shape has {mqa_published} %",
         "would have found {found_low} to {found_high} nats with a power of 80 %",
         "a step takes {gqa_step} of MHA's time with GQA, {mqa_step} with MQA and {mla_step} with "
         "MLA. MLA took {mla_prefill} times as long as MHA to read these prompts",

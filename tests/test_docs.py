@@ -295,19 +295,37 @@ def test_recall_is_worse_with_one_key_value_head_alone():
     assert means == sorted(means, reverse=True)
 
 
-@pytest.mark.parametrize("match", ["shape", "params"])
-def test_mla_alone_differs_as_the_documents_say(match):
+def test_the_variants_that_differ_are_those_that_the_documents_name():
     """README.md and docs/comparing.md."""
-    assert verdicts("compare", match) == {"worse": {"MLA"}, "not distinguishable": {"GQA-2", "MQA"}}
+    assert verdicts("compare", "params") == {"worse": {"MLA"}, "not distinguishable": {"GQA-2", "MQA"}}
+    assert verdicts("compare", "shape") == {"worse": {"MLA", "MQA"}, "not distinguishable": {"GQA-2"}}
+    for match in ("shape", "params"):
+        gqa, mqa, mla = (summary.difference.mean for summary in figures.variants(match)[1:])
+        assert abs(gqa) < 0.010 and 0.02 < mla < 0.05, "as expected"
+        assert (abs(mqa) < 0.010) == (match == "params")
+
+
+def test_what_the_documents_say_of_the_noise():
+    """docs/comparing.md: it falls while models train, pairs help GQA in equal shape most, a mean of two evaluations does not."""
+    rows = [line.split("|")[1:-1] for line in figures.noise().splitlines()[2:]]
+    paired = {}
+    for name, *cells in rows:
+        at_200, _, _, at_800, unpaired, last_two = (float(cell) if cell.strip() else None for cell in cells)
+        assert at_800 < 0.7 * at_200 and abs(last_two - at_800) < 0.0015
+        if unpaired:
+            paired[name.strip()] = at_800 / unpaired
+    best = paired.pop("GQA, 2 heads, equal shape")
+    assert len(paired) == 4 and 0.7 < best < 0.8 < min(paired.values())
 
 
 def test_what_the_documents_say_of_larger_and_slower(values):
-    """README.md and docs/comparing.md: published differences of GQA and MQA are smaller, in % of the loss; MLA reads slower."""
+    """README.md and docs/comparing.md: published differences of GQA and MQA with equal parameters are smaller, in % of the loss;
+    MLA reads slower."""
     params = {summary.name: summary for summary in figures.variants("params")}
     for name, published in (("GQA-2", "GQA-4"), ("MQA", "MQA")):
         found = params[name].difference.detectable / params["MHA"].loss.mean
-        sizes = [abs(row.relative_difference(published)) for row in PUBLISHED if published in row.perplexity]
-        assert len(sizes) >= 4 and max(sizes) < found
+        sizes = [abs(row.relative_difference(published)) for row in PUBLISHED if row.matched and published in row.perplexity]
+        assert len(sizes) >= 3 and max(sizes) < found
     cells = {name: figures.slowest_cell(summary) for name, summary in params.items()}
     for key in ("step_ms", "peak_memory_bytes"):
         assert max(cells["GQA-2"][key], cells["MQA"][key]) < cells["MHA"][key]
