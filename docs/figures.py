@@ -544,7 +544,8 @@ SENTENCES = {
         "trains six models with {seeds} seeds each",
         "after these {tokens} tokens",
         "{seeds} seeds were planned on 2026-11-28",
-        "with {mqa_fewer} % fewer parameters, but barely (adjusted p value {mqa_p}): by "
+        "with {mqa_fewer} % fewer parameters, but barely (adjusted p value {mqa_p}, and the wider "
+        "interval contains zero): by "
         "{mqa_share} % of the loss, where the published run in equal shape has {mqa_published} %",
         "would have found {found_low} to {found_high} nats with a power of 80 %",
         "a step takes {gqa_step} of MHA's time with GQA, {mqa_step} with MQA and {mla_step} with "

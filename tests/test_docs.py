@@ -303,6 +303,8 @@ def test_the_variants_that_differ_are_those_that_the_documents_name():
         gqa, mqa, mla = (summary.difference.mean for summary in figures.variants(match)[1:])
         assert abs(gqa) < 0.010 and 0.02 < mla < 0.05, "as expected"
         assert (abs(mqa) < 0.010) == (match == "params")
+    barely = figures.variants("shape")[2].difference
+    assert barely.half < barely.mean < barely.half_together, "the wider interval of MQA contains zero"
 
 
 def test_what_the_documents_say_of_the_noise():
