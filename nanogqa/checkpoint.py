@@ -12,7 +12,7 @@ import torch
 
 from nanogqa import schema
 from nanogqa.configurator import UserError, build, convert, one_line, out_of_memory
-from nanogqa.costs import SHAPE, NoInit, count_params, meta_model
+from nanogqa.costs import SHAPE, NoInit, count_params, meta_model, num_params
 from nanogqa.distributed import cause, local, lost, placed
 from nanogqa.folder import find_sharded, path_of
 from nanogqa.runtime import check_memory
@@ -76,9 +76,6 @@ KEYS = {
     "tokenizer": (short_text, REQUIRED),             # a name for tokenizer.get_tokenizer
     "dataset_sha256": (short_text, REQUIRED),        # of meta.json; empty: not trained here
 }
-
-DOES_NOT_FIT = ("the weights in the checkpoint do not fit its config ({}): it is damaged, or of "
-                "another version")
 
 # the moments that an optimizer keeps of a parameter: True where they have its shape
 MOMENTS = {
@@ -157,7 +154,12 @@ def check(state, path, GPTConfig):
     except ValueError as error:
         raise Damaged(f"{path} is not a checkpoint of this program ({one_line(error)}): name "
                       "another --out_dir") from None
-    state["config"] = asdict(build(GPTConfig, typed(GPTConfig, state["config"], path)))
+    values = typed(GPTConfig, state["config"], path)
+    try:
+        state["config"] = asdict(build(GPTConfig, values))
+    except UserError as error:
+        raise UserError(f"{path} has the settings of no model ({one_line(error)}): restore it from "
+                        "a copy, or name another --out_dir") from None
     return state
 
 
@@ -201,25 +203,22 @@ def check_whole(state):
 def load_model(GPT, config, state):
     """GPT(config) with the weights of a loaded checkpoint, in float32 on the CPU."""
     check_whole(state)
-    weights = dict(state["model"])
-    try:
-        held = sum(x.numel() for x in weights.values())
-        wanted = count_params(GPT, config)
-        if wanted > held:  # checked first: config could ask for more than fits into memory
-            raise ValueError(f"{held:,} numbers, not {wanted:,}")
-        check_memory({SHAPE: 4 * wanted})
-        model = meta_model(GPT, config).to_empty(device="cpu")
-        model.load_state_dict(weights)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        if out_of_memory(error):
-            raise
-        raise UserError(DOES_NOT_FIT.format(one_line(error))) from None
-    check_finite_weights(weights)
+    model = meta_model(GPT, config)  # config may ask for more than fits into memory
+    check_weights(model, state["model"])
+    check_memory({SHAPE: 4 * num_params(model)})
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(state["model"])
     return model
 
 
-def check_finite_weights(weights):
-    """Raises UserError unless all weights of a loaded checkpoint are finite in float32."""
+def check_weights(model, weights):
+    """Raises UserError unless the weights of a loaded checkpoint have the names and shapes of the
+    model's, which may be a meta model, and are finite in float32."""
+    shapes = {name: x.shape for name, x in model.state_dict().items()}
+    for name in sorted(shapes.keys() | weights.keys()):
+        if name not in weights or weights[name].shape != shapes.get(name):
+            raise UserError(f"the weights in the checkpoint do not fit its config ({name:.100}): "
+                            "it is damaged, or of another version")
     if not all(x.float().isfinite().all() for x in weights.values()):
         raise UserError("the weights in the checkpoint are not finite: go back to an older one")
 
@@ -232,11 +231,7 @@ def weight_source(model, state, initial):
         return initial
     weights = dict(state["model"])
     if not is_sharded(state):
-        shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-        for name in sorted(shapes.keys() | weights.keys()):
-            if name not in weights or tuple(weights[name].shape) != shapes.get(name):
-                raise UserError(DOES_NOT_FIT.format(name))
-        check_finite_weights(weights)
+        check_weights(model, weights)
 
     def stored(name, shape):
         return weights.get(name)
