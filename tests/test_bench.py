@@ -32,6 +32,9 @@ SHAPE = ["--device=cpu", "--n_layer=2", "--n_head=4", "--n_embd=32", "--vocab_si
          "--new_tokens=6", "--repeats=2"]
 
 
+MEASURED_BANDWIDTH = bench.bandwidth
+
+
 @pytest.fixture(scope="module", autouse=True)
 def measured_once():
     """The bandwidth of this machine: half a gigabyte and a second each time."""
@@ -67,7 +70,9 @@ def test_decode_reports_what_was_read(capsys):
     assert row["decode_tok_s"] == pytest.approx(3 / row["step_ms"] * 1e3, rel=1e-3)
     rate = row["bytes_per_step"] / row["step_ms"] / 1e6
     assert row["bandwidth_gb_s"] == pytest.approx(rate, rel=1e-2, abs=1e-4)
-    assert 0 < row["mbu"] < 1
+    peak = bench.bandwidth(pick_runtime("cpu", "float32", False))
+    expected = row["bytes_per_step"] / (row["step_ms"] / 1e3) / peak
+    assert row["mbu"] == pytest.approx(expected, rel=1e-2, abs=1e-5) and 0 < row["mbu"] < 1
     assert row["prefill_s"] > 0
     assert row["warmup_s"] > 0
     assert (row["n_kv_head"], row["batch_size"], row["prompt_len"]) == (2, 3, 10)
@@ -213,7 +218,51 @@ def test_help_names_what_bench_does_with_vocab_size(capsys):
     assert text.index("what to time:") < text.index("where it runs:") < text.index("\nmodel:")
 
 
+# -- how it times ----------------------------------------------------------------------------------
+
+def test_every_run_starts_from_the_context_and_the_fastest_counts(capsys, monkeypatch):
+    """The first one is the warm-up, with at most 4 tokens."""
+    runs, seconds = [], iter([0.9, 0.5, 0.2, 0.4])
+
+    def time_run(forward, token, cache, steps, runtime):
+        runs.append((int(cache.length), steps))
+        return next(seconds)
+    monkeypatch.setattr(bench, "time_run", time_run)
+    row = result(capsys, "--mode=decode", "--prompt_len=10", "--repeats=3")
+    assert runs == [(10, 4), (10, 6), (10, 6), (10, 6)] and row["step_ms"] == 200
+
+
+def test_a_run_is_timed_by_its_median_step(monkeypatch):
+    times = iter([0, 1, 1, 2, 2, 12])  # steps of 1, 1 and 10 seconds
+    monkeypatch.setattr(bench, "clock", lambda runtime: next(times))
+    model = toy_model()
+    cache = KVCache(model.config, 1, 8)
+    assert bench.time_run(model, toy_ids(1, 1), cache, 3, None) == 1 and cache.length == 3
+
+
+def test_bandwidth_counts_both_tensors(monkeypatch):
+    ticks = iter(range(100))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks))
+    runtime = SimpleNamespace(device=torch.device("cpu"))
+    assert MEASURED_BANDWIDTH(runtime) == 2 * 4 * 2**26, "two tensors of 2^26 float32 numbers in a second"
+
+
 # -- what decoding holds ---------------------------------------------------------------------------
+
+def test_masks_are_as_large_as_where_they_are_made():
+    """Attention repeats a mask for the queries that share a head: in steps, and in prompts on a GPU."""
+    config, number = toy_config(n_kv_head=1), 4
+    prompt = dict(batch_size=1, prompt_len=2000, max_length=2000, padded=True)
+    one_head = 1024 * 2000 * (2 + 2 + number)
+    assert costs.mask_bytes(config, Decoding(**prompt), 1, 1024) == one_head
+    four_heads = 1024 * 2000 * (2 + 4 * (2 + number))
+    assert costs.mask_bytes(config, Decoding(**prompt, folded=True), 1, 1024) == four_heads
+    step = Decoding(3, 1, 500, static=True, padded=True)
+    assert costs.mask_bytes(config, step, 3, 1) == 3 * 500 * (2 + 4 * (2 + number))
+    for device in ("cpu", "cuda"):
+        runtime = SimpleNamespace(device=torch.device(device), dtype=torch.float32, compile=False)
+        assert bench.decoding_of(bench.BenchConfig(), runtime).folded == (device == "cuda")
+
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_prepared_weights_give_the_same_logits_and_free_the_plain_ones(n_kv_head, tied):

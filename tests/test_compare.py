@@ -360,6 +360,19 @@ def test_the_better_of_two_rounds():
     assert compare.faster_rows([dict(step_ms=1.0)], [dict(step_ms=2.0)]) == [dict(step_ms=1.0)]
 
 
+def test_everything_is_timed_in_two_rounds(monkeypatch):
+    calls = []
+    timings = [Timing("a", "train", {}), Timing("b", "train", {})]
+    monkeypatch.setattr(compare, "plan_timings", lambda *args: timings)
+
+    def run_bench(timing):
+        calls.append(timing.shape)
+        return [dict(step_ms=float(9 - len(calls)))]
+    monkeypatch.setattr(compare, "run_bench", run_bench)
+    speed = compare.measure_speed([], None, {})
+    assert calls == ["a", "b", "a", "b"] and speed["a"]["train"] == [dict(step_ms=6.0)]
+
+
 def test_a_run_that_cannot_end(toy_data, tmp_path, monkeypatch):
     """Running the same command again was the only remedy for a learning rate at which the loss is not finite."""
     variant = planned(toy_data, "--match=shape")[2][0]

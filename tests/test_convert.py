@@ -298,6 +298,47 @@ def test_pool_reads_whole_sequences(tmp_path):
             assert convert.pooling_inputs(state, before, config).shape == (64, length)
 
 
+def test_heads_that_agree_where_the_inputs_lie_pool_without_loss():
+    """Heads 0 and 1 differ, as do 2 and 3, but not for inputs in a space of 20 of the 32 dimensions."""
+    model = toy_model(n_kv_head=4, qk_norm=False)
+    heads = nanogqa.pool.split_heads(model.state_dict(), "layers.0.attn.", model.config)
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(32, 32, generator=generator).double())[0]
+    space, outside = basis.split((20, 12), dim=1)
+    for x in (heads.k, heads.v):
+        x[[1, 3]] = x[[0, 2]] + 10 * torch.randn(2, 8, 12, generator=generator).double() @ outside.T
+    errors = []
+    sizes = torch.linspace(1, 9, 20).double()  # mean squares of the inputs
+    for moment in (space * sizes @ space.T, None):
+        new, error = nanogqa.pool.aligned(heads, 2, False, moment), 0.0
+        for h in range(4):
+            for a, b in ((heads.q[h].T @ heads.k[h], new.q[h].T @ new.k[h // 2]),
+                         (heads.o[h] @ heads.v[h], new.o[h] @ new.v[h // 2])):
+                error = max(error, ((a @ space - b @ space).norm() / (a @ space).norm()).item())
+        errors.append(error)
+    assert errors[0] < 0.02 < 0.2 < errors[1]
+
+
+def test_pool_weighs_by_the_inputs_of_a_data_set(tmp_path, toy_data):
+    model = toy_model(n_kv_head=4, vocab_size=257, qk_norm=False)
+    source = save(model, tmp_path / "from", "byte")
+    convert.main(command("pool", out_dir=source, new_dir=tmp_path / "new", n_kv_head=2, dataset=toy_data))
+    new = loaded(tmp_path / "new")
+    ids = convert.pooling_inputs(dict(tokenizer="byte"), model.config, convert.PoolConfig(dataset=toy_data))
+    for layer, block in enumerate(model.layers):
+        inputs = []
+        hook = block.attn.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0]))
+        logits(model, ids)
+        hook.remove()
+        x = inputs[0].flatten(0, 1).double()                # all sequences at once
+        prefix = f"layers.{layer}.attn."
+        heads = nanogqa.pool.split_heads(model.state_dict(), prefix, model.config)
+        expected = nanogqa.pool.aligned(heads, 2, False, x.T @ x / len(x))
+        found = nanogqa.pool.split_heads(new.state_dict(), prefix, new.config)
+        for name in "qkvo":
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("part", ["k_proj", "v_proj", "q_proj", "o_proj"])
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_pruned_heads_pool(part, qk_norm):

@@ -22,7 +22,7 @@ from test_inputs import fails, program
 from nanogqa import dataloader, writer
 from nanogqa.configurator import UserError
 from nanogqa.dataloader import Dataset, shuffled, train_batch, val_batch, val_windows
-from nanogqa.tokenizer import Text, get_tokenizer, known_ids
+from nanogqa.tokenizer import get_tokenizer, known_ids
 from nanogqa.writer import write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,6 +182,22 @@ def test_an_epoch_visits_each_block_once(counting, monkeypatch):
         assert [s for s, _ in windows] != starts, "the order must be shuffled"
         offsets.add(starts[0])
     assert len(offsets) > 1, "each epoch starts at its own offset"
+
+
+def test_every_seed_and_epoch_has_its_own_order(counting, monkeypatch):
+    """Of blocks of 16 tokens, whatever the offset at which an epoch starts."""
+    starts, read = [], counting.train.windows
+    monkeypatch.setattr(
+        counting.train, "windows", lambda some, n: starts.extend(some) or read(some, n)
+    )
+    n_blocks = (1003 - 16) // 16
+    orders = set()
+    for seed in (1, 2):
+        for epoch in (0, 1):
+            starts.clear()
+            train_batch(counting.train, seed, epoch * n_blocks, n_blocks, 16)
+            orders.add(tuple(int(start) // 16 for start in starts))
+    assert len(orders) == 4
 
 
 def test_a_batch_depends_on_seed_and_place_alone(counting):
@@ -646,23 +662,10 @@ def test_files_have_the_names_that_a_writer_gives(tmp_path, names):
         Dataset(tmp_path)
 
 
-# -- ids to text -----------------------------------------------------------------------------------
+# -- ids that a tokenizer knows --------------------------------------------------------------------
 
 
 def test_known_ids_are_those_that_have_bytes():
     encoding = get_tokenizer("byte")
     assert known_ids(encoding, 300).tolist() == [True] * 257 + [False] * 43
     assert known_ids(encoding, 3).tolist() == [True] * 3
-
-
-def test_text_grows_by_whole_characters_up_to_the_stop_string():
-    encoding = get_tokenizer("byte")
-    for stop, raw, expected in (
-        (None, b"ab\xf0\x9f\x99\x82c\xff", "ab🙂c\ufffd"),
-        ("\n\n", b"a\nb\n\nc", "a\nb"),
-        ("aab", b"aaab", "a"),
-        ("xyz", b"xyxy", "xyxy"),
-    ):
-        text = Text(encoding, stop)
-        shown = "".join(text.add(token) for token in raw)
-        assert shown + text.finish() == expected and text.done and text.finish() == ""

@@ -8,8 +8,10 @@ from test_train import out, rows
 
 import train
 from nanogqa import dropout
-from nanogqa.batches import dropout_seeds
+from nanogqa.batches import Batches, dropout_seeds
+from nanogqa.dataloader import Dataset
 from nanogqa.dropout import SequenceDropout, mask
+from nanogqa.runtime import pick_runtime
 from model import GPT
 from train import TrainConfig
 
@@ -47,6 +49,18 @@ def test_masks_have_the_right_share_and_no_pattern(p):
     assert deviation(square) < 4.5, "the corners of squares, which a linear hash would tie"
     power = torch.fft.fft2(x).abs().square() / (T * C)
     assert power.mean(0).max().item() < 6, "no wave stands out"
+
+
+def test_every_sequence_of_every_run_has_its_own_mask(toy_data):
+    """In all micro-steps of the first steps of two seeds."""
+    runtime, seeds = pick_runtime("cpu", "float32", False), []
+    for seed in (1, 2):
+        config = TrainConfig(dropout=0.1, seed=seed, block_size=32, tokens_per_step=256, batch_size=2)
+        batches = Batches(Dataset(toy_data), config, runtime)
+        for step in range(3):
+            for batch in batches.step(step):
+                seeds += batch.seeds.tolist()
+    assert len(set(seeds)) == len(seeds) == 2 * 3 * 8
 
 
 def test_what_is_kept_is_scaled_and_the_rest_is_as_in_plain_dropout():

@@ -84,7 +84,8 @@ def test_training_that_cannot_fit(toy_run, tmp_path, capsys, args, words):
 
 @pytest.mark.parametrize("args", [["--num_samples=10000000"], ["--num_samples=4611686018427387904"],
                                   ["--num_samples=1000000000000", "--max_new_tokens=0"]])
-def test_texts_that_cannot_fit(trained, capsys, args):  # noqa: F811
+def test_texts_that_cannot_fit(trained, capsys, monkeypatch, args):  # noqa: F811
+    monkeypatch.setattr(runtime, "machine_memory", lambda: 16 * 2**30)
     began = time.perf_counter()
     error = fails(sample.main, [f"--out_dir={trained}", "--device=cpu", *args], capsys)
     assert "lower num_samples" in error and time.perf_counter() - began < 10
@@ -104,6 +105,16 @@ def test_timings_that_cannot_fit(capsys, args):
 def test_parameters_are_counted_without_building_the_model(changes):
     config = toy_config(**changes)
     assert costs.count_params(GPT, config) == costs.num_params(GPT(config))
+
+
+def test_the_floor_of_a_step_is_what_certainly_comes_with_the_weights():
+    """4 bytes of weight, 4 of gradient, and 8 or (Muon) 4 of moments. An evaluation has weights alone; with trainable, the rest
+    is not certain. Ranks of FSDP share all of it."""
+    def floor(ranks=1, steps=1, **changes):
+        return costs.training_floor(TrainConfig(n_layer=1, n_embd=32, **changes), 10**6, 1, ranks, steps)[costs.SHAPE]
+    assert floor() == 16e6 and floor(optimizer="muon") == 12e6
+    assert floor(steps=0) == floor(trainable="q_proj") == 4e6
+    assert floor(ranks=4) == 16e6 and floor(ranks=4, parallel="fsdp") == 4e6
 
 
 @pytest.mark.parametrize("changes", [{}, dict(optimizer="muon"), dict(recompute=True),

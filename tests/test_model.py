@@ -336,6 +336,19 @@ def test_variants_share_every_weight_of_equal_shape():
     assert not torch.equal(base["layers.0.attn.q_proj.weight"], base["layers.1.attn.q_proj.weight"])
 
 
+def test_weights_before_training():
+    """Matrices by their number of inputs, norms 1, biases 0."""
+    model = GPT(toy_config(qkv_bias=True, n_kv_head=1, n_ff=256, tie_embeddings=False))
+    for name, p in model.named_parameters():
+        if name == "embed.weight":
+            continue
+        if p.dim() == 1:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+        else:
+            assert p.std().item() == pytest.approx(p.size(1) ** -0.5, rel=0.1), name
+            assert p.mean().item() == pytest.approx(0, abs=0.1 * p.size(1) ** -0.5), name
+
+
 def test_embed_std_scales_the_embedding_alone():
     small = GPT(toy_config(tie_embeddings=False)).state_dict()
     large = GPT(toy_config(tie_embeddings=False, embed_std=1.0)).state_dict()

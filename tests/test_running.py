@@ -544,7 +544,41 @@ def test_the_time_of_a_run_as_text(monkeypatch, seconds, words):
     assert rate.elapsed() == words
 
 
+def test_tokens_per_second_are_of_the_steps_since_the_last_restart(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    rate = timing.Rate(100, step=7)
+    now[0] = 4.0
+    assert rate.at(9) == 50 and rate.at(7) is None
+    rate.restart(9)
+    now[0] = 5.0
+    assert rate.at(10) == 100
+
+
+def test_evaluations_and_saves_are_not_in_the_rate(toy_run, monkeypatch):
+    restarts, restart = [], timing.Rate.restart
+    monkeypatch.setattr(timing.Rate, "restart", lambda self, step: restarts.append(step) or restart(self, step))
+    train.main(toy_run)
+    assert restarts == [0, 0, 5, 10, 15, 20], "at the start, and after each log line"
+
+
 # -- what an error or another run must not cost --------------------------------------------------
+
+def test_what_is_saved_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """After a power failure, a name without content would be left."""
+    calls = []
+
+    def recorded(name, function):
+        def call(*args):
+            calls.append(name)
+            return function(*args)
+        return call
+    for module, name in ((os, "fsync"), (os, "replace"), (writes, "link")):
+        monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
+    writes.save(tmp_path, dict(step=1), ["ckpt_best.pt"])
+    assert calls == ["fsync", "link", "replace", "fsync", "replace"]
+
+
 
 def test_a_checkpoint_that_is_being_written_outlives_an_error(toy_run, tmp_path, monkeypatch, capsys):
     """Several ranks end with os._exit, which ended the thread in the middle of the file; the lock was released before."""

@@ -4,10 +4,11 @@ import weakref
 
 import pytest
 import torch
-from conftest import toy_ids, toy_model
+from conftest import load, toy_ids, toy_model
 
 import sample
 import train
+from nanogqa import saver
 from nanogqa.tokenizer import Text, get_tokenizer, known_ids
 from sample import context_start, generate, sample_token
 
@@ -33,6 +34,8 @@ def draws(logits, n=2000, **kwargs):
     (dict(top_p=0.75), [0, 2 / 9, 3 / 9, 4 / 9]),
     (dict(top_p=0.0), [0, 0, 0, 1]),
     (dict(top_k=3, top_p=0.99), [0, 2 / 9, 3 / 9, 4 / 9]),
+    (dict(top_k=3, top_p=0.75), [0, 0, 3 / 7, 4 / 7]),  # of the three alone, two have 7/9
+    (dict(temperature=0.5, top_p=0.5), [0, 0, 0, 1]),  # the temperature gives the last one 16/30
     (dict(temperature=0.5), [1 / 30, 4 / 30, 9 / 30, 16 / 30]),
     (dict(temperature=1e-9), [0, 0, 0, 1]),
 ])
@@ -42,14 +45,16 @@ def test_draws_have_the_stated_distribution(kwargs, expected):
     assert all(share == 0 for share, p in zip(shares.tolist(), expected) if p == 0)
 
 
+def test_top_p_keeps_no_more_than_it_needs():
+    assert (draws([0.0, 0.0], top_p=0.5) > 0).sum() == 1
+
+
 def test_top_k_keeps_exactly_k_on_ties():
     assert (draws([1.0, 1.0, 1.0, 0.0], top_k=2) > 0).sum() == 2
 
 
 def test_forbidden_ids_are_never_drawn():
-    encoding = get_tokenizer("byte")
-    known = known_ids(encoding, 300)
-    assert known[:257].all() and not known[257:].any()
+    known = known_ids(get_tokenizer("byte"), 300)
     model = toy_model(n_kv_head=2, vocab_size=300)
     with torch.no_grad():
         model.embed.weight[257:] *= 20  # the padding rows would win
@@ -131,6 +136,9 @@ def test_text_ends_at_end_of_text_and_before_the_stop_string():
     for stop, raw, expected in (("\n\n", b"a\nb\n\nc", "a\nb"), ("aab", b"aaab", "a"), ("xyz", b"xyxy", "xyxy"),
                                 ("b", b"abc", "a"), ("END", b"EENEND", "EEN")):
         assert feed(Text(encoding, stop), raw) == expected
+    text = Text(encoding, "aab")
+    feed(text, b"aaab")
+    assert text.done and text.finish() == ""
     text = Text(encoding, "stop")
     assert text.add(ord("s")) == "" and text.add(ord("o")) == "so", "held back only while it may be the stop string"
 
@@ -204,5 +212,16 @@ def test_a_file_of_prompts(run_dir, capsys, tmp_path):
     options = ("--max_new_tokens=40", "--temperature=0")
     alone = [say(capsys, run_dir, f"--prompt={prompt}", *options).out for prompt in prompts]
     assert say(capsys, run_dir, f"--prompts={tmp_path / 'prompts.txt'}", *options).out == "".join(alone)
-    lines = say(capsys, run_dir, f"--prompts={tmp_path / 'prompts.jsonl'}", *options, "--output=jsonl").out.splitlines()
-    assert [json.loads(line) for line in lines] == [dict(prompt=p, text=text[len(p):-1]) for p, text in zip(prompts, alone)]
+    expected = [dict(prompt=p, text=text[len(p):-1]) for p, text in zip(prompts, alone)]
+    for n in (1, 2):
+        lines = say(capsys, run_dir, f"--prompts={tmp_path / 'prompts.jsonl'}", *options, "--output=jsonl", f"--num_samples={n}").out
+        assert [json.loads(line) for line in lines.splitlines()] == [text for text in expected for _ in range(n)]
+
+
+def test_padding_rows_of_the_vocabulary_are_never_drawn(toy_run, tmp_path, capsys):
+    """They would win here, and have no text."""
+    train.main([*toy_run, "--vocab_size=300", "--max_steps=1"])
+    state = load(tmp_path / "run")
+    state["model"]["embed.weight"][257:] *= 1000
+    saver.save(tmp_path / "run", state)
+    assert len(say(capsys, tmp_path / "run", "--max_new_tokens=30", "--temperature=5", "--output=jsonl").out) > 0

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import torch
 from conftest import load, model_of
 from test_inputs import fails
 
-from nanogqa import checkpoint, distributed, saver
+import model
+import sample
 import train
+from nanogqa import checkpoint, distributed, saver
 from nanogqa.dataloader import Dataset, val_windows
 from model import GPT, GPTConfig
 from nanogqa.batches import MicroBatch
@@ -107,6 +110,28 @@ def test_a_gradient_is_clipped_to_its_norm(grad_clip, scale):
     for name, p in layer.named_parameters():
         torch.testing.assert_close(p.detach(), before[name] - scale * gradient[name])
         assert p.grad is None
+
+
+def test_a_run_clips_as_it_is_told(toy_run, monkeypatch):
+    limits, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, limit: limits.append(limit) or clip(p, limit))
+    train.main([*toy_run, "--max_steps=2", "--grad_clip=0.01"])
+    assert limits == [0.01, 0.01]
+
+
+def test_products_have_the_dtype_of_the_run(toy_run, tmp_path, monkeypatch):
+    """In training, in evaluation and in sample.py."""
+    seen, attend = [], model.attend
+
+    def attending(q, k, v, *args, **kwargs):
+        seen.append(v.dtype)
+        return attend(q, k, v, *args, **kwargs)
+    monkeypatch.setattr(model, "attend", attending)
+    for dtype in ("float32", "bfloat16"):
+        train.main([*toy_run, f"--dtype={dtype}", "--max_steps=1", "--overwrite=True"])
+        sample.main([f"--out_dir={tmp_path / 'run'}", "--device=cpu", f"--dtype={dtype}", "--max_new_tokens=2"])
+        assert len(seen) > 10 and set(seen) == {getattr(torch, dtype)}
+        seen.clear()
 
 
 def test_a_step_is_one_mean_over_unequal_targets():
@@ -284,9 +309,9 @@ def test_resume_may_name_what_the_run_has_and_trains_with_what_it_prints(toy_run
     make = train.make_optimizers
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_optimizers", lambda *a: seen.append(make(*a)) or seen[0])
-        train.main([*base, "--max_steps=5", "--weight_decay=0.7", "--beta2=0.5"])
+        train.main([*base, "--max_steps=5", "--weight_decay=0.7", "--beta1=0.8", "--beta2=0.5"])
     assert "weight_decay 0.1 -> 0.7" in capsys.readouterr().out
-    assert seen[0][0].param_groups[0]["weight_decay"] == 0.7 and seen[0][0].param_groups[0]["betas"] == (0.9, 0.5)
+    assert seen[0][0].param_groups[0]["weight_decay"] == 0.7 and seen[0][0].param_groups[0]["betas"] == (0.8, 0.5)
 
 
 def test_resume_writes_to_the_folder_it_is_called_with(toy_run, tmp_path):
@@ -413,15 +438,24 @@ def test_newest_best_and_kept_checkpoints(toy_run, tmp_path, monkeypatch):
 
 
 def test_writing_does_not_hold_up_training(toy_run, tmp_path, monkeypatch):
-    """A save returns before a disk that takes half a second for each file has it."""
-    save = torch.save
-    monkeypatch.setattr(torch, "save", lambda *args: (time.sleep(0.5), save(*args)))
-    monkeypatch.setattr(train, "evaluate", lambda *args: dict(val_loss=1.0, val_bpb=0.0))
-    written = []
-    monkeypatch.setattr(saver.Saver, "save", lambda self, *args, save=saver.Saver.save: (
-        written.append(time.perf_counter()), save(self, *args), written.append(time.perf_counter())))
+    """The first save returns while its file waits for the disk."""
+    write, late, returned = torch.save, [], []
+    first_returned = threading.Event()
+
+    def slow_write(*args):
+        if not first_returned.wait(timeout=20):
+            late.append(args)
+        write(*args)
+
+    class Saver(saver.Saver):
+        def save(self, *args):
+            super().save(*args)
+            returned.append(first_returned.is_set())
+            first_returned.set()
+    monkeypatch.setattr(torch, "save", slow_write)
+    monkeypatch.setattr(saver, "Saver", Saver)
     train.main([*toy_run, "--max_steps=1", "--eval_interval=10"])
-    assert len(written) == 4 and written[1] - written[0] < 0.3, "the first save returned before its file was written"
+    assert not late and returned == [False, True]
     assert load(tmp_path / "run")["step"] == 1
 
 
@@ -541,7 +575,8 @@ def test_weight_decay_is_on_matrices_only(toy_run):
 
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(toy_run, tmp_path):
     model = GPT(GPTConfig(vocab_size=65, n_embd=32, n_head=4, n_layer=2, tie_embeddings=False, qkv_bias=True))
-    optimizers = train.make_optimizers(model, TrainConfig(optimizer="muon", learning_rate=1e-2))
+    optimizers = train.make_optimizers(model, TrainConfig(optimizer="muon", learning_rate=1e-2, weight_decay=0.3))
+    assert [group["weight_decay"] for group in groups_of(optimizers)] == [0.3, 0.3, 0.0]
     muon, matrices, vectors = ({id(p) for p in group["params"]} for group in groups_of(optimizers))
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[i] for i in matrices} == {"embed.weight", "lm_head.weight"} and len(muon | matrices | vectors) == len(names)
@@ -551,7 +586,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest(toy_run, tmp_pat
     model(ids, ids)[1].backward()
     for optimizer in optimizers:
         optimizer.step()
-    update = (model.layers[0].mlp.up_proj.weight - before["layers.0.mlp.up_proj.weight"] * (1 - 1e-2 * 0.1)).detach()
+    update = (model.layers[0].mlp.up_proj.weight - before["layers.0.mlp.up_proj.weight"] * (1 - 1e-2 * 0.3)).detach()
     values = torch.linalg.svdvals(update)  # Muon's update is nearly orthogonal, and as large as AdamW's: 0.2 lr a number
     assert values.max() / values.median() < 2 and update.square().mean().sqrt().item() == pytest.approx(0.2e-2, rel=0.3)
 
