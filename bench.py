@@ -29,6 +29,7 @@ from nanogqa.cache import KVCache
 from nanogqa.configurator import UserError, build, choices_of, in_range, parse, program, subset
 from nanogqa.distributed import world
 from nanogqa.fast import keep_freed_memory, packs, prepare_for_decoding
+from nanogqa.report import table
 from nanogqa.runtime import (
     check_memory,
     compile_for_decoding,
@@ -94,11 +95,11 @@ def heads_of(config):
     for kind, names in SETTINGS_OF.items():
         for name in names:
             value = getattr(config, name)
-            if value == defaults[name] and value is not None:
-                continue
-            if kind != config.attention:
+            is_size = defaults[name] is None
+            if is_size and kind != config.attention:
                 value = None
-            row[name] = value
+            if is_size or value != defaults[name]:
+                row[name] = value
     for name in SETTINGS_OF_ALL:
         if getattr(config, name) != defaults[name]:
             row[name] = getattr(config, name)
@@ -297,8 +298,11 @@ def train(config, runtime):
         **asdict(subset(GPTConfig, config)), tokens_per_step=B * T, batch_size=B,
         optimizer=config.optimizer, trainable=config.trainable, recompute=config.recompute,
         seed=config.seed, fast=config.fast)
+    steps = config.steps
+    if runtime.device.type != "cpu":
+        steps = 0  # the weights alone are in the machine's memory first
     check_memory(costs.training_floor(
-        settings, costs.count_params(GPT, settings), B * T, 1, config.steps))
+        settings, costs.count_params(GPT, settings), B * T, 1, steps))
     model = make_model(settings, None, runtime)
     optimizers = make_optimizers(model, settings)
     rng = np.random.default_rng(config.seed)
@@ -351,41 +355,31 @@ def size_of(name):
 def scale_document():
     """The text of docs/scale.md."""
     sizes = {name: size_of(name) for name in SIZES}
-    overview = table_head(SIZE_COLUMNS)
-    for name, size in sizes.items():
-        overview.append(size_line(name, *size))
+    overview = table(SIZE_COLUMNS, [size_row(name, *sizes[name]) for name in SIZES])
     steps = []
     for name in SIZES_WITH_STEPS:
-        steps += ["", f"### {name}", "", *table_head(STEP_COLUMNS)]
+        rows = []
         for gpus, sharded in CLUSTERS:
-            steps.append(step_line(costs.scale(*sizes[name], gpus, sharded), gpus, sharded))
+            rows.append(step_row(costs.scale(*sizes[name], gpus, sharded), gpus, sharded))
+        steps += ["", f"### {name}", "", table(STEP_COLUMNS, rows)]
     return SCALE.format(
-        overview="\n".join(overview), steps="\n".join(steps),
+        overview=overview, steps="\n".join(steps),
         peak=round(costs.PEAK_FLOPS["H100"] / 1e12), mfu=costs.ASSUMED_MFU,
         h100=round(costs.GPU_MEMORY["H100"] / 1e9), h200=round(costs.GPU_MEMORY["H200"] / 1e9),
         usable=round(costs.USABLE * 100), nvlink=round(costs.NVLINK / 1e9),
         network=round(costs.NETWORK / 1e9))
 
 
-def table_head(columns):
-    """The two lines of Markdown above the rows of a table."""
-    return [table_line(columns), "|---" * len(columns) + "|"]
-
-
-def table_line(cells):
-    return f"| {' | '.join(cells)} |"
-
-
 def gigabytes(n):
     return f"{n / 1e9:.1f}"
 
 
-def size_line(name, config, model):
-    """The row of one size, on 8 GPUs."""
+def size_row(name, config, model):
+    """The cells of one size, on 8 GPUs."""
     ddp = costs.scale(config, model, 8, False)
     fsdp = costs.scale(config, model, 8, True)
     hours = config.max_steps * ddp["compute_s"] * 8 / 3600
-    return table_line([
+    return [
         f"[{name}](../config/{name}.py)",
         f"{costs.num_params(model):,}",
         f"{costs.flops_per_token(model) / 1e9:.2f}",
@@ -395,18 +389,18 @@ def size_line(name, config, model):
         gigabytes(ddp["recomputing"]),
         gigabytes(fsdp["memory"]),
         gigabytes(fsdp["recomputing"]),
-    ])
+    ]
 
 
-def step_line(row, gpus, sharded):
-    """The row of a step that costs.scale has calculated."""
+def step_row(row, gpus, sharded):
+    """The cells of a step that costs.scale has calculated."""
     if gpus == 1:
         kind = "one GPU"
     elif sharded:
         kind = "FSDP"
     else:
         kind = "DDP"
-    return table_line([
+    return [
         f"{gpus:,}",
         kind,
         f"{row['tokens']:,}",
@@ -416,7 +410,7 @@ def step_line(row, gpus, sharded):
         f"{row['compute_s']:.3f}",
         f"{row['communication_s']:.3f}",
         *(speed(row, memory) for memory in costs.GPU_MEMORY.values()),
-    ])
+    ]
 
 
 def speed(row, memory):
@@ -504,7 +498,7 @@ numbers.
 @program(remedy="lower batch_size, block_size, prompt_len, new_tokens or the size of the model")
 def main(argv):
     given = parse(BenchConfig, argv, __doc__, axes=True)
-    configs = [build(BenchConfig, values) for values in choices_of(given, SETTINGS_OF)]
+    configs = [build(BenchConfig, values) for values in choices_of(given, BenchConfig)]
     check(configs, given)
     if configs[0].mode == "scale":
         print(scale_document(), end="")
@@ -526,9 +520,9 @@ def check(configs, given):
             raise UserError("--mode=scale takes its shapes from config/ and no other setting: "
                             "leave the rest out")
     shape = [field.name for field in fields(GPTConfig) if field.name in given]
-    if configs[0].mode == "decode" and isinstance(given.get("block_size"), list):
-        raise UserError("block_size is prompt_len + new_tokens in --mode=decode: leave it out")
     for config in configs:
+        if config.mode == "decode" and isinstance(given.get("block_size"), list):
+            raise UserError("block_size is prompt_len + new_tokens in --mode=decode: leave it out")
         if config.out_dir is not None and config.mode == "train":
             raise UserError("out_dir is for --mode=decode: leave it out, train.py reports the "
                             "speed of a run")

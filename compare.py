@@ -42,7 +42,14 @@ from nanogqa.configurator import (
 from nanogqa.dataloader import Dataset, prepare_default
 from nanogqa.files import created, write_json
 from nanogqa.report import write_report
-from nanogqa.results import curve_of, load_results, metrics_of, recorded_curves, shape_of
+from nanogqa.results import (
+    curve_of,
+    evaluations,
+    load_results,
+    metrics_of,
+    recorded_curves,
+    shape_of,
+)
 from nanogqa.runs import Run, ranks_of, train_runs
 from nanogqa.runtime import describe_machine, pick_runtime
 from nanogqa.terminal import say, warn
@@ -154,7 +161,7 @@ def check_plan(config, variants, given):
 
 def first_config(given):
     """The CompareConfig with the first value of every axis, and with what all runs share."""
-    return build(CompareConfig, with_design(choices_of(given, SETTINGS_OF)[0]))
+    return build(CompareConfig, with_design(choices_of(given, CompareConfig)[0]))
 
 
 def with_design(values):
@@ -237,7 +244,7 @@ def plan_choices(config, settings):
     axes = axes_of(settings)
     other_axes = [key for key in axes if key not in KIND_SETTINGS]
     show_kind = not axes or other_axes != axes  # otherwise all have the same kind of attention
-    points = choices_of(settings, SETTINGS_OF)
+    points = choices_of(settings, TrainConfig)
     configs = []
     for values in points:
         values = with_design(values)
@@ -442,11 +449,11 @@ def check_same_comparison(results, wanted, out_dir):
 
 
 def comparable(results):
-    """One flat dict of all settings and of the data set. Missing settings take their defaults;
-    check_machine compares what dtype has become."""
+    """One flat dict of all settings and of the data set. Missing settings take their defaults."""
     values = defaults_of(CompareConfig)
     values.update(results["settings"])
-    del values["dtype"]
+    del values["dtype"]      # check_machine compares the resolved dtype
+    del values["n_kv_head"]  # the first of a list as it was given; variants have it, sorted
     for key in ("dataset_sha256", "tokenizer"):
         values[key] = results.get(key)
     return values
@@ -597,7 +604,7 @@ def collect_records(variants, runs, config, dataset):
 
 def record_of(variant, seed, rows, dataset):
     """The record of a run with these rows of metrics.jsonl, evaluated on dataset."""
-    last = [row for row in rows if row.get("val_loss") is not None][-1]
+    last = evaluations(rows)[-1]
     return dict(
         variant=variant.name, match=variant.match, seed=seed, **variant.facts,
         val_loss=last["val_loss"], val_bpb=dataset.metrics(last["val_loss"]).get("val_bpb"),

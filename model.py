@@ -3,8 +3,8 @@
 n_kv_head selects the attention: n_head is multi-head attention (MHA, Vaswani et al. 2017), 1 is
 multi-query attention (MQA, Shazeer 2019, arXiv 1911.02150), and a divisor of n_head in between is
 grouped-query attention (GQA, Ainslie et al. 2023, arXiv 2305.13245). A second class,
-LatentAttention, adds multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434). Other
-settings shrink the cache of each: window, kv_share, kv_tied.
+LatentAttention, adds multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434). window
+shrinks the cache of both classes, kv_share and kv_tied that of the first.
 
 nanogqa/cache.py holds what the layers cache while a text grows. nanogqa/fast.py replaces some
 modules with faster ones; tests check that the results agree.
@@ -28,7 +28,7 @@ SETTINGS_OF = {
     "gqa": ("n_kv_head", "qkv_bias", "rope_fraction", "kv_tied", "kv_share"),
     "mla": ("kv_lora_rank", "q_lora_rank", "rope_head_dim", "nope_head_dim", "v_head_dim"),
 }
-SETTINGS_OF_ALL = ("window", "global_every")  # settings of attention that every kind has
+SETTINGS_OF_ALL = ("window", "global_every")  # settings of the cache that every kind has
 
 
 @dataclass

@@ -14,7 +14,7 @@ from model import GPT, GPTConfig
 from nanogqa import checkpoint, folder
 from nanogqa.cache import KVCache
 from nanogqa.configurator import build, in_range, parse, program
-from nanogqa.costs import prefill_chunk
+from nanogqa.costs import cache_length, prefill_chunk
 from nanogqa.fast import prepare_for_decoding
 from nanogqa.prompts import Output, drawable, encode_prompts, read_prompts
 from nanogqa.runtime import check_sampling, compile_for_decoding, pick_runtime
@@ -112,7 +112,7 @@ class TextBatch:
         self.config, self.like = model.config, model.embed.weight
         self.model, self.options = options.compiled or model, options
         self.texts = list(map(list, texts))
-        self.max_length = min(self.config.block_size, max(map(len, texts)) + max_new_tokens)
+        self.max_length = cache_length(self.config, texts, max_new_tokens)
         self.cache = None
         self.starts = None  # of the contexts in the cache: see context_start
 

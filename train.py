@@ -139,8 +139,8 @@ def make_optimizers(model, config):
 # -- one step, one evaluation ----------------------------------------------------------------------
 
 def backward(forward, batches, runtime):
-    """Adds the gradient of the step's mean loss to .grad. Returns this rank's part of that loss
-    times the number of ranks, since DDP and FSDP average over ranks. Micro-steps and ranks may have
+    """Adds the gradient of the step's mean loss to .grad, times the number of ranks, over which DDP
+    and FSDP average. Returns this rank's part of that loss. Micro-steps and ranks may have
     different numbers of targets, so all divide by the number of the whole step."""
     n_targets = distributed.total(sum(int((batch.y >= 0).sum()) for batch in batches))
     divisor = (n_targets.clamp(min=1) / runtime.ranks).to(runtime.device)
@@ -154,12 +154,12 @@ def backward(forward, batches, runtime):
                 micro_loss = forward(x, y, divisor, logits="none")[1]
             micro_loss.backward()
         loss += micro_loss.detach()
-    return loss
+    return loss / runtime.ranks
 
 
 def update(model, optimizers, grad_clip):
-    """Clips the gradient and updates the weights, unless it is not finite: all ranks hold the same
-    averaged gradient and decide alike. Returns its norm."""
+    """Clips the gradient and, if its norm is finite, updates the weights: all ranks hold the same
+    averaged gradient and decide alike. Returns the norm."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     norm = distributed.whole(norm)
     finite = bool(norm.isfinite())  # waits for the device
@@ -208,11 +208,10 @@ def main(argv):
 def train(given, stack):
     """The whole run, in time order. What is entered on stack is closed when it ends."""
     # the folder is locked before its checkpoint is read: another run may be writing it
-    this_call = resume.per_call(given, TrainConfig)
-    locked = not this_call.eval_only and folder.own_if_there(this_call.out_dir, stack)
+    locked = folder.own_if_there(resume.per_call(given, TrainConfig), stack)
 
     # settings, data, device: all is checked before anything is written
-    config, state = resume.start(given, TrainConfig, GPTConfig)
+    config, state = resume.config_and_state(given, TrainConfig, GPTConfig)
     resumed = config.init_from == "resume"
     start = state["step"] if resumed else 0
     prepare_default(config.dataset, distributed.world().local_rank)
@@ -228,7 +227,7 @@ def train(given, stack):
         folder.open_folder(config.out_dir, locked, stack)
 
     # model and optimizers: the plain model owns the weights and is saved, torch.compile wraps it,
-    # and DDP wraps that; FSDP is inside it
+    # and DDP wraps that; FSDP instead splits the blocks of the plain model
     keep_freed_memory()
     model = make_model(config, state, runtime)
     optimizers = make_optimizers(model, config)
@@ -248,13 +247,11 @@ def train(given, stack):
         return
 
     # what the loop keeps
-    # a resumed run begins at a step that is saved already; but if it was stopped there, and
-    # max_steps is now that step, the last evaluation is missing
-    done_before = resumed and (start < config.max_steps or state["val_loss"] is not None)
+    first_new = resume.first_new_step(config, state)
     saver = make_saver(config, state, dataset, runtime.rank)
     stop = stack.enter_context(distributed.StopSignal())
     stack.callback(saver.wait)  # if the run ends in an error, what is being written is finished
-    logger = stack.enter_context(log.Log(config, start if done_before else start - 1))
+    logger = stack.enter_context(log.Log(config, first_new - 1))
     times, rate = timing.Times(runtime), timing.Rate(config.tokens_per_step, start)
     loss = grad_norm = None  # of the last step of this run
     skipped = 0  # steps since the last log line whose gradient was not finite
@@ -263,13 +260,13 @@ def train(given, stack):
     for step in range(start, config.max_steps + 1):  # optimizer steps done so far
         last = step == config.max_steps
         stopping = stop.agreed(runtime)
-        new = step > start or not done_before  # not saved by the run that this one resumes
+        new = step >= first_new  # not logged and saved by the run that this one resumes
         evaluating = new and (last or step % config.eval_interval == 0)
         logging = new and (evaluating or step % config.log_interval == 0)
 
         metrics = dict.fromkeys(dataset.metric_names)  # None in rows without an evaluation
         if logging:
-            train_loss = None if loss is None else distributed.total(loss).item() / runtime.ranks
+            train_loss = None if loss is None else distributed.total(loss).item()
             tokens_per_sec = rate.at(step)  # after .item(), which waits for the device
             if evaluating:
                 metrics = evaluate(compiled, batches, runtime)

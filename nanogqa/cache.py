@@ -128,8 +128,8 @@ class KVCache:
         self.set_length(length)
 
     def set_length(self, length):
-        """Continues at that place, whatever the cache holds: enough to time steps, not to decode.
-        In place where it is a tensor, as compiled graphs read it at its address."""
+        """Sets the number of tokens held without checking that they are there. The tensor of a
+        static cache is changed in place, since compiled graphs read it at its address."""
         if self.static:
             self.length.fill_(length)
         else:

@@ -35,7 +35,7 @@ def plain_value(value):
 
 
 def dense_float_tensor(value):
-    """A tensor of ordinary numbers on the CPU that all have a place of their own in memory."""
+    """A dense float tensor on the CPU whose elements do not overlap in memory."""
     if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
         return False
     if value.layout != torch.strided or value.device.type != "cpu":

@@ -167,16 +167,16 @@ def combinations(values):
     return chosen
 
 
-def choices_of(given, settings_of):
+def choices_of(given, cls):
     """combinations(given), each once, for programs whose model has several kinds of attention.
 
-    settings_of maps a kind to the settings that belong to it alone: where several kinds are listed,
-    a choice leaves out the settings of the others.
+    cls.settings_of maps a kind to the settings that belong to it alone: where several kinds are
+    listed, a choice leaves out the settings of the others.
     """
     chosen = []
     for values in combinations(given):
         if isinstance(given.get("attention"), list):
-            for kind, names in settings_of.items():
+            for kind, names in cls.settings_of.items():
                 if kind != values["attention"]:
                     values = {key: value for key, value in values.items() if key not in names}
         if values not in chosen:

@@ -126,15 +126,20 @@ class Decoding:
     folded: bool = False  # prompts on a GPU: see mask_bytes
 
 
+def cache_length(config, prompts, max_new_tokens):
+    """Tokens that the cache needs room for to continue prompts, lists of ids, as one batch."""
+    return min(config.block_size, max(map(len, prompts)) + max_new_tokens)
+
+
 def caching_layer(config):
     """The LayerCache of the layer with the most key/value numbers per token."""
     return max(config.layer_caches(), key=lambda layer: layer.heads * sum(layer.widths))
 
 
 def prefill_chunk(batch_size, prompt_len, masked, static):
-    """(rows, tokens) of a prompt that one forward pass reads: a prompt of up to 4,096 tokens at
-    once, since its start needs no mask, but few rows. With masks, of padded rows or windows, a
-    chunk has 1,024 tokens; a static cache has all rows in every chunk, for one graph."""
+    """(rows, tokens) of a prompt that one forward pass reads. Up to 4,096 tokens are read at once,
+    a few rows at a time: the start of a prompt needs no mask. With masks, of padded rows or
+    windows, a chunk has 1,024 tokens; a static cache has all rows in every chunk, for one graph."""
     if static:
         return batch_size, min(prompt_len, max(1, 2048 // batch_size))
     tokens = prompt_len
@@ -204,15 +209,15 @@ def in_ring(layer, decoding):
 
 
 def masked_keys(layer, decoding, tokens):
-    """Keys that the last part of a prompt attends to under a mask in a layer; 0 if the whole prompt
-    is one part of that many tokens, which needs none: numbers_per_token has its keys."""
+    """Keys that the last part of a prompt, of that many tokens, attends to under a mask in a layer;
+    0 if it needs no mask, as then numbers_per_token counts its keys."""
+    ring = in_ring(layer, decoding)
     plain = not decoding.static and not decoding.padded
-    if in_ring(layer, decoding):  # what is kept, and the part
-        if plain and decoding.prompt_len <= min(tokens, layer.window):
-            return 0
-        return layer.window + tokens
-    if plain and decoding.prompt_len <= tokens:
+    in_reach = not ring or decoding.prompt_len <= layer.window
+    if plain and in_reach and decoding.prompt_len <= tokens:  # the prompt is one part
         return 0
+    if ring:
+        return layer.window + tokens  # what is kept, and the part
     return decoding.max_length if decoding.static else decoding.prompt_len
 
 
@@ -258,8 +263,8 @@ def mask_bytes(config, decoding, rows, tokens):
 
 
 def decoding_floor(config, params, decoding, lower):
-    """Bytes that decoding holds at the same time at least, as for check_memory of runtime.py. lower
-    names the settings that its number of rows and tokens come from."""
+    """A lower bound of the bytes that decoding holds at once, as check_memory of runtime.py takes
+    it. lower names the settings that its number of rows and tokens come from."""
     row = kv_cache_bytes(config, decoding.max_length, decoding.dtype)
     row += config.vocab_size * decoding.dtype.itemsize
     return {SHAPE: params * decoding.dtype.itemsize, lower: decoding.batch_size * row}
@@ -288,8 +293,9 @@ def mfu(tokens_per_sec, model, runtime):
 # -- training on one device ------------------------------------------------------------------------
 
 def training_floor(config, params, tokens, ranks, steps):
-    """Bytes that a rank of train.py holds at the same time at least, as for check_memory of
-    runtime.py: weights and the data of a step and, if steps are left, what comes with them.
+    """A lower bound of the bytes that a rank of train.py holds at once, as check_memory of
+    runtime.py takes it: weights and the data of a step and, if steps are left, what comes with
+    them.
 
     That is the larger of two: the input of each block for that many tokens of a forward pass, or
     gradients and moments, of which Muon's are half as large. With trainable neither is certain.

@@ -107,9 +107,7 @@ class Split:
         self.files = meta["splits"][name]
         # ends[i]: position in the split just after the last token of file i
         self.ends = list(itertools.accumulate(file["tokens"] for file in self.files))
-        self.n_tokens = 0
-        if self.ends:
-            self.n_tokens = self.ends[-1]
+        self.n_tokens = self.ends[-1]
         self.n_bytes = sum(file["bytes"] for file in self.files)  # of the text
         for i in range(len(self.files)):
             self.check_size(i)

@@ -106,7 +106,7 @@ def agree(value):
 
 
 def lost(error):
-    """Whether an exception follows from a rank that has ended; some of gloo's have no class."""
+    """Whether another rank's end caused an exception; some of gloo's are a plain RuntimeError."""
     from_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
     return world().ranks > 1 and (isinstance(error, dist.DistError) or from_gloo)
 

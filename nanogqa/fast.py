@@ -267,9 +267,9 @@ def pack(model, rows):
 def keep_freed_memory(keep=True):
     """Makes glibc keep the large blocks that a step or a prompt frees for the next one.
 
-    Otherwise they go back to Linux and are requested again page by page, half of the time of a
-    large loss head on a CPU (a step with 50,304 ids takes 857 instead of 1,286 ms). keep=False
-    sets the thresholds that glibc begins with.
+    Otherwise they go back to Linux and are requested again page by page, which takes half of the
+    time of a large loss head on a CPU (a step with 50,304 ids takes 857 instead of 1,286 ms).
+    keep=False sets the thresholds that glibc begins with.
     """
     blocks, heap = 2**17, 2**17
     if keep:

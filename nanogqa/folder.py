@@ -70,12 +70,14 @@ def own(out_dir, stack):
     barrier()
 
 
-def own_if_there(out_dir, stack):
-    """Locks out_dir as own does, if rank 0 sees such a folder; returns whether it does."""
-    there = bool(total(float(first_rank() and Path(out_dir).is_dir())))
-    if there:
-        own(out_dir, stack)
-    return there
+def own_if_there(call, stack):
+    """Locks the folder of a run with the settings call, as own does, if rank 0 sees it. Returns
+    whether it is locked. An evaluation writes nothing, and locks nothing."""
+    there = bool(total(float(first_rank() and Path(call.out_dir).is_dir())))
+    locked = there and not call.eval_only
+    if locked:
+        own(call.out_dir, stack)
+    return locked
 
 
 def open_folder(out_dir, locked, stack):

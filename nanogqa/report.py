@@ -24,7 +24,7 @@ ABOUT_QUALITY = (
     "confidence of at least 95 % (Bonferroni). The verdict is Holm's test: a difference is found "
     "where its adjusted p value is below 0.05. The chance that a report finds any difference where "
     "there is none is then at most 5 %. All this assumes that the differences of seeds are about "
-    "normally distributed: where the dots of quality.png form groups, it is rough. Steps are read "
+    "normally distributed: where the losses of seeds form groups, that is rough. Steps are read "
     "off the mean curve by linear interpolation, and their time counts training steps alone; "
     "\"same\" means that no difference was found."
 )
@@ -40,7 +40,7 @@ ABOUT_PUBLISHED = (
 )
 ABOUT_SPEED = (
     "bench.py measures speeds and memory with random weights of the same shape. It times every "
-    "shape in two rounds. Each time is the better one of the two; memory is that of the round with "
+    "shape in two rounds. Each time is the shorter of the two; memory is that of the round with "
     "the faster step, and excludes the imports."
 )
 

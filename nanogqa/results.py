@@ -68,13 +68,14 @@ RESULTS = {
 }
 
 
+def evaluations(rows):
+    """Those of the rows of metrics.jsonl that have a validation loss."""
+    return [row for row in rows if row.get("val_loss") is not None]
+
+
 def curve_of(rows):
     """[[step, val_loss], ...] of the evaluations among rows of metrics.jsonl."""
-    curve = []
-    for row in rows:
-        if row.get("val_loss") is not None:
-            curve.append([row["step"], row["val_loss"]])
-    return curve
+    return [[row["step"], row["val_loss"]] for row in evaluations(rows)]
 
 
 def metrics_of(row):

@@ -23,7 +23,7 @@ def per_call(given, cls):
     return build(cls, {key: value for key, value in given.items() if key in PER_CALL})
 
 
-def start(given, cls, GPTConfig):
+def config_and_state(given, cls, GPTConfig):
     """(settings, state) of a run: state is the checkpoint to start from, or None.
 
     A resumed run takes unspecified settings from its checkpoint; from another run's weights, only
@@ -71,6 +71,16 @@ def start(given, cls, GPTConfig):
     if resume:
         check_resume(config, state)
     return config, state
+
+
+def first_new_step(config, state):
+    """The first step that a run logs and saves. A resumed run starts at a step that is saved, but
+    if it was stopped there, and that is now the last step, the evaluation is missing."""
+    if config.init_from != "resume":
+        return 0
+    if state["step"] == config.max_steps and state["val_loss"] is None:
+        return state["step"]
+    return state["step"] + 1
 
 
 def check_model(values, state, source, resume):

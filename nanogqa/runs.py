@@ -15,7 +15,7 @@ from tqdm import tqdm
 from nanogqa import checkpoint, folder
 from nanogqa.configurator import UserError, one_line, subset
 from nanogqa.log import read_rows
-from nanogqa.results import curve_of, metrics_of, quantity, recorded_curves
+from nanogqa.results import curve_of, evaluations, metrics_of, quantity, recorded_curves
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 
@@ -70,17 +70,16 @@ class Run:
 
 def damage_of(rows, state, config):
     """Why rows, of metrics.jsonl, do not fit the checkpoint state, as text; empty if they do."""
-    done = [row for row in rows if row["step"] <= state["step"]]
-    evaluations = [row for row in done if row.get("val_loss") is not None]
+    evaluated = evaluations([row for row in rows if row["step"] <= state["step"]])
     wanted = list(range(0, state["step"] + 1, config.eval_interval))
     if state["val_loss"] is not None and state["step"] not in wanted:
         wanted.append(state["step"])
-    if [row["step"] for row in evaluations] != wanted:
+    if [row["step"] for row in evaluated] != wanted:
         return "its metrics.jsonl does not hold each evaluation once"
-    for row in evaluations:
+    for row in evaluated:
         if not all(map(quantity, metrics_of(row).values())):
             return "its metrics.jsonl holds impossible values"
-    if state["val_loss"] not in (None, evaluations[-1]["val_loss"]):
+    if state["val_loss"] not in (None, evaluated[-1]["val_loss"]):
         return "its metrics.jsonl and its checkpoint hold different losses"
     return ""
 

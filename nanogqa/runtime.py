@@ -9,8 +9,16 @@ from pathlib import Path
 import torch
 
 from nanogqa.configurator import UserError, one_line, out_of_memory
-from nanogqa.costs import Decoding, count_params, decoding_floor, num_params, training_floor
+from nanogqa.costs import (
+    Decoding,
+    cache_length,
+    count_params,
+    decoding_floor,
+    num_params,
+    training_floor,
+)
 from nanogqa.distributed import world
+from nanogqa.terminal import warn
 
 # Decoding steps from which compiling pays off: 12 layers of width 768 took 86 s to compile on two
 # CPU cores, and then 16 ms a step instead of 20. Smaller models gain less and take as long for each
@@ -180,9 +188,7 @@ def keep_addresses(cache):
 
 def warn_eager(error, runtime):
     """Warns that compiling has failed and why; goes on in eager mode."""
-    if runtime.rank == 0:
-        print(f"warning: torch.compile does not work here ({one_line(error)}): going on in eager "
-              "mode", file=sys.stderr)
+    warn(f"torch.compile does not work here ({one_line(error)}): going on in eager mode")
     runtime.compile = False
 
 
@@ -276,9 +282,9 @@ def gigabytes(n):
 
 
 def check_training(GPT, config, batch_size, ranks, step):
-    """Raises UserError if a run from that step on cannot fit into the machine's memory. On other
-    devices than a CPU, the weights and the data are in it first. Each rank of a machine needs as
-    much."""
+    """Raises UserError if a run from that step on cannot fit into the machine's memory. For a GPU,
+    only the weights and the data count, which are loaded there first. Every rank on the machine
+    needs that much."""
     steps = config.max_steps - step
     if config.eval_only or kind_of(config.device) != "cpu":
         steps = 0
@@ -293,7 +299,7 @@ def check_sampling(model, config, ids, runtime):
     config is that of sample.py."""
     texts, length = len(ids) * config.num_samples, 0
     if config.kv_cache:
-        length = min(model.config.block_size, max(map(len, ids)) + config.max_new_tokens)
+        length = cache_length(model.config, ids, config.max_new_tokens)
     lower = "num_samples, max_new_tokens or the number of prompts"
     floor = {lower: TEXT * texts}
     if runtime.device.type == "cpu" and config.max_new_tokens:

@@ -3,7 +3,6 @@ import contextlib
 import math
 import os
 import shutil
-import sys
 import threading
 import warnings
 from pathlib import Path
@@ -14,6 +13,7 @@ from nanogqa.configurator import UserError, one_line
 from nanogqa.distributed import cause, total, whole
 from nanogqa.files import replacing, sync, write_json
 from nanogqa.folder import BEST, NAME, SHARDED, clear_sharded, find_sharded, numbered
+from nanogqa.terminal import warn
 from nanogqa.tokenizer import copy_tokenizer
 
 
@@ -70,8 +70,9 @@ class Saver:
         self.failed = None
 
     def save(self, state, last=False):
-        """Waits for the previous write, copies state to host memory and starts a write. All ranks
-        call it, rank 0 writes. last: the run ends with this checkpoint (see ShardedSaver)."""
+        """Waits for the previous write, copies state to host memory and starts a write by rank 0.
+        All ranks call it if the weights are split over them. last: the run ends with this
+        checkpoint (see ShardedSaver)."""
         self.wait()
         state = self.with_best(host_copy(state, self.rank == 0))
         if self.rank == 0:
@@ -79,7 +80,7 @@ class Saver:
             self.thread.start()
 
     def with_best(self, state):
-        """state with the lowest validation loss of the checkpoints up to it."""
+        """state with best_val_loss, the lowest of the checkpoints so far."""
         losses = [loss for loss in (state["val_loss"], self.best) if loss is not None]
         return state | {"best_val_loss": min(losses, default=None)}
 
@@ -100,7 +101,7 @@ class Saver:
         except OSError as error:
             size = math.ceil(sum(x.nbytes for x in tensors(state)) / 2**20)
             self.fail(f"cannot save step {state['step']} to {self.out_dir} ({error.strerror}): "
-                      f"make {size:,} MiB of room; {self.previous()}")
+                      f"free {size:,} MiB; {self.previous()}")
         except Exception as error:  # the thread would end unnoticed, and the run as if it had saved
             self.fail(f"cannot save step {state['step']} to {self.out_dir} ({one_line(error)}): "
                       f"{self.previous()}")
@@ -121,9 +122,7 @@ class Saver:
 
     def fail(self, message):
         self.failed = message
-        if self.rank == 0:
-            print(f"warning: {message}, and the next log line tries again", file=sys.stderr,
-                  flush=True)
+        warn(f"{message}, and the next log line tries again")
 
     def wait(self):
         """Returns once nothing is being written."""
@@ -186,7 +185,7 @@ class ShardedSaver(Saver):
             failed = None
         except (dcp.api.CheckpointException, OSError) as error:
             failed = (f"cannot save step {state['step']} to {folder} ({one_line(cause(error))}): "
-                      "make room")
+                      "free some space")
         # a rank may fail alone, but the next attempt is one of all ranks
         if total(float(failed is not None)):
             self.fail(failed or "another rank cannot save its part")

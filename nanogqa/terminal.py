@@ -6,7 +6,13 @@ import sys
 import torch
 
 from nanogqa.configurator import drop_output, off_default, one_line
-from nanogqa.costs import kv_bytes_beyond_windows, kv_bytes_per_token, kv_cache_bytes, num_params
+from nanogqa.costs import (
+    cache_length,
+    kv_bytes_beyond_windows,
+    kv_bytes_per_token,
+    kv_cache_bytes,
+    num_params,
+)
 from nanogqa.distributed import first_rank
 
 
@@ -20,7 +26,6 @@ def warn(text):
     """Prints a warning to standard error on rank 0."""
     if first_rank():
         print(f"warning: {text}", file=sys.stderr, flush=True)
-
 
 
 def reason(error):
@@ -128,7 +133,7 @@ def announce_sampling(config, gpt_config, runtime, step, ids):
     longest, block_size = max(map(len, ids)), gpt_config.block_size
     cache = "no KV cache"
     if config.kv_cache:
-        length = min(block_size, longest + config.max_new_tokens)
+        length = cache_length(gpt_config, ids, config.max_new_tokens)
         row = kv_cache_bytes(gpt_config, length, runtime.dtype)
         total = row * len(ids) * config.num_samples
         cache = f"KV cache {cache_text(gpt_config, runtime.dtype)}, {total:,} in all"

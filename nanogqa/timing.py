@@ -81,9 +81,6 @@ class NoTrace(contextlib.nullcontext):
     def step(self):
         pass
 
-    def __enter__(self):
-        return self
-
 
 def profiler(config):
     """Where config.profile is set, traces 5 steps from the sixth on into out_dir/trace.json."""

@@ -218,6 +218,32 @@ def test_help_names_what_bench_does_with_vocab_size(capsys):
     assert text.index("what to time:") < text.index("where it runs:") < text.index("\nmodel:")
 
 
+@pytest.mark.parametrize("modes", ["decode", "decode,train", "train,decode"])
+def test_the_length_of_decoding_is_not_block_size(capsys, modes):
+    """A list was accepted if train came first: the same decoding was timed for each."""
+    error = fails(bench.main, [*SHAPE, f"--mode={modes}", "--block_size=64,128"], capsys)
+    assert "block_size is prompt_len + new_tokens in --mode=decode" in error
+
+
+def test_training_on_a_gpu_needs_the_memory_of_the_gpu(monkeypatch):
+    """The machine's memory has to hold the weights; gradients and moments were counted too."""
+    asked = []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*args):
+        raise Stopped
+    monkeypatch.setattr(bench, "check_memory", lambda floor: asked.append(sum(floor.values())))
+    monkeypatch.setattr(bench, "make_model", stop)
+    config = bench.BenchConfig(mode="train", vocab_size=65)
+    for device in ("cpu", "mps"):
+        with pytest.raises(Stopped):
+            bench.train(config, SimpleNamespace(device=torch.device(device)))
+    weights = 4 * costs.num_params(GPT(config))
+    assert asked[0] > 4 * weights > asked[1] > weights
+
+
 # -- how it times ----------------------------------------------------------------------------------
 
 def test_every_run_starts_from_the_context_and_the_fastest_counts(capsys, monkeypatch):

@@ -294,7 +294,7 @@ def test_further_variants_are_added(again, comparison, monkeypatch, capsys):
     monkeypatch.setattr(compare, "run_bench", lambda timing: [dict(row) for row in old["speed"]["MHA-n_ff96"][timing.mode]])
     path = folder / "results.json"
     path.write_text(json.dumps(old | {"machine": old["machine"] | {"cpu": "another"}, "date": "2020-01-01"}), encoding="utf-8")
-    compare.main([*args, "--n_kv_head=4,2,1"])
+    compare.main([*args, "--n_kv_head=2,1,4"])  # the order was taken for a difference: the first was another one
     assert "6 runs of 12 steps, 4 of them finished" in capsys.readouterr().out
     new = load_results(path, CompareConfig)
     assert [(r["variant"], r["seed"]) for r in new["records"]] == [

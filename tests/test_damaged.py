@@ -248,7 +248,7 @@ def resume_sharded(folder):
     """Reads the checkpoint into a model and its optimizers, as a resumed run does."""
     out_dir = folder.parent
     given = dict(out_dir=str(out_dir), init_from="resume")
-    config, state = resume.start(given, train.TrainConfig, train.GPTConfig)
+    config, state = resume.config_and_state(given, train.TrainConfig, train.GPTConfig)
     model = train.GPT(train.subset(train.GPTConfig, config))
     optimizers = train.make_optimizers(model, config)
     checkpoint.restore(config, state, model, optimizers)

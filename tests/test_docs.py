@@ -15,7 +15,6 @@ import pytest
 
 from test_repo import PROGRAMS
 
-from model import SETTINGS_OF
 from nanogqa.configurator import UserError, build, choices_of, parse
 from nanogqa.costs import LIBRARIES
 from nanogqa.published import PUBLISHED
@@ -148,7 +147,7 @@ def check_command(words):
     assert program in PROGRAMS, words
     axes = program in ("bench.py", "compare.py")
     given = parse(PROGRAMS[program], args, "", axes=axes)
-    for values in choices_of(given, SETTINGS_OF):
+    for values in choices_of(given, PROGRAMS[program]):
         build(PROGRAMS[program], values)
     return program
 

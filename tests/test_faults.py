@@ -20,7 +20,9 @@ import train
 
 def test_killed_runs_end_with_the_weights_of_a_whole_one():
     """A short version of python tests/kill_runs.py --times=50."""
-    assert kill_runs.main(times=3, seed=random.randrange(10**6)) == (3, 3)
+    seed = random.randrange(10**6)
+    print("python tests/kill_runs.py --times=3 --seed", seed)  # pytest shows it if the test fails
+    assert kill_runs.main(times=3, seed=seed) == (3, 3)
 
 
 def wait_for_step(folder, step, seconds=60):
@@ -49,6 +51,16 @@ def test_torchrun_restarts_a_killed_worker_by_itself(toy_run, tmp_path):
     assert "resuming at step" in text and equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
+def test_ranks_stop_at_the_same_step_after_a_signal_to_one(toy_run, tmp_path):
+    args = [*toy_run, "--max_steps=100000", "--log_interval=1", "--eval_interval=50000"]
+    process = torchrun(out(args, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    wait_for_step(tmp_path / "run", 5)
+    os.kill(kill_runs.children(process.pid)[1], signal.SIGTERM)
+    text = process.communicate(timeout=100)[0]
+    assert "stopped by SIGTERM" in text and "lost each other" not in text, text
+    assert load(tmp_path / "run")["step"] >= 5
+
+
 def test_workers_without_their_agent_save_and_end(toy_run, tmp_path):
     args = [*toy_run, "--max_steps=100000", "--log_interval=1", "--eval_interval=50000"]
     process = torchrun(out(args, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -61,9 +73,12 @@ def test_workers_without_their_agent_save_and_end(toy_run, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for a signal")
 def test_workers_that_still_start_end_with_their_agent(toy_run, tmp_path):
     process = torchrun(toy_run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline, pause = time.time() + 60, random.uniform(1, 4)
+    print("pause", pause)
     while len(kill_runs.children(process.pid)) < 2:
+        assert time.time() < deadline, "the workers do not start"
         time.sleep(0.01)
-    time.sleep(random.uniform(1, 4))  # while they import, meet or begin
+    time.sleep(pause)  # while they import, meet or begin
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=120)  # at worst when a torchrun that does not answer is given up
 

@@ -69,7 +69,6 @@ def trained(toy_data, tmp_path_factory):
     (["--beta1=1"], "beta1 must be below 1"),
     (["--tokens_per_step=100"], "not a multiple of block_size=32: the nearest is 96 or 128"),
     (["--tokens_per_step=160"], "batch_size 4 x 1 ranks x block_size 32 = 128: the nearest is 128 or 256, or choose another batch_size"),
-    (["--tokens_per_step=160"], "batch_size 4 x 1 ranks x block_size 32 = 128: the nearest is 128 or 256"),
     (["--block_size=100000", "--tokens_per_step=100000", "--batch_size=1"], "block_size=100000 needs 100001 tokens in each split"),
     (["--vocab_size=200"], "has 257 token ids, more than vocab_size=200"),
     (["--device=tpu"], "unknown device 'tpu': choose auto, cpu, cuda"),

@@ -494,7 +494,7 @@ def test_a_failed_save_leaves_the_checkpoint_whole(toy_run, tmp_path, monkeypatc
     with pytest.raises(SystemExit) as exit:
         train.main([*toy_run, "--init_from=resume", "--max_steps=25"])
     error = capsys.readouterr().err.splitlines()[-1]
-    assert exit.value.code == 2 and "No space left on device): make 1 MiB of room; the previous checkpoint is whole: continue with" in error
+    assert exit.value.code == 2 and "No space left on device): free 1 MiB; the previous checkpoint is whole: continue with" in error
     assert (tmp_path / "run/ckpt.pt").read_bytes() == good
 
 
@@ -518,7 +518,7 @@ print("saved", calls)
 """
     done = subprocess.run([sys.executable, "-c", code, *toy_run, "--log_interval=2"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert "saved [0, 2, 4, 10, 20]" in done.stdout and done.stderr.count("warning: cannot save step") == 2 and "of room" in done.stderr
+    assert "saved [0, 2, 4, 10, 20]" in done.stdout and done.stderr.count("warning: cannot save step") == 2 and "free 1 MiB" in done.stderr
     assert load(tmp_path / "run")["step"] == 20 and not list((tmp_path / "run").glob("*.part"))
 
 
