@@ -290,22 +290,6 @@ def test_masks_are_as_large_as_where_they_are_made():
         assert bench.decoding_of(bench.BenchConfig(), runtime).folded == (device == "cuda")
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_prepared_weights_give_the_same_logits_and_free_the_plain_ones(n_kv_head, tied):
-    model = toy_model(n_kv_head=n_kv_head, tie_embeddings=tied, qkv_bias=True)
-    ids = toy_ids(2, 20)
-    expected = model(ids)[0].detach()
-    prepared = prepare_for_decoding(model, 2)
-    with torch.inference_mode():
-        cache = KVCache(prepared.config, 2, 20)
-        parts = ids.split([13, 1, 1, 5], dim=1)
-        out = torch.cat([prepared(part, cache=cache)[0] for part in parts], dim=1)
-    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
-    if fast.ONEDNN:
-        left = {name for name, p in prepared.named_parameters() if p.dim() == 2 and not p.is_mkldnn}
-        assert left == {"embed.weight"}
-
-
 def test_a_prompt_read_in_chunks_gives_the_same_text(monkeypatch, n_kv_head):
     model, ids = toy_model(n_kv_head=n_kv_head, tie_embeddings=False), toy_ids(1, 30)
     texts = []
