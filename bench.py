@@ -300,7 +300,7 @@ def train(config, runtime):
         seed=config.seed, fast=config.fast)
     steps = config.steps
     if runtime.device.type != "cpu":
-        steps = 0  # the weights alone are in the machine's memory first
+        steps = 0  # the weights and the data alone are in the machine's memory first
     check_memory(costs.training_floor(
         settings, costs.count_params(GPT, settings), B * T, 1, steps))
     model = make_model(settings, None, runtime)
@@ -522,7 +522,8 @@ def check(configs, given):
     shape = [field.name for field in fields(GPTConfig) if field.name in given]
     for config in configs:
         if config.mode == "decode" and isinstance(given.get("block_size"), list):
-            raise UserError("block_size is prompt_len + new_tokens in --mode=decode: leave it out")
+            raise UserError("block_size is prompt_len + new_tokens in --mode=decode: leave it out, "
+                            "or time --mode=train in a command of its own")
         if config.out_dir is not None and config.mode == "train":
             raise UserError("out_dir is for --mode=decode: leave it out, train.py reports the "
                             "speed of a run")

@@ -440,7 +440,11 @@ def check_same_comparison(results, wanted, out_dir):
             if key == "seeds":
                 differences[-1] += " (they can only be raised)"
     before, now = complete_variants(results), complete_variants(wanted)
-    if not differences and (now[0] != before[0] or any(model not in now for model in before)):
+    if not differences:
+        for key, value in now[0].items():
+            if before[0].get(key) != value:
+                differences.append(f"{key} {before[0].get(key)} there, {value} here")
+    if not differences and any(model not in now for model in before):
         differences.append("other variants; they can only be added, after the first")
     if differences:
         raise UserError(f"{out_dir} holds a comparison with different settings "

@@ -28,7 +28,7 @@ SETTINGS_OF = {
     "gqa": ("n_kv_head", "qkv_bias", "rope_fraction", "kv_tied", "kv_share"),
     "mla": ("kv_lora_rank", "q_lora_rank", "rope_head_dim", "nope_head_dim", "v_head_dim"),
 }
-SETTINGS_OF_ALL = ("window", "global_every")  # settings of the cache that every kind has
+SETTINGS_OF_ALL = ("window", "global_every")  # settings of attention that both kinds have
 
 
 @dataclass

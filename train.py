@@ -139,9 +139,11 @@ def make_optimizers(model, config):
 # -- one step, one evaluation ----------------------------------------------------------------------
 
 def backward(forward, batches, runtime):
-    """Adds the gradient of the step's mean loss to .grad, times the number of ranks, over which DDP
-    and FSDP average. Returns this rank's part of that loss. Micro-steps and ranks may have
-    different numbers of targets, so all divide by the number of the whole step."""
+    """Adds the gradient of the step's mean loss to .grad. Returns this rank's part of that loss.
+
+    Micro-steps and ranks may have different numbers of targets, so all divide by the number of the
+    whole step. DDP and FSDP average over ranks, so each rank multiplies its part by their number.
+    """
     n_targets = distributed.total(sum(int((batch.y >= 0).sum()) for batch in batches))
     divisor = (n_targets.clamp(min=1) / runtime.ranks).to(runtime.device)
     loss = torch.zeros((), device=runtime.device)
@@ -227,7 +229,7 @@ def train(given, stack):
         folder.open_folder(config.out_dir, locked, stack)
 
     # model and optimizers: the plain model owns the weights and is saved, torch.compile wraps it,
-    # and DDP wraps that; FSDP instead splits the blocks of the plain model
+    # and DDP wraps that; FSDP instead splits the plain model
     keep_freed_memory()
     model = make_model(config, state, runtime)
     optimizers = make_optimizers(model, config)

@@ -158,8 +158,8 @@ def check(state, path, GPTConfig):
     try:
         state["config"] = asdict(build(GPTConfig, values))
     except UserError as error:
-        raise UserError(f"{path} has the settings of no model ({one_line(error)}): restore it from "
-                        "a copy, or name another --out_dir") from None
+        raise Damaged(f"{path} has the settings of no model ({one_line(error)}): restore it from "
+                      "a copy, or name another --out_dir") from None
     return state
 
 
@@ -203,21 +203,28 @@ def check_whole(state):
 def load_model(GPT, config, state):
     """GPT(config) with the weights of a loaded checkpoint, in float32 on the CPU."""
     check_whole(state)
+    weights = dict(state["model"])  # its own class may have attributes, which torch would read
     model = meta_model(GPT, config)  # config may ask for more than fits into memory
-    check_weights(model, state["model"])
+    check_weights(model, weights)
     check_memory({SHAPE: 4 * num_params(model)})
     model = model.to_empty(device="cpu")
-    model.load_state_dict(state["model"])
+    model.load_state_dict(weights)
     return model
 
 
 def check_weights(model, weights):
     """Raises UserError unless the weights of a loaded checkpoint have the names and shapes of the
     model's, which may be a meta model, and are finite in float32."""
-    shapes = {name: x.shape for name, x in model.state_dict().items()}
-    for name in sorted(shapes.keys() | weights.keys()):
-        if name not in weights or weights[name].shape != shapes.get(name):
-            raise UserError(f"the weights in the checkpoint do not fit its config ({name:.100}): "
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    found = {name: tuple(x.shape) for name, x in weights.items()}
+    for name in sorted(shapes.keys() | found.keys()):
+        if found.get(name) != shapes.get(name):
+            difference = f"{name:.100} has the shape {found.get(name)}, not {shapes.get(name)}"
+            if name not in found:
+                difference = f"{name} is missing"
+            elif name not in shapes:
+                difference = f"{name:.100} is unknown"
+            raise UserError(f"the weights in the checkpoint do not fit its config ({difference}): "
                             "it is damaged, or of another version")
     if not all(x.float().isfinite().all() for x in weights.values()):
         raise UserError("the weights in the checkpoint are not finite: go back to an older one")

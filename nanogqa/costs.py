@@ -137,9 +137,10 @@ def caching_layer(config):
 
 
 def prefill_chunk(batch_size, prompt_len, masked, static):
-    """(rows, tokens) of a prompt that one forward pass reads. Up to 4,096 tokens are read at once,
-    a few rows at a time: the start of a prompt needs no mask. With masks, of padded rows or
-    windows, a chunk has 1,024 tokens; a static cache has all rows in every chunk, for one graph."""
+    """(rows, tokens) of a prompt that one forward pass reads. A prompt of up to 4,096 tokens is
+    read at once, a few rows at a time, since its start needs no mask. Longer prompts, and those
+    with masks, of padded rows or windows, are read 1,024 tokens at a time; a static cache has all
+    rows in every chunk, for one graph."""
     if static:
         return batch_size, min(prompt_len, max(1, 2048 // batch_size))
     tokens = prompt_len

@@ -71,7 +71,7 @@ def own(out_dir, stack):
 
 
 def own_if_there(call, stack):
-    """Locks the folder of a run with the settings call, as own does, if rank 0 sees it. Returns
+    """Locks out_dir of the settings in call, as own does, if rank 0 sees such a folder. Returns
     whether it is locked. An evaluation writes nothing, and locks nothing."""
     there = bool(total(float(first_rank() and Path(call.out_dir).is_dir())))
     locked = there and not call.eval_only

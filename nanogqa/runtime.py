@@ -283,7 +283,7 @@ def gigabytes(n):
 
 def check_training(GPT, config, batch_size, ranks, step):
     """Raises UserError if a run from that step on cannot fit into the machine's memory. For a GPU,
-    only the weights and the data count, which are loaded there first. Every rank on the machine
+    only the weights and the data count, which are in that memory first. Every rank on the machine
     needs that much."""
     steps = config.max_steps - step
     if config.eval_only or kind_of(config.device) != "cpu":

@@ -71,8 +71,8 @@ class Saver:
 
     def save(self, state, last=False):
         """Waits for the previous write, copies state to host memory and starts a write by rank 0.
-        All ranks call it if the weights are split over them. last: the run ends with this
-        checkpoint (see ShardedSaver)."""
+        All ranks may call it, and must if the weights are split over them. last: the run ends with
+        this checkpoint (see ShardedSaver)."""
         self.wait()
         state = self.with_best(host_copy(state, self.rank == 0))
         if self.rank == 0:

@@ -52,7 +52,7 @@ def check_type(value, types, name):
         types = (types,)
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         wanted = " or ".join(kind.__name__ for kind in types)
-        raise ValueError(f"{name} is {shown(value)}, not a {wanted}")
+        raise ValueError(f"{name} is {shown(value)}, not of type {wanted}")
 
 
 def shown(value):

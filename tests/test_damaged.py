@@ -1,4 +1,5 @@
 """Files that are read back and lie: checkpoints, and data sets at resume. Each is one sentence."""
+import collections
 import json
 import shutil
 import zipfile
@@ -56,7 +57,9 @@ def test_weights_for_a_sharded_model_are_checked_too(trained):  # noqa: F811
     assert checkpoint.weight_source(model, None, lambda *args: args)(WEIGHT, SHAPE) == (WEIGHT, SHAPE)
     missing = {name: x for name, x in good["model"].items() if name != WEIGHT}
     wrong = good["model"] | {WEIGHT: torch.zeros(SHAPE[::-1])}
-    for weights, words in ((missing, WEIGHT), (wrong, WEIGHT), (good["model"] | {"other": torch.zeros(2)}, "other")):
+    unknown = good["model"] | {"other": torch.zeros(2)}
+    for weights, words in ((missing, f"{WEIGHT} is missing"), (unknown, "other is unknown"),
+                           (wrong, f"{WEIGHT} has the shape .32, 96., not .96, 32.")):
         with pytest.raises(UserError, match=f"do not fit its config .{words}"):
             checkpoint.weight_source(model, dict(good, model=weights), None)
     for value in (torch.full(SHAPE, torch.inf), torch.full(SHAPE, 1e300, dtype=torch.float64)):
@@ -65,6 +68,19 @@ def test_weights_for_a_sharded_model_are_checked_too(trained):  # noqa: F811
             checkpoint.weight_source(model, infinite, None)
         with pytest.raises(UserError, match="weights in the checkpoint are not finite"):
             checkpoint.load_model(GPT, model.config, infinite)
+
+
+def test_attributes_of_the_dict_of_weights_are_not_read(trained, tmp_path):  # noqa: F811
+    """torch.load restores those of an OrderedDict, and load_state_dict reads _metadata."""
+    state = checkpoint.load(trained, GPTConfig)
+    state["model"] = collections.OrderedDict(state["model"])
+    for name in ("_metadata", "values"):
+        setattr(state["model"], name, 5)
+    torch.save(state, tmp_path / "ckpt.pt")
+    loaded = checkpoint.load(tmp_path, GPTConfig)
+    assert loaded["model"]._metadata == 5
+    model = checkpoint.load_model(GPT, GPTConfig(**loaded["config"]), loaded)
+    assert torch.equal(model.state_dict()[WEIGHT], checkpoint.load(trained, GPTConfig)["model"][WEIGHT])
 
 
 def test_missing_bytes_are_damage(trained, tmp_path):  # noqa: F811

@@ -1,4 +1,5 @@
 """Faults and many processes: killed runs, a folder that is taken, restarts, several agents, any number of ranks."""
+import contextlib
 import os
 import random
 import signal
@@ -33,6 +34,16 @@ def wait_for_step(folder, step, seconds=60):
         time.sleep(0.01)
 
 
+@contextlib.contextmanager
+def running(args):
+    """The process of torchrun with two ranks, which end with it if the test fails."""
+    process = torchrun(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
 def finish(process):
     text = process.communicate(timeout=120)[0]
     assert process.returncode == 0, text
@@ -51,36 +62,38 @@ def test_torchrun_restarts_a_killed_worker_by_itself(toy_run, tmp_path):
     assert "resuming at step" in text and equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
-def test_ranks_stop_at_the_same_step_after_a_signal_to_one(toy_run, tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes by /proc")
+def test_ranks_stop_together_after_a_signal_to_one(toy_run, tmp_path):
+    """A rank that stops alone leaves the other one waiting, which then says that they lost each other."""
     args = [*toy_run, "--max_steps=100000", "--log_interval=1", "--eval_interval=50000"]
-    process = torchrun(out(args, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    wait_for_step(tmp_path / "run", 5)
-    os.kill(kill_runs.children(process.pid)[1], signal.SIGTERM)
-    text = process.communicate(timeout=100)[0]
+    with running(out(args, tmp_path / "run")) as process:
+        wait_for_step(tmp_path / "run", 5)
+        os.kill(kill_runs.children(process.pid)[1], signal.SIGTERM)
+        text = process.communicate(timeout=100)[0]
     assert "stopped by SIGTERM" in text and "lost each other" not in text, text
     assert load(tmp_path / "run")["step"] >= 5
 
 
 def test_workers_without_their_agent_save_and_end(toy_run, tmp_path):
     args = [*toy_run, "--max_steps=100000", "--log_interval=1", "--eval_interval=50000"]
-    process = torchrun(out(args, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    wait_for_step(tmp_path / "run", 5)
-    process.send_signal(signal.SIGKILL)
-    text = process.communicate(timeout=60)[0]  # returns when the workers have closed the pipe
+    with running(out(args, tmp_path / "run")) as process:
+        wait_for_step(tmp_path / "run", 5)
+        process.send_signal(signal.SIGKILL)
+        text = process.communicate(timeout=60)[0]  # returns when the workers have closed the pipe
     assert "stopped by SIGTERM" in text and load(tmp_path / "run")["step"] >= 5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for a signal")
 def test_workers_that_still_start_end_with_their_agent(toy_run, tmp_path):
-    process = torchrun(toy_run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline, pause = time.time() + 60, random.uniform(1, 4)
-    print("pause", pause)
-    while len(kill_runs.children(process.pid)) < 2:
-        assert time.time() < deadline, "the workers do not start"
-        time.sleep(0.01)
-    time.sleep(pause)  # while they import, meet or begin
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=120)  # at worst when a torchrun that does not answer is given up
+    with running(toy_run) as process:
+        deadline, pause = time.time() + 60, random.uniform(1, 4)
+        print("pause", pause)
+        while len(kill_runs.children(process.pid)) < 2:
+            assert time.time() < deadline, "the workers do not start"
+            time.sleep(0.01)
+        time.sleep(pause)  # while they import, meet or begin
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=120)  # at worst when a torchrun that does not answer is given up
 
 
 def test_a_folder_belongs_to_one_run(toy_run, tmp_path, monkeypatch, capsys):

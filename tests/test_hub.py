@@ -584,7 +584,7 @@ def test_local_files_that_go_away(server, tmp_path, capsys, monkeypatch):
     progress = tmp_path / "again/hub.part/progress.json"
     good = progress.read_text()
     for names, words in (
-        ([[1], 2], "progress.json is damaged (names[0] is a list, not a str): remove"),
+        ([[1], 2], "progress.json is damaged (names[0] is a list, not of type str): remove"),
         (["../0.parquet"], "../0.parquet is no longer in"),
     ):
         changed = json.loads(good)
@@ -1167,13 +1167,15 @@ def test_opening_checks_a_bounded_number_of_tokens(tmp_path, monkeypatch):
 
 
 SPARSE = """
-import re, sys, time
+import re, sys
 from nanogqa import dataloader
 def peak():  # in kB, of this process alone: getrusage() starts from the parent's peak
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-before, start = peak(), time.perf_counter()
+def read():  # in MB, from files
+    return int(re.search(r"rchar: (\\d+)", open("/proc/self/io").read())[1]) / 1e6
+before, read_before = peak(), read()
 data = dataloader.Dataset(sys.argv[1])
-opened = time.perf_counter() - start
+opened = read() - read_before
 for sequence in range(0, 400, 8):
     x, y = dataloader.train_batch(data.train, 1, sequence, 8, 1024)
     assert x.shape == y.shape == (8, 1024) and not x.any()
@@ -1185,7 +1187,7 @@ print(opened, (peak() - before) / 1024, *end)
 """
 
 
-def test_a_file_of_20_gb_opens_at_once_and_in_little_memory(tmp_path):
+def test_a_file_of_20_gb_is_read_in_small_parts(tmp_path):
     """A sparse file, with only its last token written. Its own process adds at most 300 MB."""
     n = 10**10
     if not os.path.exists("/proc/self/status"):
@@ -1206,12 +1208,12 @@ def test_a_file_of_20_gb_opens_at_once_and_in_little_memory(tmp_path):
         timeout=100,
     ).stdout
     opened, grown, *end = map(float, out.split())
-    assert opened < 10 and grown < 300 and end == [0, 7], out  # reading 20 GB takes longer
+    assert 0 < opened < 100 and grown < 300 and end == [0, 7], out
 
 
 def test_a_thousand_files_open_at_once(tmp_path):
     for i in range(3000):
         (tmp_path / f"train_{i:05d}.bin").write_bytes(bytes(128))
-    start = time.perf_counter()
+    start = time.process_time()
     split = make(tmp_path, [64] * 3000).train
-    assert time.perf_counter() - start < 10 and split.n_tokens == 3000 * 64
+    assert time.process_time() - start < 3 and split.n_tokens == 3000 * 64

@@ -343,7 +343,7 @@ def test_bad_environments(toy_run, trained, capsys, monkeypatch, env, words):
     (lambda s: s["config"].update(colour=1), "has the setting colour, which this version does not know"),
     (lambda s: s["settings"].update(dtype="float99"), "dtype must be auto or float32"),
     (lambda s: s["settings"].update(device=3), "device must be text"),
-    (lambda s: s["model"].update({3: torch.zeros(1)}), "a key of model is 3, not a str"),
+    (lambda s: s["model"].update({3: torch.zeros(1)}), "a key of model is 3, not of type str"),
     (lambda s: s["model"]["norm.weight"].fill_(torch.nan), "are not finite"),
     (lambda s: s.update(step=-5), "step is -5, which is not a count"),
 ])

@@ -558,28 +558,48 @@ def test_tokens_per_second_are_of_the_steps_since_the_last_restart(monkeypatch):
 
 
 def test_evaluations_and_saves_are_not_in_the_rate(toy_run, monkeypatch):
-    restarts, restart = [], timing.Rate.restart
-    monkeypatch.setattr(timing.Rate, "restart", lambda self, step: restarts.append(step) or restart(self, step))
+    calls = []
+
+    def record(owner, name):
+        function = getattr(owner, name)
+
+        def call(*args):
+            calls.append(name)
+            return function(*args)
+        monkeypatch.setattr(owner, name, call)
+    record(train, "evaluate")
+    record(writes.Saver, "save")
+    record(timing.Rate, "restart")
     train.main(toy_run)
-    assert restarts == [0, 0, 5, 10, 15, 20], "at the start, and after each log line"
+    evaluation = ["evaluate", "save", "restart"]
+    assert calls == ["restart", *evaluation, "restart", *evaluation, "restart", *evaluation]
 
 
 # -- what an error or another run must not cost --------------------------------------------------
 
 def test_what_is_saved_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """After a power failure, a name without content would be left."""
-    calls = []
+    synced, named = set(), []
+    fsync, replace = os.fsync, os.replace
 
-    def recorded(name, function):
-        def call(*args):
-            calls.append(name)
-            return function(*args)
-        return call
-    for module, name in ((os, "fsync"), (os, "replace"), (writes, "link")):
-        monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
-    writes.save(tmp_path, dict(step=1), ["ckpt_best.pt"])
-    assert calls == ["fsync", "link", "replace", "fsync", "replace"]
+    def recorded_fsync(descriptor):
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
 
+    def recorded_replace(source, target):
+        assert os.stat(source).st_ino in synced, target
+        replace(source, target)
+        named.append(os.path.basename(target))
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    for link in (os.link, refuse_links):
+        monkeypatch.setattr(os, "link", link)
+        writes.save(tmp_path, dict(step=1), ["ckpt_best.pt"])
+    assert named == ["ckpt_best.pt", "ckpt.pt"] * 2
+
+
+def refuse_links(source, target):
+    raise OSError("no hard links here")
 
 
 def test_a_checkpoint_that_is_being_written_outlives_an_error(toy_run, tmp_path, monkeypatch, capsys):
