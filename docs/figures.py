@@ -191,6 +191,26 @@ def noise_row(label, losses, first=None):
     return [label, *(f"{x:.3f}" for x in deviations), unpaired, f"{statistics.stdev(last_two):.3f}"]
 
 
+# -- results/noise.json ----------------------------------------------------------------------------
+
+def noise_sources():
+    """Standard deviations of MHA's loss where seeds set all, or one thing (docs/comparing.md)."""
+    study = read("noise.json")
+    both = losses_of(variants("shape")[0])[800]
+    rows = []
+    for name, losses in (("both: the seeds above", both),
+                         ("initial weights", study["weights_vary"]),
+                         ("batches", study["batches_vary"])):
+        rows.append([name, f"{len(losses)}", f"{statistics.stdev(losses):.3f}"])
+    return table(["what differs", "runs", "deviation of the loss"], rows)
+
+
+def of_noise():
+    """The validation windows of a run, and what other windows would change (docs/comparing.md)."""
+    study = read("noise.json")
+    return dict(noise_windows=str(study["windows"]), noise_error=f"{study['window_error']:.3f}")
+
+
 # -- results/cache ---------------------------------------------------------------------------------
 
 def designs():
@@ -210,12 +230,12 @@ def designs():
                   "decoding step, ms", "reading the prompts, s"], rows)
 
 
-# -- results/recall --------------------------------------------------------------------------------
+# -- results/recall, and results/recall_one_field --------------------------------------------------
 
-def right_answers(run):
+def right_answers(folder, run):
     """[(step, share of right answers)] of the evaluations of a run on associative recall."""
     points = []
-    for row in read_rows(ROOT / "results/recall/runs" / run / "metrics.jsonl"):
+    for row in read_rows(ROOT / "results" / folder / "runs" / run / "metrics.jsonl"):
         if row.get("val_acc") is not None:
             points.append((row["step"], row["val_acc"]))
     return points
@@ -229,20 +249,29 @@ def steps_to_nine_tenths(points):
     return "never"
 
 
-def recall_runs(variant):
+def recall_runs(folder, variant):
     """right_answers of each run of a variant."""
     runs = []
-    for record in read("recall/results.json")["records"]:
+    for record in read(f"{folder}/results.json")["records"]:
         if record["variant"] == variant:
-            runs.append(right_answers(record["run"]))
+            runs.append(right_answers(folder, record["run"]))
     return runs
 
 
 def recall():
     """Right answers of every run on associative recall (docs/comparing.md)."""
+    return recall_table("recall")
+
+
+def recall_one_field():
+    """The same where a record is a key and a value (docs/comparing.md)."""
+    return recall_table("recall_one_field")
+
+
+def recall_table(folder):
     rows = []
-    for summary in summarize(read("recall/results.json")):
-        runs = recall_runs(summary.name)
+    for summary in summarize(read(f"{folder}/results.json")):
+        runs = recall_runs(folder, summary.name)
         rows.append([
             summary.name,
             f"{summary.facts['kv_bytes_per_token']:,}",
@@ -264,7 +293,7 @@ def of_recall():
     summaries = summarize(results)
     for summary in summaries:
         key = summary.name.lower().replace("-", "")
-        runs = recall_runs(summary.name)
+        runs = recall_runs("recall", summary.name)
         size = summary.facts["params"] / summaries[0].facts["params"]
         texts[f"{key}_smaller"] = f"{100 * (1 - size):.0f}"
         texts[f"recall_{key}"] = f"{statistics.mean(points[-1][1] for points in runs):.2f}"
@@ -425,8 +454,9 @@ def llama():
 
 TABLES = {function.__name__: function for function in (
     attention, findings, comparison, decoding_times, prefill_times, peak_memory, noise,
-    published_table, designs, recall, shakespeare, against_nanogpt, bench_decode, bench_train,
-    transformers_train, transformers_decode, ablation, uptraining)}
+    noise_sources, published_table, designs, recall, shakespeare,
+    against_nanogpt, bench_decode, bench_train, transformers_train, transformers_decode, ablation,
+    uptraining)}
 
 
 def values():
@@ -441,7 +471,7 @@ def values():
         seeds=str(settings["seeds"]),
         mha_cache=f"{sizes[0]:,}",
         **first_run(), **llama(), **ratios(), **missed(), **of_mqa(), **ranges(), **of_designs(),
-        **of_recall())
+        **of_recall(), **of_noise())
 
 
 def ratios():
@@ -552,6 +582,8 @@ SENTENCES = {
         "interval contains zero): by {mqa_share} % of the loss, where the published run in equal "
         "shape has {mqa_published} %",
         "would have found {found_low} to {found_high} nats with a power of 80 %",
+        "reads the same {noise_windows} windows. With others of the same text, the difference of "
+        "two runs would change by about {noise_error} nats (standard error)",
         "a step takes {gqa_step} of MHA's time with GQA, {mqa_step} with MQA and {mla_step} with "
         "MLA. MLA took {mla_prefill} times as long as MHA to read these prompts",
     ),

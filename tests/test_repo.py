@@ -130,7 +130,7 @@ def test_help_lists_choices_unless_the_text_explains_each():
 
 
 PROGRAM_ORDER = ["model", "train", "sample", "bench", "compare", "convert"]
-PACKAGE_ORDER = ["cache", "configurator", "files", "schema", "distributed", "dropout", "fast", "costs", "runtime", "terminal", "timing", "log", "tokenizer",
+PACKAGE_ORDER = ["cache", "configurator", "files", "schema", "distributed", "dropout", "fast", "costs", "terminal", "runtime", "timing", "log", "tokenizer",
                  "hf_tokenizer", "prompts", "dataloader", "batches", "writer", "folder", "saver", "checkpoint", "hf_model", "resume", "results", "runs", "estimates", "published", "summary", "pictures", "report", "pool"]
 
 

@@ -1,0 +1,133 @@
+"""Measures what the differences between seeds are made of.
+
+    python results/noise.py [--key=value ...]       settings of train.py, for a short trial
+
+Trains MHA as results/compare does, but with the initial weights of one seed and the batches of
+another: runs with the same weights differ by their batches alone, and runs with the same batches by
+their weights alone. It also says by how much the choice of the validation windows changes the
+difference of two runs. Runs go to out/noise; finished ones are not repeated, and interrupted ones
+continue. Takes about an hour on two CPU cores. Writes results/noise.json.
+"""
+import datetime
+import itertools
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from model import GPT, GPTConfig
+from nanogqa import checkpoint, folder
+from nanogqa.configurator import parse, program
+from nanogqa.dataloader import Dataset, val_batch, val_windows
+from nanogqa.files import write_json
+from nanogqa.runtime import describe_machine, pick_runtime
+from train import TrainConfig
+
+OUT = ROOT / "out/noise"
+LIKE_COMPARE = ["--max_steps=800", "--eval_interval=100"]
+SEEDS = range(1, 7)
+
+
+@dataclass
+class Run:
+    """A finished run."""
+    val_loss: float
+    window_losses: torch.Tensor  # (windows,) nats per token
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+def train(out_dir, flags):
+    command = [sys.executable, ROOT / "train.py", f"--out_dir={out_dir}", *flags]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def initial_weights(seed, flags):
+    """The folder of a checkpoint with the weights of this seed before training."""
+    out_dir = OUT / f"weights{seed}"
+    if not folder.exists(out_dir):
+        train(out_dir, [*flags, f"--seed={seed}", "--max_steps=0"])
+    return out_dir
+
+
+def trained(weights_seed, batches_seed, flags):
+    """The Run with the weights and the batches of these seeds, trained if it is not there."""
+    out_dir = OUT / f"weights{weights_seed}-batches{batches_seed}"
+    source = initial_weights(weights_seed, flags)
+    if folder.exists(out_dir):
+        source = "resume"
+    print(out_dir.name, flush=True)
+    train(out_dir, [*flags, f"--seed={batches_seed}", f"--init_from={source}"])
+    state = checkpoint.load(out_dir, GPTConfig)
+    return Run(state["val_loss"], window_losses(state))
+
+
+# -- validation windows ----------------------------------------------------------------------------
+
+@torch.no_grad()
+def window_losses(state):
+    """The loss of a checkpoint on each of its validation windows."""
+    config = GPTConfig(**state["config"])
+    model = checkpoint.load_model(GPT, config, state).eval()
+    val = Dataset(state["settings"]["dataset"]).val
+    losses = []
+    for start in val_windows(val, config.block_size, state["settings"]["eval_tokens"]):
+        x, y = val_batch(val, [start], 1, config.block_size)
+        losses.append(model(torch.tensor(x), torch.tensor(y), logits="none")[1])
+    return torch.stack(losses)
+
+
+def window_error(runs):
+    """The standard error of the difference of two runs, as a mean over the windows: the root mean
+    square over all pairs of runs."""
+    squares = []
+    for a, b in itertools.combinations(runs, 2):
+        difference = a.window_losses - b.window_losses
+        squares.append(float(difference.var()) / len(difference))
+    return statistics.mean(squares) ** 0.5
+
+
+# -- the study -------------------------------------------------------------------------------------
+
+def measure(flags):
+    """The content of results/noise.json."""
+    same_batches = []
+    for seed in SEEDS:
+        same_batches.append(trained(seed, SEEDS[0], flags))
+    same_weights = [same_batches[0]]
+    for seed in SEEDS[1:]:
+        same_weights.append(trained(SEEDS[0], seed, flags))
+    runs = [*same_batches, *same_weights[1:]]
+    for run in runs:
+        mean = run.window_losses.mean().item()
+        assert abs(mean - run.val_loss) < 1e-4, "the windows are those of the run"
+    return dict(
+        command="python results/noise.py",
+        date=datetime.date.today().isoformat(),
+        machine=describe_machine(pick_runtime("cpu", "float32", False), ranks=1),
+        weights_vary=[run.val_loss for run in same_batches],
+        batches_vary=[run.val_loss for run in same_weights],
+        windows=len(runs[0].window_losses),
+        window_error=window_error(runs),
+    )
+
+
+@program
+def main(argv):
+    flags = [*LIKE_COMPARE, *argv]
+    parse(TrainConfig, flags, __doc__)  # wrong flags end here, and --help
+    results = measure(flags)
+    for name in ("weights_vary", "batches_vary"):
+        print(name, f"{statistics.stdev(results[name]):.4f} nats, standard deviation")
+    print("window_error", f"{results['window_error']:.4f} nats")
+    if not argv:
+        write_json(ROOT / "results/noise.json", results)
+
+
+if __name__ == "__main__":
+    main()
