@@ -471,7 +471,7 @@ def values():
         seeds=str(settings["seeds"]),
         mha_cache=f"{sizes[0]:,}",
         **first_run(), **llama(), **ratios(), **missed(), **of_mqa(), **ranges(), **of_designs(),
-        **of_recall(), **of_noise())
+        **of_recall(), **of_noise(), **timed_twice())
 
 
 def ratios():
@@ -483,6 +483,26 @@ def ratios():
         shares[f"{key}_step"] = f"{cell['step_ms'] / cells['MHA']['step_ms']:.2f}"
         shares[f"{key}_prefill"] = f"{cell['prefill_s'] / cells['MHA']['prefill_s']:.1f}"
     return shares
+
+
+def timed_twice():
+    """Steps of models with equal parameters as a share of MHA's, as timed for results/compare and
+    for results/cache, and the largest ratio of the two times of a model."""
+    shapes = {summary.name: summary.shape for summary in variants("params")}
+    again = {summary.name: summary.shape for summary in summarize(read("cache/results.json"))}
+    texts, ratios = {}, []
+    for name in shapes:
+        key = name.lower().removesuffix("-2")
+        for title, names, folder in (("params", (shapes[name], shapes["MHA"]), "compare"),
+                                     ("again", (again[key], again["mha"]), "cache")):
+            step, first = (timing(shape, 16, 4096, folder)["step_ms"] for shape in names)
+            texts[f"{key}_step_{title}"] = f"{step / first:.2f}"
+        for tokens in (256, 1024, 4096):
+            one = timing(shapes[name], 16, tokens)
+            other = timing(again[key], 16, tokens, "cache")
+            ratios += [one["step_ms"] / other["step_ms"], one["prefill_s"] / other["prefill_s"]]
+    texts["timing_spread"] = f"{max(*ratios, 1 / min(ratios)):.1f}"
+    return texts
 
 
 def missed():
@@ -586,6 +606,8 @@ SENTENCES = {
         "two runs would change by about {noise_error} nats (standard error)",
         "a step takes {gqa_step} of MHA's time with GQA, {mqa_step} with MQA and {mla_step} with "
         "MLA. MLA took {mla_prefill} times as long as MHA to read these prompts",
+        "GQA took {gqa_step_again} of MHA's time, MQA {mqa_step_again} and MLA {mla_step_again}, "
+        "where the first timings have {gqa_step_params}, {mqa_step_params} and {mla_step_params}",
     ),
     "docs/cache.md": (
         "that of the default model, on {tokens} tokens",
@@ -601,6 +623,7 @@ SENTENCES = {
     ),
     "results/README.md": (
         "each step takes {muon_low} to {muon_high} % longer on a CPU",
+        "by up to {timing_spread} times between compare/ and cache/",
     ),
 }
 
