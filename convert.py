@@ -47,7 +47,7 @@ from nanogqa.tokenizer import (
     HF_TOKENIZER,
     copy_tokenizer,
     get_tokenizer,
-    present_name,
+    name_beside,
     stop_tokens,
 )
 
@@ -87,7 +87,7 @@ def new_folder(folder, key):
     """
     if folder is None:
         raise UserError(f"there is no folder to write to: name a new one with --{key}=FOLDER")
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(
             f"{folder} exists, and nothing is overwritten: name another --{key}, or remove it first"
@@ -222,8 +222,8 @@ def compare_logits(model, folder, dtype="float32", changes=None):
     """Compares model with the one that transformers loads from folder; one line with the result.
 
     changes are keys of config.json that are given to transformers with other values.
-    The input is random ids at the positions 0 to block_size - 1, but not more of them than 2,048
-    or, if that is more, 64 beyond the window.
+    The input is random ids at the positions 0 to block_size - 1, or to the larger of 2,048 and 64
+    beyond the window if that is less.
     Raises UserError if the logits differ by more than rounding to dtype explains.
     """
     transformers = import_transformers()
@@ -323,7 +323,7 @@ def pool(config):
     after = pooled_config(before, config)
     moments = [None] * before.n_layer
     if config.dataset is not None:
-        moments = input_moments(model, pooling_inputs(state, before, config))
+        moments = input_moments(model, pooling_inputs(state, source, before, config))
     fresh = None
     if config.method == "random":
         fresh = checkpoint.new_model(GPT, after, config.seed).state_dict()
@@ -382,15 +382,15 @@ def pooled_config(before, config):
     return after
 
 
-def pooling_inputs(state, before, config):
+def pooling_inputs(state, source, before, config):
     """64 training sequences of config.dataset, (64, T) token ids, for a model of the GPTConfig
-    before. T is its block_size, or about 2,048 if that is less.
+    before. T is its block_size, or about 2,048 if that is less. source is the checkpoint's folder.
 
     Raises UserError if the data set does not fit the model.
     """
     dataset = Dataset(config.dataset)
     theirs = dataset.meta["tokenizer"]
-    ours = present_name(state["tokenizer"], path_of(config.out_dir).parent)
+    ours = name_beside(theirs, state["tokenizer"], source)
     if theirs != ours:
         raise UserError(
             f"{dataset.folder} has tokenizer {theirs!r}, the checkpoint {ours!r}: pass a data set "

@@ -6,6 +6,7 @@ A table below a comment <!-- figures: NAME --> is what TABLES[NAME] returns. SEN
 sentences with figures; {name} stands for a value of values(). tests/test_docs.py compares both
 with the documents, and finds figures that are in neither.
 """
+import functools
 import json
 import math
 import re
@@ -25,6 +26,7 @@ DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs"
 NAMES = {"MHA": "MHA", "GQA-2": "GQA, 2 heads", "MQA": "MQA", "MLA": "MLA"}  # of the variants
 
 
+@functools.cache
 def read(name):
     """The content of a JSON file of results/."""
     return json.loads((ROOT / "results" / name).read_text(encoding="utf-8"))

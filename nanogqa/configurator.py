@@ -41,6 +41,10 @@ NO_MEMORY = re.compile("allocate memory|not enough memory|out of memory|bad_allo
                        "size|[Ss]torage size calculation overflowed|multiplication overflow")
 
 
+def plural(n, noun):
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def out_of_memory(error):
     """Whether an exception says that memory could not be allocated: torch's, numpy's, Python's."""
     if isinstance(error, OSError):
@@ -84,7 +88,7 @@ def program(main=None, remedy="use a machine with more of it"):
 
 def open_output():
     """Makes standard output and error fit for printing: closed ones (`>&-`) discard what is
-    printed, and characters that the encoding of the terminal lacks become question marks."""
+    printed. On standard output, characters that its encoding lacks become question marks."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         if getattr(sys, name) is None:
             try:
@@ -220,10 +224,7 @@ def off_default(settings, always=()):
 def check_known(settings, known, action):
     """Raises UserError that names a setting which is off its default and not in known."""
     for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
+        value, default = getattr(settings, field.name), field.default
         if field.name not in known and value != default:
             raise UserError(f"{field.name}={value} cannot be {action}, since convert.py has no "
                             f"rule for it: add one, or choose a model with {field.name}={default}")
@@ -375,7 +376,7 @@ def as_kind(kind, value):
     """value as that type; None where it does not have it."""
     if typing.get_origin(kind) is typing.Literal:
         for choice in typing.get_args(kind):
-            if value == choice or value == str(choice):
+            if as_kind(type(choice), value) == choice:
                 return choice
     elif kind is bool:
         return {"true": True, "false": False}.get(str(value).lower())

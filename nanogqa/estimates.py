@@ -38,7 +38,7 @@ class Difference(NamedTuple):
     """
     mean: float
     half: float | None = None           # half the width of its 95 % interval
-    half_together: float | None = None  # of intervals that hold all together with 95 %
+    half_together: float | None = None  # of one that holds together with all others
     p: float | None = None              # of the two-sided t test
     p_holm: float | None = None         # the same, adjusted for the number of comparisons
     detectable: float | None = None     # a true difference that is found with 80 % power at least

@@ -242,8 +242,10 @@ def model_config(hf, path, GPTConfig):
             f"{path}: model_type {model_type!r} is not known here, only {', '.join(READABLE)} are"
         )
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5, or 4
-    for key, value in unrepresentable(hf, rope).items():
-        raise refusal(path, key, value)
+    unknown = unrepresentable(hf, rope)
+    if unknown:
+        key = next(iter(unknown))
+        raise refusal(path, key, unknown[key])
 
     # keys that a config may leave out, since all families have the same default
     given = {"head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
@@ -262,7 +264,7 @@ def model_config(hf, path, GPTConfig):
     settings["qkv_bias"] = FAMILIES[model_type].qkv_bias
     settings = checkpoint.typed(GPTConfig, settings, path)
     try:
-        config = build(GPTConfig, settings)
+        config = build(GPTConfig, settings)  # checks n_layer, the length of layer_types
         return build(GPTConfig, settings | window_settings(hf, config.n_layer, path))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -282,7 +284,7 @@ def window_settings(hf, n_layer, path):
     """
     window = hf.get("sliding_window", 4096)  # the default of all three families
     types = types_of(hf, n_layer, window)
-    if set(types) <= {"full_attention"}:
+    if all(kind == "full_attention" for kind in types):  # also if there are none
         return {}
     if window is not None and FAMILIES[hf["model_type"]].windows != ("no",):
         for global_every in range(n_layer + 1):

@@ -19,6 +19,7 @@ from nanogqa.tokenizer import (
     UNICODE_OF_BYTE,
     HuggingFaceTokenizer,
     check_strings,
+    decoded,
     get_tokenizer,
     read_tokenizer_config,
     token_id,
@@ -27,8 +28,8 @@ from nanogqa.tokenizer import (
 # Keys of a tokenizer_config.json that an export keeps. The others can make transformers change what
 # the tokenizer.json says, such as add_prefix_space or add_bos_token.
 KEPT = (
-    "eos_token", "bos_token", "pad_token", "unk_token", "chat_template", "model_max_length",
-    "padding_side", "tiktoken", "stop_token_ids",
+    "eos_token", "bos_token", "pad_token", "unk_token", "chat_template", "padding_side",
+    "tiktoken", "stop_token_ids",
 )
 CLASS = "PreTrainedTokenizerFast"  # which follows the tokenizer.json
 # transformers 5 replaces the class that a tokenizer_config.json names for a model_type in its list
@@ -184,13 +185,6 @@ def first_difference(encoding, folder, decode=False):
 
 def program_text():
     return Path(__file__).read_text(encoding="utf-8")
-
-
-def decoded(encoding, ids):
-    """The texts that ids may be decoded to: SentencePiece may drop a blank in front."""
-    pieces = b"".join(encoding.decode_single_token_bytes(token) for token in ids)
-    text = pieces.decode(errors="replace")
-    return (text, text.removeprefix(" "))
 
 
 # -- from Hugging Face -----------------------------------------------------------------------------

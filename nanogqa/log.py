@@ -10,13 +10,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanogqa import schema
-from nanogqa.configurator import UserError, one_line
+from nanogqa.configurator import UserError, one_line, plural
 from nanogqa.distributed import first_rank
 from nanogqa.files import append, replacing, write_json
-from nanogqa.terminal import plural, reason, warn
+from nanogqa.terminal import reason, warn
 from nanogqa.timing import profiler
 
-# how the terminal shows a number of a row, others with four digits
+# formats of numbers on the terminal; others have four digits
 FORMATS = {"lr": ".2e", "grad_norm": ".2f", "tokens_per_sec": ",.0f", "mfu": ".1%"}
 NOT_SHOWN = ("step", "tokens", "skipped")
 
@@ -163,7 +163,7 @@ class Log:
             if backlog.failed:
                 raise UserError(
                     f"{plural(len(backlog.rows), 'row')} could not be written to {backlog.name} "
-                    f"({backlog.failed}): make room before the next run; the checkpoint is saved")
+                    f"({backlog.failed}): mend that before the next run; the checkpoint is saved")
 
     def __enter__(self):
         self.trace.__enter__()

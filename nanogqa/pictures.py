@@ -61,6 +61,7 @@ def draw_curves(summaries, colors, warmup_steps):
     if warmup_steps > last_step:
         warmup_steps = 0
         cut = ""
+    ends_of = []  # of each axis: (last y, name, color) of its lines
     for axis, match in zip(axes, matches, strict=True):
         matched = with_match(summaries, match)
         axis.axhline(0, color=colors[first])
@@ -70,10 +71,10 @@ def draw_curves(summaries, colors, warmup_steps):
                              colors[summary.name])
             ends.append((end, summary.name, colors[summary.name]))
         axis.set(title=equal(match), xlabel=f"step{cut}")
-        axis.label_ends = ends
+        ends_of.append(ends)
     axes[0].set_ylabel(minus(first))
-    for axis in axes:  # once all are drawn: they share the range of y
-        label_lines(axis, axis.label_ends)
+    for axis, ends in zip(axes, ends_of, strict=True):  # once all are drawn: they share y
+        label_lines(axis, ends)
     figure.suptitle("Learning curves, paired by seed: mean, and range of the seeds", fontsize=14)
     return figure
 
@@ -177,14 +178,15 @@ def draw_decoding(summaries, colors, results):
     batches = sorted(set(column(cells, "batch_size")))
     figure, axes = new_figure(len(batches), colors)
     floor = bandwidth_beyond_cache(results)
+    ends_of = []  # of each axis: (last y, name, color) of its lines
     for axis, batch in zip(axes, batches, strict=True):
-        axis.label_ends = []
+        ends = []
         for shape, summary in shapes.items():
             timings = [cell for cell in speed[shape]["decode"] if cell["batch_size"] == batch]
             timings.sort(key=context)
             draw_decode_times(axis, timings, colors[summary.name], floor)
-            axis.label_ends.append(
-                (timings[-1]["step_ms"], summary.name, colors[summary.name]))
+            ends.append((timings[-1]["step_ms"], summary.name, colors[summary.name]))
+        ends_of.append(ends)
         axis.set(title=f"batch {batch}", xlabel="context, tokens (log scale)", xscale="log",
                  yscale="log")
         axis.set_xticks(sorted({cell["prompt_len"] for cell in cells}))
@@ -193,8 +195,8 @@ def draw_decoding(summaries, colors, results):
         axis.grid(axis="y", which="both", color="0.9")
     axes[0].set_ylabel("milliseconds per step (log scale)")
     few_ticks(axes[0].yaxis)  # the axes share their range of y
-    for axis in axes:
-        label_lines(axis, axis.label_ends)
+    for axis, ends in zip(axes, ends_of, strict=True):
+        label_lines(axis, ends)
     machine = results["machine"]
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     text = f"Decoding on {where}, {machine['dtype']}, random weights"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-SMALLEST = 1e-30  # the least size that weights are divided by: pruned ones may all be zero
+SMALLEST = 1e-30  # of divisors: pruned weights may all be zero
 
 
 @dataclass
@@ -112,7 +112,7 @@ def square_root(moment):
     eigenvalues, basis = torch.linalg.eigh(moment)
     smallest = 1e-6 * eigenvalues[-1].item()
     roots = eigenvalues.clamp(min=smallest).sqrt()
-    return basis * roots @ basis.T, basis / roots @ basis.T
+    return (basis * roots) @ basis.T, (basis / roots) @ basis.T
 
 
 def align_equally(heads, n_kv_head, qk_norm):
@@ -260,7 +260,7 @@ def best_partition(n_heads, n_groups, kept):
             known[key] = kept(list(key))
         return known[key]
 
-    improved = n_groups > 1
+    improved = True
     while improved:
         improved = False
         for a in range(n_heads):

@@ -69,7 +69,7 @@ def encode_prompts(encoding, prompts, vocab_size):
 
 def drawable(logits, known):
     """(B, V) logits with -inf where known, (V,) bool or None, is False. Raises UserError if they
-    are not numbers, as then nothing can be drawn."""
+    are not finite, as then nothing can be drawn."""
     if not logits.amax().isfinite():
         raise UserError("the model's logits are not finite: its weights or settings are damaged, "
                         "so go back to another checkpoint")
@@ -111,9 +111,7 @@ class Output:
         """Prints what was held back, or all texts; the speed goes to standard error."""
         seconds = time.perf_counter() - self.began
         for row, text in enumerate(self.texts):
-            rest = ""
-            if not text.done:
-                rest = text.finish()
+            rest = text.finish()
             self.written[row] += rest
             if self.stream:
                 print(rest)

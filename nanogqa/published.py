@@ -12,7 +12,7 @@ class Published:
     params: int                   # of the model with MHA
     tokens: int                   # of training
     matched: bool                 # whether the MLP is widened to equal parameters
-    perplexity: dict              # {variant: per token}
+    perplexity: dict              # {variant: perplexity per token}
 
     def difference(self, variant):
         """Loss of variant minus that of MHA, nats per token."""

@@ -12,7 +12,7 @@ from nanogqa.costs import meta_model
 from nanogqa.distributed import agree, barrier, check_parallel, world
 from nanogqa.folder import exists, path_of
 from nanogqa.runtime import check_training
-from nanogqa.tokenizer import HF_TOKENIZER, present_name
+from nanogqa.tokenizer import HF_TOKENIZER, name_beside
 
 # settings of this call alone, not saved
 PER_CALL = {"out_dir", "init_from", "overwrite", "eval_only", "profile"}
@@ -111,9 +111,7 @@ def check_data(config, state, meta):
     if state is None:
         return
     source = config.out_dir if config.init_from == "resume" else config.init_from
-    tokenizer = state["tokenizer"]
-    if tokenizer != meta["tokenizer"]:  # an older checkpoint names a tokenizer.json otherwise
-        tokenizer = present_name(tokenizer, path_of(source).parent)
+    tokenizer = name_beside(meta["tokenizer"], state["tokenizer"], path_of(source).parent)
     if tokenizer not in (meta["tokenizer"], "none"):
         same = tokenizer
         if tokenizer.startswith(HF_TOKENIZER):

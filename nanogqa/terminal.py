@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from nanogqa.configurator import drop_output, off_default, one_line
+from nanogqa.configurator import drop_output, off_default, one_line, plural
 from nanogqa.costs import (
     cache_length,
     kv_bytes_beyond_windows,
@@ -31,10 +31,6 @@ def warn(text):
 def reason(error):
     """Why an exception was raised, as a few words."""
     return getattr(error, "strerror", None) or one_line(error, 100)
-
-
-def plural(n, noun):
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 # -- terminals that are full or gone ---------------------------------------------------------------

@@ -66,12 +66,13 @@ def get_tokenizer(name, folder="."):
     return tiktoken_tokenizer(name)
 
 
-def present_name(name, folder):
-    """The name that get_tokenizer(name, folder) has in this version.
+def name_beside(wanted, name, folder):
+    """The name of get_tokenizer(name, folder), to compare with wanted, that of a data set.
 
-    Earlier ones named a tokenizer.json by the hash of the file.
+    Earlier versions named a tokenizer.json by the hash of the file. Where both names are of such a
+    version, name is returned as it is.
     """
-    if name.startswith(HF_TOKENIZER):
+    if name != wanted and name.startswith(HF_TOKENIZER):
         name = get_tokenizer(name, folder).name
     return name
 
@@ -222,10 +223,8 @@ class HuggingFaceTokenizer:
         """
         for text in self.check_strings():
             ids = self.encode(text)
-            pieces = b"".join(self.decode_single_token_bytes(token) for token in ids)
-            pieces = pieces.decode(errors="replace")
             together = self.tokenizer.decode(ids, skip_special_tokens=False)
-            if pieces not in (together, f" {together}"):
+            if together not in decoded(self, ids):
                 kind = type(self.tokenizer.model).__name__
                 raise UserError(
                     f"{self.folder / HF_TOKENIZER} is a tokenizer of kind {kind} whose text cannot "
@@ -330,12 +329,20 @@ def copy_tokenizer(name, source, target, replace=False):
 
 # -- ids to text -----------------------------------------------------------------------------------
 
+def decoded(encoding, ids):
+    """The texts that ids may be decoded to: SentencePiece may drop a blank in front."""
+    pieces = b"".join(encoding.decode_single_token_bytes(token) for token in ids)
+    text = pieces.decode(errors="replace")
+    return (text, text.removeprefix(" "))
+
+
+
 def known_ids(encoding, vocab_size):
     """(vocab_size,) bool: the ids that the tokenizer can decode.
 
     A model's embedding table may be padded to more rows than the tokenizer has ids.
     """
-    import torch  # here, because the prepare scripts run without it
+    import torch  # here, because the prepare scripts start without it
     known = torch.zeros(vocab_size, dtype=torch.bool)
     for token in range(min(vocab_size, encoding.n_vocab)):
         try:

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nanogqa import schema
-from nanogqa.configurator import UserError, one_line
+from nanogqa.configurator import UserError, one_line, plural
 from nanogqa.dataloader import (
     FILES,
     SPLITS,
@@ -28,7 +28,6 @@ from nanogqa.dataloader import (
     read_meta,
 )
 from nanogqa.files import sync, write_json
-from nanogqa.terminal import plural
 from nanogqa.tokenizer import (
     HF_CONFIG,
     HF_TOKENIZER,
@@ -121,9 +120,10 @@ def open_tokenizer(tokenizer, data_dir, overwrite=False):
 
     Raises UserError if data_dir holds a data set with another tokenizer, unless overwrite.
     """
-    name = tokenizer
+    name, encoding = tokenizer, None
     if os.path.exists(os.path.join(tokenizer, HF_TOKENIZER)):
-        name = HuggingFaceTokenizer(tokenizer).name
+        encoding = HuggingFaceTokenizer(tokenizer)
+        name = encoding.name
     if (Path(data_dir) / "meta.json").exists() and not overwrite:
         try:
             found = read_meta(data_dir)["tokenizer"]
@@ -134,7 +134,7 @@ def open_tokenizer(tokenizer, data_dir, overwrite=False):
                 f"{data_dir} holds a data set with tokenizer {found!r:.60}: pass another "
                 "--data_dir, or --overwrite=True"
             )
-    return DataTokenizer(name, tokenizer, get_tokenizer(name, tokenizer))
+    return DataTokenizer(name, tokenizer, encoding or get_tokenizer(name))
 
 
 @dataclass
@@ -318,7 +318,7 @@ class DatasetWriter:
         if meta["sha256"] == wanted:
             return None  # it had this content
         raise UserError(
-            f"{self.data_dir} holds a data set of other text: pass another --data_dir, or "
+            f"{self.data_dir} holds a data set with other content: pass another --data_dir, or "
             "--overwrite=True"
         )
 

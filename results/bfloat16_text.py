@@ -7,6 +7,7 @@ by how much float32 prefers its token to the second most likely one, and the spa
 numbers of that size, by which rounding may change any logit. Writes results/bfloat16_text.md.
 """
 import datetime
+import math
 import platform
 import sys
 from dataclasses import dataclass
@@ -52,12 +53,12 @@ def compare(model, other_model, ids):
         length += 1
     logits = model(torch.tensor([ids + expected[:length]]), logits="last")[0]
     first, second = logits.flatten().topk(2).values.tolist()
-    spacing = torch.finfo(torch.bfloat16).eps * 2.0 ** int(torch.tensor(first).abs().log2().floor())
+    spacing = torch.finfo(torch.bfloat16).eps * 2.0 ** math.floor(math.log2(abs(first)))
     return (f"{length} tokens are equal, then float32 prefers its token by {first - second:.4f}; "
             f"bfloat16 numbers of that size are {spacing:.4f} apart")
 
 
-@program()
+@program
 def main(argv):
     config = build(Config, parse(Config, argv, __doc__))
     state = checkpoint.load(config.out_dir, GPTConfig)

@@ -17,13 +17,13 @@ def tables(measured):
         titles = {}  # title of a table -> its rows
         for row in rows:
             titles.setdefault(title_of(row), []).append(row)
-        for title, rows in titles.items():
-            lines += ["", f"### {title}", "", *table(rows)]
+        for title, titled in titles.items():
+            lines += ["", f"### {title}", "", *table(titled)]
     return "\n".join(lines) + "\n"
 
 
 def title_of(row):
-    if "width" in row["outcome"]:
+    if "width" in row["settings"]:
         return "attention of a decoding step, in milliseconds"
     return row["part"]
 

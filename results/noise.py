@@ -6,10 +6,12 @@ Trains MHA as results/compare does, but with the initial weights of one seed and
 another: runs with the same weights differ by their batches alone, and runs with the same batches by
 their weights alone. It also says by how much the choice of the validation windows changes the
 difference of two runs. Runs go to out/noise; finished ones are not repeated, and interrupted ones
-continue. Takes about an hour on two CPU cores. Writes results/noise.json.
+continue. Takes about an hour on two CPU cores. Writes results/noise.json. A trial is made anew in
+out/noise_trial, and only prints.
 """
 import datetime
 import itertools
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,7 +30,6 @@ from nanogqa.files import write_json
 from nanogqa.runtime import describe_machine, pick_runtime
 from train import TrainConfig
 
-OUT = ROOT / "out/noise"
 LIKE_COMPARE = ["--max_steps=800", "--eval_interval=100"]
 SEEDS = range(1, 7)
 
@@ -47,18 +48,18 @@ def train(out_dir, flags):
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def initial_weights(seed, flags):
+def initial_weights(seed, flags, runs_dir):
     """The folder of a checkpoint with the weights of this seed before training."""
-    out_dir = OUT / f"weights{seed}"
+    out_dir = runs_dir / f"weights{seed}"
     if not folder.exists(out_dir):
         train(out_dir, [*flags, f"--seed={seed}", "--max_steps=0"])
     return out_dir
 
 
-def trained(weights_seed, batches_seed, flags):
+def trained(weights_seed, batches_seed, flags, runs_dir):
     """The Run with the weights and the batches of these seeds, trained if it is not there."""
-    out_dir = OUT / f"weights{weights_seed}-batches{batches_seed}"
-    source = initial_weights(weights_seed, flags)
+    out_dir = runs_dir / f"weights{weights_seed}-batches{batches_seed}"
+    source = initial_weights(weights_seed, flags, runs_dir)
     if folder.exists(out_dir):
         source = "resume"
     print(out_dir.name, flush=True)
@@ -94,14 +95,14 @@ def window_error(runs):
 
 # -- the study -------------------------------------------------------------------------------------
 
-def measure(flags):
+def measure(flags, runs_dir):
     """The content of results/noise.json."""
     same_batches = []
     for seed in SEEDS:
-        same_batches.append(trained(seed, SEEDS[0], flags))
+        same_batches.append(trained(seed, SEEDS[0], flags, runs_dir))
     same_weights = [same_batches[0]]
     for seed in SEEDS[1:]:
-        same_weights.append(trained(SEEDS[0], seed, flags))
+        same_weights.append(trained(SEEDS[0], seed, flags, runs_dir))
     runs = [*same_batches, *same_weights[1:]]
     for run in runs:
         mean = run.window_losses.mean().item()
@@ -121,7 +122,11 @@ def measure(flags):
 def main(argv):
     flags = [*LIKE_COMPARE, *argv]
     parse(TrainConfig, flags, __doc__)  # wrong flags end here, and --help
-    results = measure(flags)
+    runs_dir = ROOT / "out/noise"
+    if argv:
+        runs_dir = ROOT / "out/noise_trial"
+        shutil.rmtree(runs_dir, ignore_errors=True)
+    results = measure(flags, runs_dir)
     for name in ("weights_vary", "batches_vary"):
         print(name, f"{statistics.stdev(results[name]):.4f} nats, standard deviation")
     print("window_error", f"{results['window_error']:.4f} nats")

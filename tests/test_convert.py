@@ -293,9 +293,9 @@ def test_pool_reads_whole_sequences(tmp_path):
         state, config = dict(tokenizer="byte"), convert.PoolConfig(dataset=str(tmp_path / "data"))
         if length is None:
             with pytest.raises(UserError, match="sequences of 2560 tokens"):
-                convert.pooling_inputs(state, before, config)
+                convert.pooling_inputs(state, tmp_path, before, config)
         else:
-            assert convert.pooling_inputs(state, before, config).shape == (64, length)
+            assert convert.pooling_inputs(state, tmp_path, before, config).shape == (64, length)
 
 
 def test_heads_that_agree_where_the_inputs_lie_pool_without_loss():
@@ -324,7 +324,7 @@ def test_pool_weighs_by_the_inputs_of_a_data_set(tmp_path, toy_data):
     source = save(model, tmp_path / "from", "byte")
     convert.main(command("pool", out_dir=source, new_dir=tmp_path / "new", n_kv_head=2, dataset=toy_data))
     new = loaded(tmp_path / "new")
-    ids = convert.pooling_inputs(dict(tokenizer="byte"), model.config, convert.PoolConfig(dataset=toy_data))
+    ids = convert.pooling_inputs(dict(tokenizer="byte"), tmp_path, model.config, convert.PoolConfig(dataset=toy_data))
     for layer, block in enumerate(model.layers):
         inputs = []
         hook = block.attn.register_forward_pre_hook(lambda module, args, inputs=inputs: inputs.append(args[0]))
@@ -340,6 +340,26 @@ def test_pool_weighs_by_the_inputs_of_a_data_set(tmp_path, toy_data):
             for a, b in ((found.q[h].T @ found.k[h // 2], expected.q[h].T @ expected.k[h // 2]),
                          (found.o[h] @ found.v[h // 2], expected.o[h] @ expected.v[h // 2])):
                 assert ((a - b) @ root).norm() < 1e-3 * (b @ root).norm()
+
+
+def test_data_and_a_checkpoint_with_the_older_name_of_a_tokenizer_fit(tmp_path):
+    """pool renamed the checkpoint's alone, and refused data that train.py accepts."""
+    write_dataset([("train", "x" * 99), ("val", "y")], tmp_path / "data", "byte")
+    path = tmp_path / "data/meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": "tokenizer.json-0123"}))
+    config = convert.PoolConfig(dataset=str(tmp_path / "data"))
+    before = GPTConfig(vocab_size=257, block_size=48)
+    ids = convert.pooling_inputs(dict(tokenizer="tokenizer.json-0123"), tmp_path, before, config)
+    assert ids.shape == (64, 48)
+
+
+def test_a_link_to_an_empty_folder_is_filled(tmp_path):
+    """It passed the first check, and could not be replaced after all the work."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "new").symlink_to(tmp_path / "disk")
+    with convert.whole(tmp_path / "new", "new_dir") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "disk/file").exists() and (tmp_path / "new").is_symlink()
 
 
 @pytest.mark.parametrize("part", ["k_proj", "v_proj", "q_proj", "o_proj"])
@@ -917,6 +937,8 @@ def test_a_tokenizer_that_tiktoken_cannot_express_is_copied(
     sample.main(command(out_dir=tmp_path / "tuned", prompt="the", max_new_tokens=4, device="cpu"))
     assert capsys.readouterr().out.startswith("the")
     convert.main(command("to_hf", out_dir=tmp_path / "tuned", hf_dir=tmp_path / "again"))
+    about = json.loads((tmp_path / "again/tokenizer_config.json").read_text())
+    assert about["model_max_length"] == 32, "the model's context, not that of the original"
     assert (tmp_path / "again/tokenizer.json").read_bytes() == (
         tmp_path / "hf/tokenizer.json"
     ).read_bytes()

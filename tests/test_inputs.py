@@ -137,6 +137,8 @@ def test_config_files_are_read_as_data(tmp_path):
     assert got == dict(out_dir="base/x", n_layer=3, learning_rate=1.0, min_lr=3e-4, n_kv_head=None, compile=False,
                        wandb_run_name="a=b", wandb_project="p=q")
     assert isinstance(got["learning_rate"], float) and got["compile"] is False
+    for flag in ("--compile=true", "--fast=true", "--compile=True"):
+        assert list(parse(TrainConfig, [flag], "").values()) == [True]
 
 
 def damage(folder, kind):
@@ -425,7 +427,7 @@ def test_where_a_checkpoint_is_missing_or_has_its_tokenizer(toy_run, trained, tm
     error = fails(train.main, [arg.replace("/run", "/tpyo") for arg in toy_run] + ["--init_from=resume"], capsys)
     assert "there is no checkpoint" in error and "init_from" not in error
     config = TrainConfig(init_from=str(trained / "ckpt_best.pt"))
-    monkeypatch.setattr(resume, "present_name", lambda name, folder: name)
+    monkeypatch.setattr(resume, "name_beside", lambda wanted, name, folder: name)
     state = dict(tokenizer="tokenizer.json-0123")
     with pytest.raises(UserError, match=f"prepare the data with --tokenizer={trained}$"):
         resume.check_data(config, state, dict(tokenizer="byte", sha256=""))

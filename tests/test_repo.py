@@ -277,6 +277,14 @@ print(sorted(set(sys.modules) - before))
 """
 
 
+def test_scripts_that_prepare_data_start_without_torch():
+    """They imported it for the one function that writes plurals."""
+    for name in ("python", "text", "hub", "recall", "shakespeare"):
+        code = f"import runpy, sys; runpy.run_path('data/{name}/prepare.py'); print('torch' in sys.modules)"
+        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True, encoding="utf-8", timeout=100).stdout
+        assert out == "False\n", name
+
+
 def test_programs_start_without_what_few_runs_need():
     """A model without values used to import the compiler, through torch.nn's initialization."""
     out = subprocess.run([sys.executable, "-c", STARTS], cwd=ROOT, capture_output=True, check=True,

@@ -82,7 +82,7 @@ class HubConfig(PrepareConfig):
             value = getattr(self, key)
             if not schema.base_name(value):
                 raise ValueError(f"{key} must be a name without slashes, not {value!r}")
-        if self.revision is not None and not is_commit(self.revision):
+        if self.revision is not None and not commit_hash(self.revision):
             raise ValueError(f"revision must be a commit of 40 hex digits, not {self.revision!r}")
 
 
@@ -106,7 +106,8 @@ class Unreachable(UserError):
     """The Hub cannot be reached, or is busy: the same command may continue later."""
 
 
-def is_commit(name):
+def commit_hash(name):
+    """The name of a commit in hexadecimal."""
     return isinstance(name, str) and re.fullmatch("[0-9a-f]{40}", name) is not None
 
 
@@ -187,7 +188,7 @@ class Hub:
         commit = config.revision
         if commit is None:
             commit = self.ask(self.api.dataset_info, config.repo, revision=BRANCH).sha
-        if not is_commit(commit):
+        if not commit_hash(commit):
             raise self.not_a_hub(f"{commit!r} is not a commit")
         for folder in folders_of(config):
             names = self.ask(self.list_names, folder, commit)
@@ -463,7 +464,7 @@ def read_position(config, progress, part):
         schema.check(progress["position"], POSITION)
         position = Position(**progress["position"])  # TypeError: further keys
         if config.input is None:
-            schema.check(progress["about"], {"commit": is_commit})
+            schema.check(progress["about"], {"commit": commit_hash})
         check_position(config, position)
     except (TypeError, ValueError) as error:
         raise UserError(
