@@ -299,8 +299,10 @@ def of_recall():
         size = summary.facts["params"] / summaries[0].facts["params"]
         texts[f"{key}_smaller"] = f"{100 * (1 - size):.0f}"
         texts[f"recall_{key}"] = f"{statistics.mean(points[-1][1] for points in runs):.2f}"
-        texts[f"reach_{key}"] = str(sum(steps_to_nine_tenths(points) != "never"
-                                        for points in runs))
+        reached = 0
+        for points in runs:
+            reached += steps_to_nine_tenths(points) != "never"
+        texts[f"reach_{key}"] = str(reached)
         if summary.difference:
             texts[f"recall_{key}_minus"] = summary.difference.text(3)
     return texts
@@ -495,16 +497,20 @@ def timed_twice():
     texts, ratios = {}, []
     for name in shapes:
         key = name.lower().removesuffix("-2")
-        for title, names, folder in (("params", (shapes[name], shapes["MHA"]), "compare"),
-                                     ("again", (again[key], again["mha"]), "cache")):
-            step, first = (timing(shape, 16, 4096, folder)["step_ms"] for shape in names)
-            texts[f"{key}_step_{title}"] = f"{step / first:.2f}"
+        texts[f"{key}_step_params"] = step_ratio(shapes[name], shapes["MHA"], "compare")
+        texts[f"{key}_step_again"] = step_ratio(again[key], again["mha"], "cache")
         for tokens in (256, 1024, 4096):
             one = timing(shapes[name], 16, tokens)
             other = timing(again[key], 16, tokens, "cache")
             ratios += [one["step_ms"] / other["step_ms"], one["prefill_s"] / other["prefill_s"]]
     texts["timing_spread"] = f"{max(*ratios, 1 / min(ratios)):.1f}"
     return texts
+
+
+def step_ratio(shape, other, comparison):
+    """The time of a step as a share of another shape's, at the largest batch and context."""
+    step = timing(shape, 16, 4096, comparison)["step_ms"]
+    return f"{step / timing(other, 16, 4096, comparison)['step_ms']:.2f}"
 
 
 def missed():

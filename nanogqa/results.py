@@ -70,12 +70,19 @@ RESULTS = {
 
 def evaluations(rows):
     """Those of the rows of metrics.jsonl that have a validation loss."""
-    return [row for row in rows if row.get("val_loss") is not None]
+    evaluated = []
+    for row in rows:
+        if row.get("val_loss") is not None:
+            evaluated.append(row)
+    return evaluated
 
 
 def curve_of(rows):
     """[[step, val_loss], ...] of the evaluations among rows of metrics.jsonl."""
-    return [[row["step"], row["val_loss"]] for row in evaluations(rows)]
+    curve = []
+    for row in evaluations(rows):
+        curve.append([row["step"], row["val_loss"]])
+    return curve
 
 
 def metrics_of(row):
