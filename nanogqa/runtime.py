@@ -196,23 +196,24 @@ def warn_eager(error, runtime):
 
 def describe_machine(runtime, ranks):
     """Where this runs, with that many ranks in each training run."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        names = re.findall(r"^model name\s*: (.*)", text, re.M)
-        if names:
-            cpu = names[0]
     gpu = None
     cache_bytes = cpu_cache_bytes()
     if runtime.device.type == "cuda":
         gpu = torch.cuda.get_device_name(runtime.device)
         cache_bytes = torch.cuda.get_device_properties(runtime.device).L2_cache_size
     machine = dict(
-        cpu=cpu, threads=torch.get_num_threads(), gpu=gpu, gpus=torch.cuda.device_count(),
+        cpu=cpu_name(), threads=torch.get_num_threads(), gpu=gpu, gpus=torch.cuda.device_count(),
         cache_bytes=cache_bytes, torch=torch.__version__, python=platform.python_version(),
         system=platform.system(), **runtime.describe())
     machine["ranks"] = ranks
     return machine
+
+
+def cpu_name():
+    for line in lines_of("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def cpu_cache_bytes():
@@ -262,7 +263,7 @@ def swap_bytes():
 def lines_of(path):
     """The lines of a file of the kernel; [] where there is no such file."""
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
 

@@ -1,6 +1,6 @@
 """Times this tree, its plain model (--fast=False) and another checkout of the repository, in turns.
 
-    python results/against_before.py TREE [--rounds=4]
+    python results/against_before.py --tree=FOLDER [--rounds=4]
 
 Every timing is a bench.py in a process of its own, or the whole time of a program that starts. The
 minimum over the rounds counts, since a shared machine only ever adds time. Writes
@@ -8,7 +8,6 @@ results/against_before.md.
 """
 import datetime
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -18,7 +17,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from nanogqa.configurator import build, parse
+from nanogqa.configurator import UserError, build, parse, program
+from nanogqa.runtime import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 LARGE = ["--n_layer=12", "--n_head=12", "--n_embd=768", "--n_ff=2048", "--vocab_size=50304",
@@ -27,6 +27,7 @@ LARGE = ["--n_layer=12", "--n_head=12", "--n_embd=768", "--n_ff=2048", "--vocab_
 
 @dataclass
 class Config:
+    tree: str | None = None  # the other checkout
     rounds: int = 4  # timings of each cell
 
 
@@ -121,10 +122,10 @@ def table(measured, rounds):
     lines = [
         "# This tree beside the one before, and beside its plain model",
         "",
-        f"Written by `python results/against_before.py TREE --rounds={rounds}`: milliseconds per "
-        "step, for a prompt or for a whole process, the minimum over the rounds, measured in turns."
-        " Ratios are to the tree before. "
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"Written by `python results/against_before.py --tree=FOLDER --rounds={rounds}`: "
+        "milliseconds per step, for a prompt or for a whole process, the minimum over the rounds, "
+        "measured in turns. Ratios are to the tree before. "
+        f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"float32 unless a row says otherwise, eager, {datetime.date.today().isoformat()}.",
         "",
         "| what | before | now | ratio | `--fast=False` | ratio |",
@@ -141,9 +142,13 @@ def table(measured, rounds):
     return "\n".join(lines) + "\n"
 
 
-def main():
-    tree = Path(sys.argv[1])
-    config = build(Config, parse(Config, sys.argv[2:], __doc__))
+@program
+def main(argv):
+    config = build(Config, parse(Config, argv, __doc__))
+    tree = Path(config.tree or "")
+    if config.tree is None or not (tree / "bench.py").exists():
+        raise UserError("there is no tree to compare with: name a checkout of the repository with "
+                        "--tree=FOLDER")
     measured = cells()
     for number in range(config.rounds):
         for cell in measured:

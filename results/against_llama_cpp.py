@@ -7,7 +7,6 @@ LLAMA_CPP is the folder of llama.cpp's source, for its convert_hf_to_gguf.py. fl
 the KV cache too, random weights. Writes results/against_llama_cpp.md.
 """
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import bench
 import convert
 from model import GPT, GPTConfig
-from nanogqa.runtime import pick_runtime
+from nanogqa.runtime import cpu_name, pick_runtime
 from nanogqa.tokenizer import get_tokenizer
 from sample import generate
 
@@ -148,12 +147,7 @@ def time_in_turns(settings, folder, llama_cpp):
 
 def machine():
     busy, cores = os.getloadavg()[0], os.cpu_count()
-    name = platform.machine()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            name = line.split(":")[1].strip()
-            break
-    return (f"{date.today()}, {name}, {cores} cores, "
+    return (f"{date.today()}, {cpu_name()}, {cores} cores, "
             f"OMP_NUM_THREADS={torch.get_num_threads()}, load "
             f"{busy:.1f} at the end, torch {torch.__version__}")
 

@@ -22,7 +22,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bench
-from nanogqa.runtime import pick_runtime
+from nanogqa.runtime import cpu_name, pick_runtime
 
 RESULTS = Path(__file__).with_name("transformers.json")
 ROUNDS = 2
@@ -144,7 +144,7 @@ def write(mode, rows):
     before = results[mode]
     noted = [row for row in before["rows"] if row.get("note")]
     results[mode] = dict(
-        before, machine=f"{platform.processor() or platform.machine()}, "
+        before, machine=f"{cpu_name()}, "
         f"{torch.get_num_threads()} threads", torch=torch.__version__,
         python=platform.python_version(), transformers=transformers.__version__,
         date=datetime.date.today().isoformat(), rows=rows + noted)

@@ -8,7 +8,6 @@ numbers of that size, by which rounding may change any logit. Writes results/bfl
 """
 import datetime
 import math
-import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from model import GPT, GPTConfig
 from nanogqa import checkpoint, folder
 from nanogqa.configurator import build, parse, program
 from nanogqa.fast import prepare_for_decoding
+from nanogqa.runtime import cpu_name
 from nanogqa.tokenizer import get_tokenizer
 from sample import generate
 
@@ -68,7 +68,7 @@ def main(argv):
         "# Greedy text in float32 and in bfloat16",
         "",
         "Written by `python results/bfloat16_text.py`: the model of the first command of README.md "
-        f"continues prompts by {TOKENS} tokens. {platform.machine()}, torch {torch.__version__}, "
+        f"continues prompts by {TOKENS} tokens. {cpu_name()}, torch {torch.__version__}, "
         f"{datetime.date.today().isoformat()}.",
         "",
     ]

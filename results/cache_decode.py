@@ -8,7 +8,6 @@ its own, in two rounds, and the faster round counts. Writes results/cache_decode
 """
 import datetime
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from compare import CompareConfig
 from nanogqa.configurator import parse
+from nanogqa.runtime import cpu_name
 from train import TrainConfig
 
 DESIGNS = parse(CompareConfig, [str(ROOT / "config" / "cache.py")], "", axes=True)["design"]
@@ -55,7 +55,7 @@ def main():
         "# A decoding step with smaller caches",
         "",
         f"Written by `python results/cache_decode.py`: 12 layers of 12 heads of width 64, 16 texts "
-        f"of 4,096 tokens, float32, random weights and caches. {platform.machine()}, "
+        f"of 4,096 tokens, float32, random weights and caches. {cpu_name()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{datetime.date.today().isoformat()}.",
         "",

@@ -10,13 +10,16 @@ milliseconds, measured in turns; reading is the time in which torch.dot reads as
 Writes results/decode_attention.md.
 """
 import datetime
-import platform
+import sys
 import time
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import flex_attention
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from nanogqa.runtime import cpu_name
 
 ROUNDS = 10
 BATCH, HEADS, TOKENS, WIDTH = 16, 16, 4096, 64
@@ -90,7 +93,7 @@ def main():
         "",
         f"Written by `python results/decode_attention.py`: milliseconds for a batch of {BATCH}, "
         f"{HEADS} heads of width {WIDTH} and {TOKENS:,} cached tokens in float32, one layer. "
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"{datetime.date.today().isoformat()}.",
         "",
         "| key/value heads | " + " | ".join(["reading", *WAYS]) + " |",
