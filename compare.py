@@ -443,7 +443,8 @@ def check_same_comparison(results, wanted, out_dir):
     if not differences:
         for key, value in now[0].items():
             if before[0].get(key) != value:
-                differences.append(f"{key} {before[0].get(key)} there, {value} here")
+                differences.append(f"{key} of the first variant is {value}, not "
+                                   f"{before[0].get(key)}")
     if not differences and any(model not in now for model in before):
         differences.append("other variants; they can only be added, after the first")
     if differences:

@@ -208,7 +208,7 @@ def noise_sources():
 
 
 def of_noise():
-    """The validation windows of a run, and what other windows would change (docs/comparing.md)."""
+    """The validation windows of a run, and the error that comes from them (docs/comparing.md)."""
     study = read("noise.json")
     return dict(noise_windows=str(study["windows"]), noise_error=f"{study['window_error']:.3f}")
 
@@ -576,6 +576,7 @@ SENTENCES = {
         "true differences of {gqa_found} and {mqa_found} nats would have been missed at "
         "most one time in five",
         "After all {seeds} planned seeds",
+        "MQA's loss is {mqa_share} % higher, barely significant",
         "with 8 query heads and {recall_seeds} seeds, MHA answered {recall_mha} of the questions, "
         "GQA-4 {recall_gqa4}, GQA-2 {recall_gqa2} and MQA {recall_mqa}",
         "equal parameters and {design_seeds} seeds each",
@@ -610,8 +611,8 @@ SENTENCES = {
         "interval contains zero): by {mqa_share} % of the loss, where the published run in equal "
         "shape has {mqa_published} %",
         "would have found {found_low} to {found_high} nats with a power of 80 %",
-        "reads the same {noise_windows} windows. With others of the same text, the difference of "
-        "two runs would change by about {noise_error} nats (standard error)",
+        "reads the same {noise_windows} windows. The difference of two of these runs lies within "
+        "about {noise_error} nats (standard error) of that over the whole text",
         "a step takes {gqa_step} of MHA's time with GQA, {mqa_step} with MQA and {mla_step} with "
         "MLA. MLA took {mla_prefill} times as long as MHA to read these prompts",
         "GQA took {gqa_step_again} of MHA's time, MQA {mqa_step_again} and MLA {mla_step_again}, "

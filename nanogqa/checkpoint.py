@@ -114,7 +114,7 @@ def read_tensors(path):
             damaged = archive.testzip()  # torch.load verifies no checksum
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return plain_dicts(torch.load(path, map_location="cpu", weights_only=True), {})
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes
         # zipfile seeks to where the archive says, which the system calls an invalid argument
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
@@ -128,6 +128,18 @@ def read_tensors(path):
         raise Damaged(
             f"{path} is damaged or not a checkpoint ({reason}): restore it from a copy, or train "
             "again with --overwrite=True") from None
+
+
+def plain_dicts(value, copies):
+    """value with a dict for each dict in it: torch.load also returns OrderedDicts, whose attributes
+    come from the file and may hide methods. copies are those made so far, by id."""
+    if not isinstance(value, dict):
+        return value
+    if id(value) not in copies:
+        copies[id(value)] = {}
+        for key, inner in dict.items(value):
+            copies[id(value)][key] = plain_dicts(inner, copies)
+    return copies[id(value)]
 
 
 def read_plain(path):
@@ -158,8 +170,8 @@ def check(state, path, GPTConfig):
     try:
         state["config"] = asdict(build(GPTConfig, values))
     except UserError as error:
-        raise Damaged(f"{path} has the settings of no model ({one_line(error)}): restore it from "
-                      "a copy, or name another --out_dir") from None
+        raise UserError(f"{path} has the settings of no model ({one_line(error)}): use the version "
+                        "that wrote it, or restore it from a copy") from None
     return state
 
 
@@ -203,12 +215,11 @@ def check_whole(state):
 def load_model(GPT, config, state):
     """GPT(config) with the weights of a loaded checkpoint, in float32 on the CPU."""
     check_whole(state)
-    weights = dict(state["model"])  # its own class may have attributes, which torch would read
     model = meta_model(GPT, config)  # config may ask for more than fits into memory
-    check_weights(model, weights)
+    check_weights(model, state["model"])
     check_memory({SHAPE: 4 * num_params(model)})
     model = model.to_empty(device="cpu")
-    model.load_state_dict(weights)
+    model.load_state_dict(state["model"])
     return model
 
 

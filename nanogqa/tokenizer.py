@@ -69,8 +69,8 @@ def get_tokenizer(name, folder="."):
 def name_beside(wanted, name, folder):
     """The name of get_tokenizer(name, folder), to compare with wanted, that of a data set.
 
-    Earlier versions named a tokenizer.json by the hash of the file. Where both names are of such a
-    version, name is returned as it is.
+    Earlier versions named a tokenizer.json by the hash of the file. Equal names are returned as
+    they are.
     """
     if name != wanted and name.startswith(HF_TOKENIZER):
         name = get_tokenizer(name, folder).name

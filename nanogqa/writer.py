@@ -134,7 +134,7 @@ def open_tokenizer(tokenizer, data_dir, overwrite=False):
                 f"{data_dir} holds a data set with tokenizer {found!r:.60}: pass another "
                 "--data_dir, or --overwrite=True"
             )
-    return DataTokenizer(name, tokenizer, encoding or get_tokenizer(name))
+    return DataTokenizer(name, tokenizer, encoding or get_tokenizer(name, tokenizer))
 
 
 @dataclass

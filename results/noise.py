@@ -4,17 +4,19 @@
 
 Trains MHA as results/compare does, but with the initial weights of one seed and the batches of
 another: runs with the same weights differ by their batches alone, and runs with the same batches by
-their weights alone. It also says by how much the choice of the validation windows changes the
-difference of two runs. Runs go to out/noise; finished ones are not repeated, and interrupted ones
-continue. Takes about an hour on two CPU cores. Writes results/noise.json. A trial is made anew in
-out/noise_trial, and only prints.
+their weights alone. It also says by how much the loss on the validation windows misses that on the
+whole text. Two runs train at a time, with one thread each. They go to out/noise; finished ones are
+not repeated, and interrupted ones continue. Takes about 40 minutes on two CPU cores. Writes
+results/noise.json. A trial is made anew in out/noise_trial, and only prints.
 """
 import datetime
 import itertools
+import os
 import shutil
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +26,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from model import GPT, GPTConfig
 from nanogqa import checkpoint, folder
-from nanogqa.configurator import parse, program
+from nanogqa.configurator import UserError, parse, program
 from nanogqa.dataloader import Dataset, val_batch, val_windows
 from nanogqa.files import write_json
 from nanogqa.runtime import describe_machine, pick_runtime
 from train import TrainConfig
 
-LIKE_COMPARE = ["--max_steps=800", "--eval_interval=100"]
+LIKE_COMPARE = ["--max_steps=800", "--eval_interval=100", "--device=cpu", "--dtype=float32"]
+OF_EACH_RUN = ("out_dir", "seed", "init_from", "overwrite")  # settings that differ between runs
 SEEDS = range(1, 7)
+AT_A_TIME = 2  # runs
 
 
 @dataclass
@@ -45,24 +49,24 @@ class Run:
 
 def train(out_dir, flags):
     command = [sys.executable, ROOT / "train.py", f"--out_dir={out_dir}", *flags]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    print(out_dir.name, flush=True)
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL,
+                   env=dict(os.environ, OMP_NUM_THREADS="1"))
 
 
 def initial_weights(seed, flags, runs_dir):
-    """The folder of a checkpoint with the weights of this seed before training."""
+    """Makes a checkpoint with the weights of this seed before training, if it is not there."""
     out_dir = runs_dir / f"weights{seed}"
     if not folder.exists(out_dir):
         train(out_dir, [*flags, f"--seed={seed}", "--max_steps=0"])
-    return out_dir
 
 
 def trained(weights_seed, batches_seed, flags, runs_dir):
     """The Run with the weights and the batches of these seeds, trained if it is not there."""
     out_dir = runs_dir / f"weights{weights_seed}-batches{batches_seed}"
-    source = initial_weights(weights_seed, flags, runs_dir)
+    source = runs_dir / f"weights{weights_seed}"
     if folder.exists(out_dir):
         source = "resume"
-    print(out_dir.name, flush=True)
     train(out_dir, [*flags, f"--seed={batches_seed}", f"--init_from={source}"])
     state = checkpoint.load(out_dir, GPTConfig)
     return Run(state["val_loss"], window_losses(state))
@@ -84,8 +88,8 @@ def window_losses(state):
 
 
 def window_error(runs):
-    """The standard error of the difference of two runs, as a mean over the windows: the root mean
-    square over all pairs of runs."""
+    """The standard error of the difference of two runs, as an estimate of that over the whole text
+    from the windows: the root mean square over all pairs of runs."""
     squares = []
     for a, b in itertools.combinations(runs, 2):
         difference = a.window_losses - b.window_losses
@@ -97,13 +101,12 @@ def window_error(runs):
 
 def measure(flags, runs_dir):
     """The content of results/noise.json."""
-    same_batches = []
-    for seed in SEEDS:
-        same_batches.append(trained(seed, SEEDS[0], flags, runs_dir))
-    same_weights = [same_batches[0]]
-    for seed in SEEDS[1:]:
-        same_weights.append(trained(SEEDS[0], seed, flags, runs_dir))
-    runs = [*same_batches, *same_weights[1:]]
+    first, *others = SEEDS
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        list(pool.map(lambda seed: initial_weights(seed, flags, runs_dir), SEEDS))
+        pairs = [(seed, first) for seed in SEEDS] + [(first, seed) for seed in others]
+        runs = list(pool.map(lambda pair: trained(*pair, flags, runs_dir), pairs))
+    same_batches, same_weights = runs[:len(SEEDS)], [runs[0], *runs[len(SEEDS):]]
     for run in runs:
         mean = run.window_losses.mean().item()
         assert abs(mean - run.val_loss) < 1e-4, "the windows are those of the run"
@@ -120,8 +123,10 @@ def measure(flags, runs_dir):
 
 @program
 def main(argv):
+    given = parse(TrainConfig, argv, __doc__)
+    if set(given) & set(OF_EACH_RUN):
+        raise UserError(f"{', '.join(OF_EACH_RUN)} differ between the runs: leave them out")
     flags = [*LIKE_COMPARE, *argv]
-    parse(TrainConfig, flags, __doc__)  # wrong flags end here, and --help
     runs_dir = ROOT / "out/noise"
     if argv:
         runs_dir = ROOT / "out/noise_trial"

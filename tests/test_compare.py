@@ -252,6 +252,7 @@ def test_results_of_other_settings_are_refused(comparison, capsys):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     for change, words in (("--max_steps=13", "max_steps 12 there, 13 here"),
                           ("--n_kv_head=4,2", "other variants; they can only be added, after the first"),
+                          ("--n_kv_head=2,1", "n_kv_head of the first variant is 2, not 4; name of the first variant is GQA-2, not MHA"),
                           ("--seeds=1", "seeds 2 there, 1 here (they can only be raised)"),
                           ("--learning_rate=1e-3", "learning_rate 0.003 there")):
         with pytest.raises(SystemExit) as exit:
@@ -583,6 +584,8 @@ def test_a_checkpoint_that_cannot_be_read_is_not_replaced(again, monkeypatch, ca
     state = load(newer)
     torch.save(dict(state, config=state["config"] | {"new_setting": 1}), newer / "ckpt.pt")
     assert "has the setting new_setting, which this version does not know" in fails(compare.main, args, capsys)
+    torch.save(dict(state, config=state["config"] | {"n_layer": 1025}), newer / "ckpt.pt")
+    assert "has the settings of no model" in fails(compare.main, args, capsys)
     torch.save(state, newer / "ckpt.pt")
 
     def fail(*args, **kwargs):

@@ -70,17 +70,36 @@ def test_weights_for_a_sharded_model_are_checked_too(trained):  # noqa: F811
             checkpoint.load_model(GPT, model.config, infinite)
 
 
-def test_attributes_of_the_dict_of_weights_are_not_read(trained, tmp_path):  # noqa: F811
-    """torch.load restores those of an OrderedDict, and load_state_dict reads _metadata."""
-    state = checkpoint.load(trained, GPTConfig)
-    state["model"] = collections.OrderedDict(state["model"])
-    for name in ("_metadata", "values"):
-        setattr(state["model"], name, 5)
-    torch.save(state, tmp_path / "ckpt.pt")
+def test_attributes_of_dicts_are_not_read(trained, tmp_path):  # noqa: F811
+    """torch.load restores those of an OrderedDict. They hide its methods, and load_state_dict reads _metadata."""
+    plain = checkpoint.load(trained, GPTConfig)
+
+    def hostile(value):
+        if not isinstance(value, dict):
+            return value
+        copy = collections.OrderedDict((key, hostile(inner)) for key, inner in value.items())
+        for name in ("_metadata", "keys", "values", "get", "setdefault", "copy"):  # pickle needs items
+            copy.__dict__[name] = 5
+        return copy
+    torch.save({key: hostile(value) for key, value in plain.items()}, tmp_path / "ckpt.pt")
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"].keys == 5, "it is as hostile as intended"
     loaded = checkpoint.load(tmp_path, GPTConfig)
-    assert loaded["model"]._metadata == 5
     model = checkpoint.load_model(GPT, GPTConfig(**loaded["config"]), loaded)
-    assert torch.equal(model.state_dict()[WEIGHT], checkpoint.load(trained, GPTConfig)["model"][WEIGHT])
+    assert torch.equal(model.state_dict()[WEIGHT], plain["model"][WEIGHT])
+    optimizers = train.make_optimizers(model, train.TrainConfig())
+    checkpoint.load_moments(model, optimizers, loaded)
+
+
+def test_dicts_that_hold_each_other_are_copied_once():
+    one = {}
+    for _ in range(100):
+        one = dict(a=one, b=one)
+    endless = {}
+    endless["self"] = endless
+    copy = checkpoint.plain_dicts(one, {})
+    assert copy["a"] is copy["b"] and copy["a"]["a"] is copy["b"]["b"]
+    copy = checkpoint.plain_dicts(endless, {})
+    assert copy["self"] is copy and copy is not endless
 
 
 def test_missing_bytes_are_damage(trained, tmp_path):  # noqa: F811

@@ -558,13 +558,15 @@ def test_tokens_per_second_are_of_the_steps_since_the_last_restart(monkeypatch):
 
 
 def test_evaluations_and_saves_are_not_in_the_rate(toy_run, monkeypatch):
-    calls = []
+    calls, steps = [], []
 
     def record(owner, name):
         function = getattr(owner, name)
 
         def call(*args):
             calls.append(name)
+            if name == "restart":
+                steps.append(args[1])
             return function(*args)
         monkeypatch.setattr(owner, name, call)
     record(train, "evaluate")
@@ -573,6 +575,7 @@ def test_evaluations_and_saves_are_not_in_the_rate(toy_run, monkeypatch):
     train.main(toy_run)
     evaluation = ["evaluate", "save", "restart"]
     assert calls == ["restart", *evaluation, "restart", *evaluation, "restart", *evaluation]
+    assert steps == [0, 0, 5, 10, 15, 20]
 
 
 # -- what an error or another run must not cost --------------------------------------------------

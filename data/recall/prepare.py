@@ -82,8 +82,8 @@ def main(argv):
     config = build(RecallConfig, parse(RecallConfig, argv, __doc__))
     tokenizer = DataTokenizer("none", "", NoText(config.first_value + VALUES * config.width, END))
     about = dict(source="associative recall", fields=config.fields, records=config.records,
-                 train=config.train, val=config.val, seed=config.seed, answer_after=ASK,
-                 answer_distance=QUESTION - 1, sequence_length=config.length)
+                 seed=config.seed, answer_after=ASK, answer_distance=QUESTION - 1,
+                 sequence_length=config.length)
     data_dir = config.data_dir or Path(__file__).parent
     write_encoded(sequences(config), data_dir, tokenizer, about, config.overwrite)
 
