@@ -105,7 +105,7 @@ def test_scripts_of_results_use_names_that_exist(name):
 
 def test_contributing_names_files_that_exist():
     named = re.findall(r"`((?:\w+/)*\w+\.py)`", (ROOT / "CONTRIBUTING.md").read_text())
-    assert "nanogqa/pool.py" in named
+    assert "nanogqa/fast.py" in named
     for target in named:
         if not target.startswith(("data/NAME", "config/NAME")):
             assert (ROOT / target).exists(), target
