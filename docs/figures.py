@@ -285,26 +285,27 @@ def recall_table(folder):
                   "loss minus MHA's, nats per answer"], rows)
 
 
-def of_recall():
+def of_recall(folder, prefix=""):
     """Of each variant: the mean of right answers, how many seeds reach 0.9, and by how many % the
-    model is smaller than that of MHA."""
-    results = read("recall/results.json")
+    model is smaller than that of MHA. Names of texts begin with prefix."""
+    results = read(f"{folder}/results.json")
     tokens = results["settings"]["max_steps"] * results["settings"]["tokens_per_step"]
-    texts = dict(recall_seeds=str(results["settings"]["seeds"]),
-                 recall_tokens=f"{tokens / 1e6:.1f} million")
+    texts = {f"{prefix}recall_seeds": str(results["settings"]["seeds"]),
+             f"{prefix}recall_tokens": f"{tokens / 1e6:.1f} million"}
     summaries = summarize(results)
     for summary in summaries:
         key = summary.name.lower().replace("-", "")
-        runs = recall_runs("recall", summary.name)
+        runs = recall_runs(folder, summary.name)
         size = summary.facts["params"] / summaries[0].facts["params"]
-        texts[f"{key}_smaller"] = f"{100 * (1 - size):.0f}"
-        texts[f"recall_{key}"] = f"{statistics.mean(points[-1][1] for points in runs):.2f}"
+        texts[f"{prefix}{key}_smaller"] = f"{100 * (1 - size):.0f}"
+        right = statistics.mean(points[-1][1] for points in runs)
+        texts[f"{prefix}recall_{key}"] = f"{right:.2f}"
         reached = 0
         for points in runs:
             reached += steps_to_nine_tenths(points) != "never"
-        texts[f"reach_{key}"] = str(reached)
+        texts[f"{prefix}reach_{key}"] = str(reached)
         if summary.difference:
-            texts[f"recall_{key}_minus"] = summary.difference.text(3)
+            texts[f"{prefix}recall_{key}_minus"] = summary.difference.text(3)
     return texts
 
 
@@ -458,7 +459,7 @@ def llama():
 
 TABLES = {function.__name__: function for function in (
     attention, findings, comparison, decoding_times, prefill_times, peak_memory, noise,
-    noise_sources, published_table, designs, recall, shakespeare,
+    noise_sources, published_table, designs, recall, recall_one_field, shakespeare,
     against_nanogpt, bench_decode, bench_train, transformers_train, transformers_decode, ablation,
     uptraining)}
 
@@ -475,7 +476,8 @@ def values():
         seeds=str(settings["seeds"]),
         mha_cache=f"{sizes[0]:,}",
         **first_run(), **llama(), **ratios(), **missed(), **of_mqa(), **ranges(), **of_designs(),
-        **of_recall(), **of_noise(), **timed_twice())
+        **of_recall("recall"), **of_recall("recall_one_field", "one_"), **of_noise(),
+        **timed_twice())
 
 
 def ratios():
@@ -604,6 +606,10 @@ SENTENCES = {
         "{recall_seeds} seeds, MHA reaches 0.9 in {reach_mha}, GQA-4 in {reach_gqa4}, GQA-2 in "
         "{reach_gqa2} and MQA in {reach_mqa}",
         "a model is also {gqa4_smaller} to {mqa_smaller} % smaller",
+        "In {one_recall_tokens} tokens",
+        "MHA {one_recall_mha}, GQA-4 {one_recall_gqa4}, GQA-2 {one_recall_gqa2}, MQA "
+        "{one_recall_mqa}. Of {one_recall_seeds} seeds, MHA reaches 0.9 in {one_reach_mha}, GQA-4 "
+        "in {one_reach_gqa4}, GQA-2 in {one_reach_gqa2} and MQA in {one_reach_mqa}",
         "trains six models with {seeds} seeds each",
         "after these {tokens} tokens",
         "{seeds} seeds were planned on 2026-11-28",
