@@ -396,7 +396,7 @@ def test_the_same_data_again_changes_nothing(tmp_path, capsys):
     assert "already holds this data set" in out and "91 tokens" in out
     assert before == stamps(tmp_path / "data")
     for change, words in (
-        (f"--input={tmp_path / 'b/a.txt'}", "holds a data set of other text: pass another --data"),
+        (f"--input={tmp_path / 'b/a.txt'}", "holds a data set with other content: pass another --data"),
         (f"--input={tmp_path / 'b'}", "holds a data set with other settings: pass another --data"),
     ):
         assert words in fails(program("text"), [change, *args], capsys)
@@ -429,7 +429,7 @@ def test_a_data_set_of_an_older_version_is_recognized(tmp_path):
     before = stamps(tmp_path)
     write_dataset(documents, tmp_path, "byte")
     assert before == stamps(tmp_path)
-    with pytest.raises(UserError, match="other text"):
+    with pytest.raises(UserError, match="other content"):
         write_dataset([("train", "abce"), ("val", "x")], tmp_path, "byte")
     assert before == stamps(tmp_path)
 
