@@ -341,14 +341,16 @@ class Floor(NamedTuple):
 
 
 def bandwidth_beyond_cache(results):
-    """The Floor of these results; None where the bandwidth or the cache is unknown."""
-    rates = []
+    """The Floor of these results; None where the bandwidth or the cache is unknown, or where the
+    cache holds all that a step reads."""
+    rates, largest = [], 0
     for rows in results["speed"].values():
         for row in rows["decode"]:
+            largest = max(largest, row["bytes_per_step"])
             if row["mbu"]:  # the share of the bandwidth that the step has used
                 rates.append(row["bytes_per_step"] / (row["step_ms"] / 1e3) / row["mbu"])
     cache_bytes = results["machine"].get("cache_bytes")  # older results lack it
-    if not rates or not cache_bytes:
+    if not rates or not cache_bytes or largest <= cache_bytes:
         return None
     return Floor(max(rates), cache_bytes)
 

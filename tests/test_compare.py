@@ -1150,6 +1150,8 @@ def test_the_floor_of_decoding_has_one_bandwidth():
     results = {"speed": speed, "machine": {"cache_bytes": 2**25}}
     assert bandwidth_beyond_cache(results) == (1e9 / 0.1 / 0.4, 2**25)
     assert bandwidth_beyond_cache({"speed": speed, "machine": {}}) is None
+    in_cache = {"speed": speed, "machine": {"cache_bytes": 10**12}}
+    assert bandwidth_beyond_cache(in_cache) is None, "the legend named a line that was not there"
     speed["a"]["decode"][0]["mbu"] = speed["b"]["decode"][0]["mbu"] = None
     assert bandwidth_beyond_cache(results) is None
 
