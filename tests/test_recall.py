@@ -113,6 +113,20 @@ def test_an_independent_solver_answers_every_question(tmp_path, fields, records,
             assert max(sizes) == records and min(sizes) == 2 and len(sizes) > 1
 
 
+def test_a_gap_parts_records_and_questions(tmp_path):
+    """The records of a sequence stay the same, and its questions come later."""
+    without = sequences_of(prepared(tmp_path / "near", "--fields=1"), "train")
+    apart = sequences_of(prepared(tmp_path / "far", "--fields=1", "--gap=20"), "train")
+    for near, ids in zip(without, apart, strict=True):
+        end = int(np.flatnonzero(ids == 1)[-1]) + 1
+        assert np.array_equal(ids[:end], near[:end]) and not ids[end:end + 20].any()
+        later = [*ids[:end], *ids[end + 20:]]
+        assert later == near[:len(later)].tolist()
+        answers = solve(np.array(later), 2)
+        assert answers and {place: later[place] for place in answers} == answers
+        assert ids[end + 20] == 2 and min(answers) == end + 3
+
+
 def test_the_seed_alone_decides(questions, tmp_path, capsys):
     assert (Path(prepared(tmp_path / "same")) / "meta.json").read_bytes() == (
         Path(questions) / "meta.json").read_bytes()
@@ -129,8 +143,10 @@ def test_the_seed_alone_decides(questions, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("args,words", [
-    (["--length=20"], "has no room for 4 records and a question: it must be at least 21"),
+    (["--length=20"], "has no room for 4 records, the gap and a question: it must be at least 21"),
     (["--records=65", "--length=999"], "records must be at most 64"),
+    (["--gap=44"], "length=64 has no room for 4 records, the gap and a question: it must be at least 65"),
+    (["--gap=-1"], "gap must be at least 0"),
     (["--fields=0"], "fields must be at least 1"),
     (["--train=1"], "train must be at least 2"),
 ])

@@ -25,6 +25,7 @@ QUESTION = 4  # tokens: ASK, relation, value, answer, which is predicted at the 
 class RecallConfig:
     fields: int = 3               # fields of a record; 1: a key and a value
     records: int = 8              # records of a sequence; in training also a half, a quarter, ...
+    gap: int = 0                  # end-of-text tokens between the records and the questions
     length: int = 128             # tokens of a sequence, filled up with questions and end-of-text
     train: int = 100_000          # training sequences
     val: int = 1000               # validation sequences
@@ -36,12 +37,12 @@ class RecallConfig:
         in_range(self, "fields", low=1)
         in_range(self, "train val", low=2)  # windows take the token after their last one
         in_range(self, "records", low=1, high=VALUES)
-        in_range(self, "seed", low=0)
+        in_range(self, "seed gap", low=0)
         self.width = max(2, self.fields)
-        needed = self.records * (self.width + 1) + QUESTION + 1
+        needed = self.records * (self.width + 1) + self.gap + QUESTION + 1
         if self.length < needed:
-            raise ValueError(f"length={self.length} has no room for {self.records} records and a "
-                             f"question: it must be at least {needed}")
+            raise ValueError(f"length={self.length} has no room for {self.records} records, the "
+                             f"gap and a question: it must be at least {needed}")
         self.relations = list(itertools.permutations(range(self.width), 2))
         if self.fields == 1:
             self.relations = [(0, 1)]
@@ -57,6 +58,7 @@ def sequence(config, n_records, rng):
     ids = []
     for record in zip(*columns, strict=True):
         ids += [*record, SEPARATOR]
+    ids += [END] * config.gap
     questions = list(itertools.product(range(n_records), range(len(config.relations))))
     room = (config.length - 1 - len(ids)) // QUESTION
     for record, relation in rng.sample(questions, min(room, len(questions))):
@@ -82,7 +84,7 @@ def main(argv):
     config = build(RecallConfig, parse(RecallConfig, argv, __doc__))
     tokenizer = DataTokenizer("none", "", NoText(config.first_value + VALUES * config.width, END))
     about = dict(source="associative recall", fields=config.fields, records=config.records,
-                 seed=config.seed, answer_after=ASK, answer_distance=QUESTION - 1,
+                 gap=config.gap, seed=config.seed, answer_after=ASK, answer_distance=QUESTION - 1,
                  sequence_length=config.length)
     data_dir = config.data_dir or Path(__file__).parent
     write_encoded(sequences(config), data_dir, tokenizer, about, config.overwrite)
