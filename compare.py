@@ -76,7 +76,8 @@ class CompareConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        in_range(self, "seeds max_steps decode_batch_size decode_prompt_len", low=1)
+        in_range(self, "max_steps decode_batch_size decode_prompt_len", low=1)
+        in_range(self, "seeds", low=1, high=1000)
         if self.init_from != "scratch" or self.eval_only:
             raise ValueError("a comparison trains from scratch: leave out init_from and eval_only")
 

@@ -30,9 +30,7 @@ def draw(results, out_dir):
         print("no pictures: pip install matplotlib, then run again with --report_only=True")
         return []
     summaries = summarize(results)
-    colors = {}  # a variant has one color in all pictures
-    for summary in summaries:
-        colors.setdefault(summary.name, f"C{len(colors)}")
+    colors = colors_of(matplotlib, summaries)
     with matplotlib.rc_context(STYLE):
         figures = {
             "curves": draw_curves(summaries, colors, results["settings"]["warmup_steps"]),
@@ -50,6 +48,15 @@ def draw(results, out_dir):
     return paths
 
 
+def colors_of(matplotlib, summaries):
+    """{name: color}: a variant has one color in all pictures."""
+    names = list(dict.fromkeys(summary.name for summary in summaries))
+    if len(names) <= 10:
+        return {name: f"C{i}" for i, name in enumerate(names)}
+    shades = matplotlib.colormaps["turbo"]  # the colors C0 to C9 begin again with C10
+    return {name: shades(i / (len(names) - 1)) for i, name in enumerate(names)}
+
+
 def draw_curves(summaries, colors, warmup_steps):
     """Loss minus that of the first variant over steps, an axis for each matching: the mean over
     seeds, and a band from the lowest to the highest."""
@@ -58,7 +65,7 @@ def draw_curves(summaries, colors, warmup_steps):
     figure, axes = new_figure(len(matches), colors)
     last_step = summaries[0].mean_curve[-1][0]
     cut = f", after the warm-up of {warmup_steps:,} steps"
-    if warmup_steps > last_step:
+    if not 0 < warmup_steps <= last_step:
         warmup_steps = 0
         cut = ""
     ends_of = []  # of each axis: (last y, name, color) of its lines
@@ -124,6 +131,8 @@ def draw_quality(summaries, colors):
             "by itself; thin, all together")
     if seeds == 1:
         text = "Final loss of one seed, which gives no interval"
+    if len(labels) == 1:
+        text = "One variant: nothing is compared"
     figure.suptitle(text, fontsize=14)
     return figure
 
@@ -165,8 +174,10 @@ def draw_metrics(summaries, colors):
         axis.set(title=equal(match), xlabel=shown_name(name))
     axes[0].set_yticks(range(len(variants)), variants)
     axes[0].set_ylim(len(variants) - 0.5, -0.5)
-    figure.suptitle("At the end: mean over seeds ± standard error; dots are the seeds",
-                    fontsize=14)
+    text = "At the end: mean over seeds ± standard error; dots are the seeds"
+    if len(summaries[0].curves) == 1:
+        text = "At the end of one seed, which gives no error"
+    figure.suptitle(text, fontsize=14)
     return figure
 
 
@@ -224,9 +235,9 @@ class Point(NamedTuple):
 
 
 def draw_fronts(summaries, colors, results):
-    """Loss, further metrics and time of a decode step against cached bytes, an axis for each, and
-    lines through the variants that no other one beats in both."""
-    panels = []  # (label, points, whether lower is better)
+    """Loss, further metrics and time of a decode step against cached bytes, an axis for each. Lines
+    go through the variants that no other one beats in cached bytes and in the mean over seeds."""
+    panels = []  # (label, points, whether lower is better, or None: no line)
     for match in matches_of(summaries):
         matched = with_match(summaries, match)
         panels.append((f"validation loss, {equal(match)}", loss_points(matched), True))
@@ -234,24 +245,34 @@ def draw_fronts(summaries, colors, results):
             points = metric_points(matched, name)
             panels.append((f"{shown_name(name)}, {equal(match)}", points, name != "val_acc"))
     label, points = time_points(by_shape(with_match(summaries, summaries[0].match)), results)
-    panels.append((label, points, True))
+    panels.append((label, points, None))  # two times are no mean, and close ones are equal
     figure, axes = new_figure(len(panels), colors, lines=8, sharey=False)
     for axis, (label, points, lower) in zip(axes, panels, strict=True):
-        draw_front(axis, points, lower, colors)
+        draw_points(axis, points, colors)
+        if lower is not None:
+            best = front(points, lower)
+            axis.plot([point.size for point in best], [point.value for point in best],
+                      linestyle=":", color="0.5", zorder=0)
         xlabel = f"cache of {CONTEXT:,} tokens, kB (log scale)"
         axis.set(title=label, xlabel=xlabel, xscale="log")
         axis.margins(x=0.25, y=0.15)
         few_ticks(axis.xaxis, kilobytes)
-    about_seeds = ""
-    if metric_names(summaries):
-        about_seeds = " Small dots: seeds."
-    figure.suptitle("Against cached bytes. Bars: 95 % interval of the difference to "
-                    f"{summaries[0].name}, each by itself.{about_seeds}\nDotted line: no other "
-                    "variant caches less and is better, by the means", fontsize=14)
+    figure.suptitle(about_fronts(summaries), fontsize=14)
     figure.draw_without_rendering()  # the axes get their sizes, which name_points needs
     for axis, (_, points, _) in zip(axes, panels, strict=True):
         name_points(axis, points, colors)
     return figure
+
+
+def about_fronts(summaries):
+    """The title of the picture: what its bars, dots and lines are."""
+    text = "Against cached bytes."
+    if any(point.error for point in loss_points(summaries)):
+        text += f" Bars: 95 % interval of the difference to {summaries[0].name}, each by itself."
+    if metric_names(summaries):
+        text += " Small dots: seeds."
+    return (f"{text}\nDotted line: no other variant caches less and is better, by the means over "
+            "seeds")
 
 
 def loss_points(summaries):
@@ -276,22 +297,21 @@ def metric_points(summaries, name):
 
 def time_points(shapes, results):
     """(label, points) of the decode step with the largest batch and the longest context."""
-    points = []
+    points, cells = [], []
     for shape, summary in shapes.items():
-        row = max(results["speed"][shape]["decode"], key=batch_and_context)
-        points.append(Point(cache_bytes(summary), row["step_ms"], summary.name))
-    return f"ms per step, batch {row['batch_size']}, context {row['prompt_len']:,}", points
+        slowest = max(results["speed"][shape]["decode"], key=batch_and_context)
+        points.append(Point(cache_bytes(summary), slowest["step_ms"], summary.name))
+        cells.append(batch_and_context(slowest))
+    batch_size, prompt_len = cells[0]  # all shapes are timed at the same ones
+    return f"ms per step, batch {batch_size}, context {prompt_len:,}", points
 
 
 def batch_and_context(timing):
     return timing["batch_size"], timing["prompt_len"]
 
 
-def draw_front(axis, points, lower, colors):
-    """Points with error bars or seeds, and a line through those that no other one beats."""
-    best = front(points, lower)
-    axis.plot([point.size for point in best], [point.value for point in best], linestyle=":",
-              color="0.5", zorder=0)
+def draw_points(axis, points, colors):
+    """Points with their error bars or seeds."""
     for point in points:
         axis.errorbar(point.size, point.value, yerr=point.error, marker="D", capsize=4,
                       elinewidth=1.5, color=colors[point.name])

@@ -16,27 +16,28 @@ from nanogqa.summary import (
     with_match,
 )
 
-ABOUT_QUALITY = (
-    "Losses are in nats per {unit}, mean over seeds ± standard error. Differences are between "
-    "runs with the same seed, which share the order of the data and the initial value of every "
-    "weight of equal name and shape. Their intervals are Student's: each one has a confidence of "
-    "95 % by itself. The wider ones of the next column all contain the true difference with a "
-    "confidence of at least 95 % (Bonferroni). The verdict is Holm's test: a difference is found "
-    "where its adjusted p value is below 0.05. The chance that a report finds any difference where "
-    "there is none is then at most 5 %. All this assumes that the differences of seeds are about "
-    "normally distributed: where the losses of seeds form groups, that is rough. Steps are read "
-    "off the mean curve by linear interpolation, and their time counts training steps alone; "
-    "\"same\" means that no difference was found."
+ABOUT_LOSSES = "Losses are in nats per {unit}, mean over seeds ± standard error."
+ABOUT_DIFFERENCES = (
+    "Differences are between runs with the same seed, which share the order of the data and the "
+    "initial value of every weight of equal name and shape. Their intervals are Student's: each "
+    "one has a confidence of 95 % by itself. The wider ones of the next column all contain the "
+    "true difference with a confidence of at least 95 % (Bonferroni). The verdict is Holm's test: "
+    "a difference is found where its adjusted p value is below 0.05. The chance that a report "
+    "finds any difference where there is none is then at most 5 %. All this assumes that the "
+    "differences of seeds are about normally distributed: where the losses of seeds form groups, "
+    "that is rough. Steps are read off the mean curve by linear interpolation, and their time "
+    "counts training steps alone; \"same\" means that no difference was found."
 )
 ABOUT_RESOLUTION = (
-    "There is one row for each model that is compared to {first}, also if it is in both "
-    "matchings. Found with 80 % power means: if the true difference is this large, and seeds vary "
-    "as they did here, at least 80 of 100 such comparisons find it. With few seeds, how much they "
-    "vary is itself uncertain."
+    "A model that is in both matchings has one row. Found with 80 % power means: if the true "
+    "difference is this large, and seeds vary as they did here, at least 80 of 100 such "
+    "comparisons find it. With few seeds, how much they vary is itself uncertain."
 )
 ABOUT_PUBLISHED = (
-    "Published differences are compared in % of the loss of MHA: that is the same per token and "
-    "per byte. Each was measured with one seed, so its own error is unknown:"
+    "The last column counts published differences of the same kind of attention, in either "
+    "matching, and those of every GQA are those of GQA-4. They are compared in % of the loss of "
+    "MHA: that is the same per token and per byte. Each was measured with one seed, so its own "
+    "error is unknown:"
 )
 ABOUT_SPEED = (
     "bench.py measures speeds and memory with random weights of the same shape. It times every "
@@ -59,7 +60,7 @@ def report(results, pictures):
             blocks += [f"## {title}", quality_table(matched)]
             if len(matched) > 1:
                 blocks.append(difference_table(matched, results))
-    blocks.append(ABOUT_QUALITY.format(unit=unit_of(first)))
+    blocks.append(about_quality(summaries))
     blocks += ["## What this run can resolve", *resolution(summaries)]
     blocks += ["## Speed", *speed_tables(results["speed"], summaries), ABOUT_SPEED]
     for path in pictures:
@@ -79,7 +80,7 @@ def introduction(results, summaries):
     variants = {summary.name for summary in summaries}
     blocks = [
         f"# Comparison of {len(variants)} variants, {settings['seeds']} seeds",
-        f"{settings['max_steps']} steps of {settings['tokens_per_step']:,} tokens on data set "
+        f"{settings['max_steps']:,} steps of {settings['tokens_per_step']:,} tokens on data set "
         f"{settings['dataset']} (sha256 {results['dataset_sha256'][:16]}), tokenizer "
         f"{results['tokenizer']}. Timed on {device}, {machine['threads']} threads, "
         f"torch {machine['torch']}, {machine['dtype']}, {machine['ranks']} rank(s), "
@@ -88,6 +89,14 @@ def introduction(results, summaries):
     if heads:
         blocks.append("\n".join(heads.values()))
     return blocks
+
+
+def about_quality(summaries):
+    """What losses are and, where there are any, differences."""
+    text = ABOUT_LOSSES.format(unit=unit_of(summaries[0]))
+    if compared(summaries):
+        text += f" {ABOUT_DIFFERENCES}"
+    return text
 
 
 def quality_table(summaries):
@@ -148,12 +157,8 @@ def difference_cells(summary):
     difference = summary.difference
     if difference is None:
         return ["", "", "", ""]
-    cells = [difference.text(), half_cell(difference.half_together), "", difference.verdict]
-    if difference.p_holm is not None:
-        cells[2] = f"{difference.p_holm:.3f}"
-        if difference.p_holm < 0.001:
-            cells[2] = "< 0.001"
-    return cells
+    return [difference.text(), half_cell(difference.half_together), p_cell(difference.p_holm),
+            difference.verdict]
 
 
 def half_cell(half):
@@ -161,6 +166,15 @@ def half_cell(half):
     if half is None:
         return ""
     return f"± {half:.4f}"
+
+
+def p_cell(p):
+    """An adjusted p value; empty where one seed gives none."""
+    if p is None:
+        return ""
+    if p < 0.001:
+        return "< 0.001"
+    return f"{p:.3f}"
 
 
 def steps_cell(summary, results):
@@ -182,38 +196,48 @@ def resolution(summaries):
     """Blocks of text: which differences this comparison can find and, where it compares a kind of
     attention with MHA on text, which are published."""
     first = summaries[0]
-    of_text = unit_of(first) == "token" and kind_of(first) == "MHA"
-    with_error = [summary for summary in compared(summaries) if summary.difference.half is not None]
-    beside_published = of_text and any(kind_of(summary) in VARIANTS for summary in with_error)
-    published = relative_differences()
+    others = list(compared(summaries))
+    if not others:
+        return ["One variant: nothing is compared."]
+    if others[0].difference.half is None:
+        return ["One seed gives no error bar: any difference above may be due to chance."]
+    # the loss of an answer may be nearly 0, and differences many times that
+    relative = unit_of(first) == "token" and first.loss.mean > 0
+    beside_published = (relative and kind_of(first) == "MHA"
+                        and any(kind_of(summary) in VARIANTS for summary in others))
+    head = ["variant", "95 % interval", "all intervals together", "found with 80 % power"]
+    if relative:
+        head.append(f"in % of the loss of {first.name}")
+    if beside_published:
+        head.append("published differences at least as large")
     rows = []
-    for summary in with_error:
+    for summary in others:
         difference = summary.difference
-        share = difference.detectable / first.loss.mean
         row = [shape_label(summary), half_cell(difference.half),
-               half_cell(difference.half_together), f"{difference.detectable:.4f}",
-               f"{100 * share:.1f}"]
+               half_cell(difference.half_together), f"{difference.detectable:.4f}"]
+        if relative:
+            row.append(f"{100 * difference.detectable / first.loss.mean:.1f}")
         if beside_published:
-            larger = ""
-            if kind_of(summary) in VARIANTS:
-                larger = f"{sum(size >= share for size in published)} of {len(published)}"
-            row.append(larger)
+            row.append(published_cell(summary, difference.detectable / first.loss.mean))
         rows.append(row)
-    if not rows:
-        return ["One seed, or one variant, gives no error bar: any difference above may be due to "
-                "chance."]
-    head = ["variant", "95 % interval", "all intervals together", "found with 80 % power",
-            f"in % of the loss of {first.name}"]
-    about = ABOUT_RESOLUTION.format(first=first.name)
     if not beside_published:
-        return [table(head, rows), about]
-    head.append("published differences at least as large")
-    return [table(head, rows), f"{about} {ABOUT_PUBLISHED}", published_table()]
+        return [table(head, rows), ABOUT_RESOLUTION]
+    return [table(head, rows), f"{ABOUT_RESOLUTION} {ABOUT_PUBLISHED}", published_table()]
+
+
+def published_cell(summary, share):
+    """How many published differences of this kind of attention are at least that share of MHA's
+    loss; empty for a kind without any."""
+    kind = kind_of(summary)
+    if kind not in VARIANTS:
+        return ""
+    sizes = relative_differences(kind)
+    return f"{sum(size >= share for size in sizes)} of {len(sizes)}"
 
 
 def kind_of(summary):
-    """The kind of attention that a variant's name begins with, as published.py writes it: every GQA
-    is compared with the published GQA-4. Of names that are designs or settings, something else."""
+    """The kind of attention that a variant's name begins with, as published.py writes it: every
+    GQA, also the design gqa, counts as GQA-4."""
     words = summary.name.upper().split() or [""]
     if re.fullmatch(r"GQA(-\d+)?", words[0]):
         return "GQA-4"
@@ -240,12 +264,13 @@ def published_table():
         cells = [f"[{row.paper}]({row.url}), {row.table}", f"{row.params / 1e6:,.0f}",
                  f"{row.tokens / 1e9:.0f}", matched]
         for variant in VARIANTS:
-            cells.append(published_cell(row, variant))
+            cells.append(perplexity_cell(row, variant))
         rows.append(cells)
     return table(head, rows)
 
 
-def published_cell(row, variant):
+def perplexity_cell(row, variant):
+    """The published difference of a variant in one table; empty where it is not there."""
     if variant not in row.perplexity:
         return ""
     return f"{row.difference(variant):+.3f} ({100 * row.relative_difference(variant):+.1f} %)"

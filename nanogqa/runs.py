@@ -70,6 +70,8 @@ class Run:
 
 def damage_of(rows, state, config):
     """Why rows, of metrics.jsonl, do not fit the checkpoint state, as text; empty if they do."""
+    if state["step"] > config.max_steps:
+        return "its checkpoint is of a later step"
     evaluated = evaluations([row for row in rows if row["step"] <= state["step"]])
     wanted = list(range(0, state["step"] + 1, config.eval_interval))
     if state["val_loss"] is not None and state["step"] not in wanted:

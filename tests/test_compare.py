@@ -555,6 +555,19 @@ def test_a_run_with_a_damaged_log_starts_again(again, comparison, capsys, names)
         assert record["metrics"] == expected["metrics"]
 
 
+def test_an_empty_list_in_a_config_file(tmp_path, capsys):
+    (tmp_path / "empty.py").write_text("n_kv_head = []\n", encoding="utf-8")
+    for main in (compare.main, bench.main):
+        assert "n_kv_head must be a literal" in fails(main, [str(tmp_path / "empty.py")], capsys)
+
+
+def test_a_checkpoint_of_a_later_step_starts_again():
+    """Of a step of 10^12, all evaluations up to it were listed first."""
+    config = compare.CompareConfig(max_steps=10, eval_interval=5)
+    words = "its checkpoint is of a later step"
+    assert training.damage_of([], dict(step=10**12, val_loss=None), config) == words
+
+
 def test_a_run_counts_as_finished_by_its_checkpoint(again, comparison, capsys):
     """Its log alone does not say that: the checkpoint may be missing, damaged or an older one."""
     folder, args = again
@@ -1050,13 +1063,15 @@ def test_published_differences_carry_their_sources():
     assert "| -0.008 (-0.3 %) | +0.015 (+0.5 %) | -0.024 (-0.9 %) |" in text
     # each variant is told how many of them it would have found
     precise = report(changed_losses(committed(), {}), [])
-    counts = re.findall(r"\| (\d+) of (\d+) \|", precise)
-    total = sum(len(row.perplexity) - 1 for row in PUBLISHED)
-    assert counts == [(str(total), str(total))] * 5
-    found = re.findall(r"\| (\d+\.\d) \| (\d+) of \d+ \|", text)
+    counts = re.findall(r"\n\| (GQA|MQA|MLA)\S*(?: \(n_ff \d+\))? .*\| (\d+) of (\d+) \|", precise)
+    totals = {kind: sum(variant in row.perplexity for row in PUBLISHED)
+              for kind, variant in (("GQA", "GQA-4"), ("MQA", "MQA"), ("MLA", "MLA"))}
+    assert counts == [(kind, str(totals[kind]), str(totals[kind])) for kind in ("GQA", "MQA", "MLA", "GQA", "MQA")]
+    found = re.findall(r"\n\| (GQA-2|MQA|MLA) .*\| (\d+\.\d) \| (\d+) of \d+ \|", text)
     assert len(found) == 5
-    for share, count in found:  # share is rounded
-        most, least = (sum(100 * size >= float(share) + change for size in relative_differences()) for change in (-0.05, 0.05))
+    for name, share, count in found:  # share is rounded
+        sizes = relative_differences(name.replace("GQA-2", "GQA-4"))
+        most, least = (sum(100 * size >= float(share) + change for size in sizes) for change in (-0.05, 0.05))
         assert least <= int(count) <= most
 
 
@@ -1066,6 +1081,25 @@ def test_one_seed_gives_no_test(comparison):
     text = report(results, [])
     assert "| one seed: no error bar | unknown |" in text
     assert "any difference above may be due to chance" in text and "published" not in text
+
+
+def test_one_variant_is_compared_to_nothing(comparison):
+    results = results_of(comparison[0])
+    results["records"] = [record for record in results["records"] if record["variant"] == "MHA"]
+    text = report(results, [])
+    assert "One variant: nothing is compared." in text
+    assert "Holm" not in text and "Differences are" not in text
+
+
+@pytest.mark.parametrize("change", [dict(val_loss=0.0), dict(val_bpb=None)])
+def test_no_difference_is_given_in_percent_of_a_loss_of_nearly_nothing(comparison, change):
+    """As that of a model which answers every question: it may even be 0."""
+    results = results_of(comparison[0])
+    for record in results["records"]:
+        record["curve"][-1][1] = change.get("val_loss", record["val_loss"])
+        record.update(change)
+    text = report(results, [])
+    assert "found with 80 % power" in text and "in % of the loss" not in text and "published" not in text
 
 
 # -- tables and pictures ---------------------------------------------------------------------------
