@@ -88,7 +88,7 @@ def new_folder(folder, key):
     if folder is None:
         raise UserError(f"there is no folder to write to: name a new one with --{key}=FOLDER")
     folder = Path(os.path.realpath(folder))
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
             f"{folder} exists, and nothing is overwritten: name another --{key}, or remove it first"
         )

@@ -48,18 +48,9 @@ def dense_float_tensor(value):
     return value.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def loss(value):
-    """A finite number or None."""
-    return value is None or schema.number(value)
-
-
 def steps_or_none(value):
     """A list of steps, or None."""
     return value is None or (isinstance(value, list) and all(map(schema.count, value)))
-
-
-def short_text(value):
-    return isinstance(value, str) and len(value) < 200 and value.isprintable()
 
 
 # what a checkpoint holds: the schema of each entry, and its value where an older file lacks it
@@ -70,11 +61,11 @@ KEYS = {
     "settings": ({str: plain_value}, REQUIRED),      # of train.py except the model's; not resolved
     "runtime": ({str: plain_value}, REQUIRED),       # the resolved device, dtype, compile, ranks
     "step": (schema.count, REQUIRED),                # optimizer steps done
-    "val_loss": (loss, None),                        # nats per target, if this step was evaluated
-    "best_val_loss": (loss, None),                   # the lowest of the run so far
+    "val_loss": (schema.number_or_none, None),       # nats per target, if this step was evaluated
+    "best_val_loss": (schema.number_or_none, None),  # the lowest of the run so far
     "kept": (steps_or_none, None),                   # steps whose ckpt_STEP.pt the run has written
-    "tokenizer": (short_text, REQUIRED),             # a name for tokenizer.get_tokenizer
-    "dataset_sha256": (short_text, REQUIRED),        # of meta.json; empty: not trained here
+    "tokenizer": (schema.short_text, REQUIRED),      # a name for tokenizer.get_tokenizer
+    "dataset_sha256": (schema.short_text, REQUIRED),  # of meta.json; empty: not trained here
 }
 
 # the moments that an optimizer keeps of a parameter: True where they have its shape
@@ -131,8 +122,11 @@ def read_tensors(path):
 
 
 def plain_dicts(value, copies):
-    """value with a dict for each dict in it: torch.load also returns OrderedDicts, whose attributes
-    come from the file and may hide methods. copies are those made so far, by id."""
+    """value with a new dict for each dict in it, and a new tensor for each tensor: attributes of an
+    OrderedDict and of a tensor come from the file and may hide methods. copies are the dicts made
+    so far, by id."""
+    if isinstance(value, torch.Tensor):
+        return torch.Tensor.detach(value)
     if not isinstance(value, dict):
         return value
     if id(value) not in copies:
@@ -161,6 +155,8 @@ def check(state, path, GPTConfig):
             if default is not REQUIRED:
                 state.setdefault(key, default)
             schema.check(state, {key: kind}, "its content")
+        if not state["model"] and path.name != "state.json":
+            raise ValueError("its model is empty")
         if state["config"].get("vocab_size") is None:
             raise ValueError("its config has no vocab_size")
     except ValueError as error:
@@ -324,7 +320,7 @@ def load_moments(model, optimizers, state):
     for name, parameter, optimizer in wanted:
         if name in saved:
             optimizer.state[parameter] = {
-                key: placed(x, parameter) if x.dim() else x.to(parameter.device)
+                key: placed(x.contiguous(), parameter) if x.dim() else x.to(parameter.device)
                 for key, x in saved[name].items()}
 
 

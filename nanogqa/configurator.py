@@ -275,7 +275,7 @@ def read_config(cls, path, axes=False):
                 continue
             case ast.Assign(targets=[ast.Name(id=key)], value=expression):
                 check_key(cls, key, where)
-                if axes and isinstance(expression, ast.List):
+                if axes and isinstance(expression, ast.List) and expression.elts:
                     yield key, [value_of(cls, key, part, where) for part in expression.elts]
                 else:
                     yield key, value_of(cls, key, expression, where)

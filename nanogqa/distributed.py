@@ -30,7 +30,9 @@ def world():
     values = [os.environ.get(name, default) for name, default in numbers.items()]
     if all(value.isdecimal() for value in values):
         place = World(*map(int, values))
-        complete = set(names) <= os.environ.keys()
+        port = os.environ.get("MASTER_PORT", "")
+        complete = (set(names) <= os.environ.keys() and os.environ["MASTER_ADDR"] != ""
+                    and port.isdecimal() and len(port) < 6 and int(port) < 2**16)
         if max(place.rank, place.local_rank) < place.ranks and (place.ranks == 1 or complete):
             return place
     found = ", ".join(f"{name}={os.environ.get(name)}" for name in names)

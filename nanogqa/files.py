@@ -4,7 +4,9 @@ import json
 import os
 from pathlib import Path
 
-from nanogqa.configurator import UserError
+import filelock  # torch depends on it
+
+from nanogqa.configurator import UserError, one_line
 
 
 def sync(file):
@@ -51,6 +53,35 @@ def append(path, text):
         except OSError:
             file.truncate(size)
             raise
+
+
+@contextlib.contextmanager
+def lock(folder, busy, patience=60):
+    """While it is open, no other process holds the lock of this folder. Raises UserError(busy) if
+    one still does after patience seconds.
+
+    At the end, removes its .lock, if it has added that and nothing else was added meanwhile.
+    """
+    before = set(os.listdir(folder))
+    held = filelock.FileLock(Path(folder) / ".lock")  # released with the process, however it ends
+    try:
+        held.acquire(timeout=patience, poll_interval=0.2)
+    except filelock.Timeout:
+        raise UserError(busy) from None
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "filename", None):  # .lock cannot be created
+            raise
+        # some network file systems
+        raise UserError(f"{folder} cannot be locked ({one_line(error)}): choose a folder on a file "
+                        "system that has file locks") from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # someone has removed the folder
+            added = set(os.listdir(folder)) - before
+            if added == {".lock"}:
+                (Path(folder) / ".lock").unlink()
+        held.release()
 
 
 @contextlib.contextmanager

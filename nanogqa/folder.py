@@ -1,15 +1,12 @@
 """The folder of a run: names of its files, its lock, and what an earlier run has left in it."""
 import contextlib
-import os
 import re
 import shutil
 from pathlib import Path
 
-import filelock  # torch depends on it
-
-from nanogqa.configurator import UserError, one_line
+from nanogqa.configurator import UserError
 from nanogqa.distributed import barrier, first_rank, total
-from nanogqa.files import check_writable, created
+from nanogqa.files import check_writable, created, lock
 
 NAME = "ckpt.pt"      # the newest checkpoint
 BEST = "ckpt_best.pt"  # the one with the lowest validation loss
@@ -34,39 +31,11 @@ def numbered(out_dir, before, after=""):
     return sorted(found)
 
 
-@contextlib.contextmanager
-def lock(out_dir, patience=60):
-    """While it is open, no other process holds lock(out_dir). UserError after patience seconds.
-
-    At the end, removes its .lock, if it has added that and nothing else was added meanwhile.
-    """
-    before = set(os.listdir(out_dir))
-    held = filelock.FileLock(Path(out_dir) / ".lock")  # released with the process, however it ends
-    try:
-        held.acquire(timeout=patience, poll_interval=0.2)
-    except filelock.Timeout:
-        raise UserError(f"another run writes to {out_dir}: wait until it has ended, or choose "
-                        "another --out_dir") from None
-    except (OSError, NotImplementedError) as error:
-        if getattr(error, "filename", None):  # .lock cannot be created
-            raise
-        # some network file systems
-        raise UserError(f"{out_dir} cannot be locked ({one_line(error)}): choose an --out_dir on a "
-                        "file system that has file locks") from None
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # someone has removed the folder
-            added = set(os.listdir(out_dir)) - before
-            if added == {".lock"}:
-                (Path(out_dir) / ".lock").unlink()
-        held.release()
-
-
 def own(out_dir, stack):
     """Locks out_dir until stack closes: rank 0 does, the others wait for it."""
     if first_rank():
-        stack.enter_context(lock(out_dir))
+        stack.enter_context(lock(out_dir, f"another run writes to {out_dir}: wait until it has "
+                                          "ended, or choose another --out_dir"))
     barrier()
 
 
@@ -138,4 +107,6 @@ def clear_sharded(out_dir, rank, keep=None):
         for step in numbered(out_dir, SHARDED):
             folder = Path(out_dir) / f"{SHARDED}{step}"
             if folder != keep:
+                with contextlib.suppress(OSError):  # first: without it the folder is incomplete
+                    (folder / "state.json").unlink()
                 shutil.rmtree(folder, ignore_errors=True)

@@ -21,12 +21,7 @@ FORMATS = {"lr": ".2e", "grad_norm": ".2f", "tokens_per_sec": ",.0f", "mfu": ".1
 NOT_SHOWN = ("step", "tokens", "skipped")
 
 
-def entry(value):
-    """A finite number, or None where a step has none."""
-    return value is None or schema.number(value)
-
-
-ROW = {"step": schema.count, str: entry}  # a line of metrics.jsonl
+ROW = {"step": schema.count, str: schema.number_or_none}  # a line of metrics.jsonl
 
 
 def read_rows(path):

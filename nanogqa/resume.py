@@ -14,7 +14,7 @@ from nanogqa.folder import exists, path_of
 from nanogqa.runtime import check_training
 from nanogqa.tokenizer import HF_TOKENIZER, name_beside
 
-# settings of this call alone, not saved
+# settings of this call alone: not saved, and not taken from a checkpoint
 PER_CALL = {"out_dir", "init_from", "overwrite", "eval_only", "profile"}
 
 
@@ -64,7 +64,8 @@ def config_and_state(given, cls, GPTConfig):
     check_model({k: v for k, v in given.items() if v is not None}, state, source, resume)
     base = state["config"]
     if resume:
-        base = base | typed(cls, state["settings"], source)
+        saved = {key: value for key, value in state["settings"].items() if key not in PER_CALL}
+        base = base | typed(cls, saved, source)
     config = build(cls, base | given)
     config.vocab_size = config.vocab_size or state["config"]["vocab_size"]
     check_model(asdict(config), state, source, resume)

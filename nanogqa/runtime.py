@@ -291,7 +291,9 @@ def check_training(GPT, config, batch_size, ranks, step):
         steps = 0
     tokens = batch_size * config.block_size
     floor = training_floor(config, count_params(GPT, config), tokens, ranks, steps)
-    here = min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    here = ranks
+    if os.environ.get("LOCAL_WORLD_SIZE", "1").isdecimal():  # torchrun sets it
+        here = min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     check_memory({setting: here * size for setting, size in floor.items()})
 
 

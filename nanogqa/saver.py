@@ -188,6 +188,8 @@ class ShardedSaver(Saver):
                       "free some space")
         # a rank may fail alone, but the next attempt is one of all ranks
         if total(float(failed is not None)):
+            if self.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)  # the next attempt needs its room
             self.fail(failed or "another rank cannot save its part")
         else:
             self.failed = None

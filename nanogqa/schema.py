@@ -81,6 +81,16 @@ def number(value):
     return type(value) is float and math.isfinite(value)
 
 
+def number_or_none(value):
+    """A finite number, or None."""
+    return value is None or number(value)
+
+
+def short_text(value):
+    """Printable text of fewer than 200 characters."""
+    return isinstance(value, str) and len(value) < 200 and value.isprintable()
+
+
 def base_name(value):
     """The name of a file without a folder, so that it cannot lead elsewhere."""
     if not isinstance(value, str) or value in ("", ".", ".."):

@@ -109,7 +109,7 @@ def announce_resume(state, settings, runtime):
     text = f"resuming at step {state['step']}"
     if changed:
         text += f", changed: {', '.join(changed)}"
-    say(text)
+    say(one_line(text, 1000))  # a checkpoint may hold any text
 
 
 def sampling_command(config, dataset):

@@ -262,7 +262,8 @@ class DatasetWriter:
     def discard(self):
         """Closes and deletes everything that is not published."""
         for file, _ in self.open.values():
-            file.close()
+            with contextlib.suppress(OSError):  # a full disk: what is buffered is not needed
+                file.close()
         shutil.rmtree(self.part, ignore_errors=True)
         for folder in self.made:
             with contextlib.suppress(OSError):  # it holds something

@@ -7,13 +7,13 @@ import zipfile
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import load, toy_ids, toy_model
+from conftest import load, load_model, toy_ids, toy_model
 from test_inputs import fails, trained  # noqa: F401
 
 import sample
 import train
 from model import GPT, GPTConfig
-from nanogqa import checkpoint, dataloader, resume, saver, schema
+from nanogqa import checkpoint, dataloader, resume, runtime, saver, schema, terminal
 from nanogqa.configurator import UserError
 from nanogqa.costs import meta_model
 from nanogqa.dataloader import Dataset
@@ -88,6 +88,64 @@ def test_attributes_of_dicts_are_not_read(trained, tmp_path):  # noqa: F811
     assert torch.equal(model.state_dict()[WEIGHT], plain["model"][WEIGHT])
     optimizers = train.make_optimizers(model, train.TrainConfig())
     checkpoint.load_moments(model, optimizers, loaded)
+
+
+def test_attributes_of_tensors_are_not_read(trained, tmp_path):  # noqa: F811
+    """weights_only restores them too: float = 5 was a TypeError."""
+    state = torch.load(trained / "ckpt.pt")
+    weight = state["model"][WEIGHT]
+    weight.float = 5
+    torch.save(state, tmp_path / "ckpt.pt")
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"][WEIGHT].float == 5, "it is as hostile as intended"
+    model = load_model(tmp_path)
+    assert torch.equal(model.state_dict()[WEIGHT], load(trained)["model"][WEIGHT])
+
+
+def test_moments_in_another_order_of_memory(trained, tmp_path):  # noqa: F811
+    """A fused optimizer walks through memory and does not look at strides."""
+    state = torch.load(trained / "ckpt.pt")
+    moments = state["optimizer"]["state"][WEIGHT]
+    wanted = moments["exp_avg"].clone()
+    moments["exp_avg"] = moments["exp_avg"].t().contiguous().t()
+    assert not moments["exp_avg"].is_contiguous()
+    torch.save(state, tmp_path / "ckpt.pt")
+    loaded = checkpoint.load(tmp_path, GPTConfig)
+    model = load_model(tmp_path)
+    optimizers = train.make_optimizers(model, train.TrainConfig())
+    checkpoint.load_moments(model, optimizers, loaded)
+    found = optimizers[0].state[dict(model.named_parameters())[WEIGHT]]["exp_avg"]
+    assert found.is_contiguous() and torch.equal(found, wanted)
+
+
+def test_a_checkpoint_does_not_choose_where_its_run_writes(trained, toy_run, tmp_path):  # noqa: F811
+    """A resumed run took out_dir from the settings in its checkpoint, and wrote there."""
+    state = torch.load(trained / "ckpt.pt")
+    other = tmp_path / "other"
+    state["settings"].update(out_dir=str(other), eval_only=True, overwrite=True, profile=True)
+    (tmp_path / "run").mkdir(exist_ok=True)
+    torch.save(state, tmp_path / "run/ckpt.pt")
+    given = dict(out_dir=str(tmp_path / "run"), init_from="resume")
+    config, _ = resume.config_and_state(given, train.TrainConfig, train.GPTConfig)
+    assert config.out_dir == str(tmp_path / "run")
+    assert not (config.eval_only or config.overwrite or config.profile)
+
+
+def test_a_checkpoint_without_weights(trained, tmp_path, capsys):  # noqa: F811
+    """It was taken for a sharded one, whose weights are in other files."""
+    state = torch.load(trained / "ckpt.pt")
+    torch.save(dict(state, model={}), tmp_path / "ckpt.pt")
+    assert "is not a checkpoint of this program (its model is empty)" in fails(
+        sample.main, [f"--out_dir={tmp_path}"], capsys)
+
+
+def test_text_of_a_checkpoint_cannot_change_the_terminal(trained, toy_run, tmp_path, capsys):  # noqa: F811
+    state = torch.load(trained / "ckpt.pt")
+    state["runtime"]["device"] = "\x1b]0;x\x07"
+    (tmp_path / "run").mkdir(exist_ok=True)
+    torch.save(state, tmp_path / "run/ckpt.pt")
+    terminal.announce_resume(checkpoint.load(tmp_path / "run", GPTConfig), {}, runtime.pick_runtime("cpu", "float32", False))
+    out = capsys.readouterr().out
+    assert "changed: device" in out and out.rstrip("\n").isprintable()
 
 
 def test_dicts_that_hold_each_other_are_copied_once():

@@ -15,7 +15,7 @@ from conftest import load, load_model
 from test_inputs import fails
 from test_train import ROOT, equal, out, rows, torchrun, weights
 
-from nanogqa import folder
+from nanogqa import files
 import train
 
 
@@ -98,9 +98,9 @@ def test_workers_that_still_start_end_with_their_agent(toy_run, tmp_path):
 
 def test_a_folder_belongs_to_one_run(toy_run, tmp_path, monkeypatch, capsys):
     train.main([*toy_run, "--max_steps=2"])
-    monkeypatch.setattr(folder.lock.__wrapped__, "__defaults__", (0.3,))
+    monkeypatch.setattr(files.lock.__wrapped__, "__defaults__", (0.3,))
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    with folder.lock(tmp_path / "run"):
+    with files.lock(tmp_path / "run", "another run"):
         for args in (["--init_from=resume"], ["--overwrite=True"], ["--init_from=auto", "--max_steps=4"]):
             assert "another run writes to" in fails(train.main, [*toy_run, *args], capsys)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
@@ -108,11 +108,11 @@ def test_a_folder_belongs_to_one_run(toy_run, tmp_path, monkeypatch, capsys):
 
 
 def test_the_lock_ends_with_its_process(tmp_path):
-    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from nanogqa import folder\nwith folder.lock(sys.argv[1]): print('on', flush=True); time.sleep(60)"
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from nanogqa import files\nwith files.lock(sys.argv[1], ''): print('on', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "on\n"
     process.kill()
-    with folder.lock(tmp_path, patience=10):
+    with files.lock(tmp_path, "another run", patience=10):
         process.wait(timeout=60)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from test_inputs import ROOT, fails, program
 
+from nanogqa import files
 from nanogqa.configurator import UserError
 from nanogqa.dataloader import Dataset
 from nanogqa.writer import write_dataset
@@ -567,6 +568,30 @@ def test_a_disk_that_fails_is_not_the_network(server, tmp_path, capsys, monkeypa
     monkeypatch.setattr(huggingface_hub.file_download, "http_get", full)
     error = fails(main, arguments(server, tmp_path / "out"), capsys)
     assert "(No space left on device): pass another --data_dir" in error and len(calls) == 1
+
+
+def test_local_files_of_the_same_names_with_other_content(server, tmp_path, capsys):
+    """With --overwrite=True they were called the same data set, and the old one stayed."""
+    for i in range(2):
+        (tmp_path / f"{i}/in").mkdir(parents=True)
+        (tmp_path / f"{i}/in/a.parquet").write_bytes(server.files[FILES[i]])
+    args = ["--tokenizer=byte", "--val_fraction=0.05", f"--data_dir={tmp_path / 'out'}"]
+    main([*args, f"--input={tmp_path / '0/in'}"])
+    before = content(tmp_path / "out")
+    main([*args, f"--input={tmp_path / '1/in'}"])
+    assert "already holds this data set" in capsys.readouterr().out and content(tmp_path / "out") == before
+    main([*args, f"--input={tmp_path / '1/in'}", "--overwrite=True"])
+    assert content(tmp_path / "out") != before
+
+
+def test_two_processes_do_not_prepare_one_folder(server, tmp_path, capsys):
+    """Both wrote to the same files, and zeros were left where neither had written."""
+    (tmp_path / "out").mkdir()
+    with files.lock(tmp_path / "out", "the first"):
+        before = sorted(path.name for path in (tmp_path / "out").iterdir())
+        assert "another process prepares" in fails(main, arguments(server, tmp_path / "out"), capsys)
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
+    main(arguments(server, tmp_path / "out"))
 
 
 def test_local_files_that_go_away(server, tmp_path, capsys, monkeypatch):

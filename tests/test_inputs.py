@@ -327,7 +327,9 @@ def test_a_prepare_script_downloads_and_checks(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("env,words", [
     (dict(RANK="abc"), "RANK=abc, WORLD_SIZE=None, LOCAL_RANK=None, MASTER_ADDR=None, MASTER_PORT=None is not what torchrun sets"), (dict(WORLD_SIZE="0"), "is not what"),
     (dict(RANK="1"), "is not what"), (dict(WORLD_SIZE="2"), "is not what"),
-    (dict(WORLD_SIZE="2", RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1"), "LOCAL_RANK=None"), (dict(LOCAL_RANK=""), "is not what")])
+    (dict(WORLD_SIZE="2", RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1"), "LOCAL_RANK=None"), (dict(LOCAL_RANK=""), "is not what"),
+    *((dict(WORLD_SIZE="2", RANK="1", LOCAL_RANK="1", MASTER_ADDR=address, MASTER_PORT=port), "is not what")
+      for address, port in (("", "29500"), ("localhost", "abc"), ("localhost", ""), ("localhost", "65536"), ("localhost", "9" * 5000)))])
 def test_bad_environments(toy_run, trained, capsys, monkeypatch, env, words):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
@@ -362,6 +364,7 @@ def test_checkpoints_of_odd_content(trained, tmp_path, capsys, change, words):
 
 @pytest.mark.parametrize("change", [
     lambda m: m.update(vocab_size=257.0), lambda m: m.update(vocab_size=10**30), lambda m: m.update(tokenizer="unheard-of"),
+    lambda m: m.update(tokenizer="tokenizer.json \x1b[2J"), lambda m: m.update(tokenizer="tokenizer.json " + "a" * 200),
     lambda m: m["splits"]["train"][0].update(tokens=1.5), lambda m: m["splits"]["val"][0].update(bytes=0), lambda m: m.pop("splits")])
 def test_odd_meta_files(toy_data, toy_run, tmp_path, capsys, change):
     shutil.copytree(toy_data, tmp_path / "data")

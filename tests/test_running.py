@@ -341,10 +341,16 @@ def test_a_sharded_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch, 
     (tmp_path / "sharded_4").mkdir()
     (tmp_path / "sharded_4/state.json").write_text("{}")
     saver = writes.ShardedSaver(train.TrainConfig(out_dir=str(tmp_path)), best=2.5)
-    monkeypatch.setattr("torch.distributed.checkpoint.save", lambda *args, **kwargs: full())
+
+    def half(*args, storage_writer, **kwargs):
+        (tmp_path / "sharded_8").mkdir()
+        (tmp_path / "sharded_8/shard-00001.safetensors").write_text("half")
+        full()
+    monkeypatch.setattr("torch.distributed.checkpoint.save", half)
     saver.save(dict(step=8, val_loss=1.5, model={}, optimizer=dict(state={})))
     assert "cannot save step 8" in saver.failed and "free some space" in capsys.readouterr().err
     assert saver.best == 2.5 and folder.find_sharded(tmp_path) == tmp_path / "sharded_4"
+    assert not (tmp_path / "sharded_8").exists(), "the next attempt needs its room"
 
 
 def test_a_new_run_keeps_its_own_checkpoints_beside_later_ones_of_another(toy_run, tmp_path):
@@ -649,6 +655,20 @@ def test_an_interrupted_sharded_save_is_removed(toy_run, tmp_path):
     assert [path.name for path in (tmp_path / "run").glob("sharded_*")] == ["sharded_10"]
 
 
+def test_a_sharded_checkpoint_that_is_half_removed_does_not_count(tmp_path, monkeypatch):
+    """A run killed while it removed one had read that one since, not the whole ckpt.pt."""
+    (tmp_path / "sharded_10").mkdir()
+    (tmp_path / "sharded_10/state.json").write_text("{}")
+    assert folder.find_sharded(tmp_path) is not None
+
+    def killed(path, ignore_errors):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.clear_sharded(tmp_path, rank=0)
+    assert (tmp_path / "sharded_10").exists() and folder.find_sharded(tmp_path) is None
+
+
 def test_the_best_checkpoint_is_the_best_of_those_written(tmp_path, monkeypatch):
     """A loss whose checkpoint could not be written still counted as the lowest: no later one was written as the best."""
     saver = writes.Saver(train.TrainConfig(out_dir=str(tmp_path)), best=None)
@@ -671,7 +691,6 @@ def test_a_sharded_run_that_replaces_another_has_not_its_best_checkpoint(tmp_pat
     monkeypatch.setattr(writes, "total", lambda mine: 1.0)
     saver.save(dict(step=0, val_loss=3.0, model={}, optimizer=dict(state={})))
     assert (tmp_path / "ckpt_best.pt").exists(), "nothing could be saved"
-    monkeypatch.setattr("torch.distributed.checkpoint.save", lambda *args, **kwargs: None)
     monkeypatch.setattr(writes, "total", lambda mine: mine)
     saver.save(dict(step=0, val_loss=3.0, model={}, optimizer=dict(state={})))
     assert (tmp_path / "ckpt_best.pt").exists() == resumed

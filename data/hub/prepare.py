@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from nanogqa import schema
-from nanogqa.configurator import UserError, build, one_line, parse, program
+from nanogqa.configurator import UserError, build, in_range, one_line, parse, program
+from nanogqa.files import created, lock
 from nanogqa.writer import (
     DatasetWriter,
     PrepareConfig,
@@ -72,10 +73,7 @@ class HubConfig(PrepareConfig):
     endpoint: str | None = None   # address of the Hub; None: HF_ENDPOINT, or https://huggingface.co
 
     def __post_init__(self):
-        for key in ("max_tokens", "tokens_per_file", "workers"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"{key} must be at least 1, not {value}")
+        in_range(self, "max_tokens tokens_per_file workers", low=1)
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, not {self.val_fraction}")
         for key in ("subset", "split"):
@@ -555,12 +553,17 @@ def main(argv):
     data_dir = Path(config.data_dir or Path(__file__).parent)
     tokenizer = open_tokenizer(config.tokenizer, data_dir, config.overwrite)
     about = describe(config, tokenizer)
-    meta = find_finished(data_dir, about, config.overwrite)
+    meta = None
+    if config.input is None or not config.overwrite:  # files of equal names may have other content
+        meta = find_finished(data_dir, about, config.overwrite)
     if meta is not None:
         print(f"{data_dir} already holds this data set")
     else:
         try:
-            meta = prepare(config, data_dir / "hub.part", tokenizer, about)
+            busy = (f"another process prepares {data_dir}: wait until it has ended, or pass "
+                    "another --data_dir")
+            with created(data_dir), lock(data_dir, busy, patience=0):  # both use one hub.part
+                meta = prepare(config, data_dir / "hub.part", tokenizer, about)
         except OSError as error:
             raise cannot_write(data_dir, error) from None
     print_counts(data_dir, meta)
