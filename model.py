@@ -53,7 +53,7 @@ class GPTConfig:
     qkv_bias: bool = False  # biases on q_proj, k_proj and v_proj (Qwen2)
     rope_fraction: float = 1.0  # share of a head's pairs that RoPE rotates; 0: none (NoPE)
     kv_tied: bool = False  # values are the rotated keys, so that only keys are cached
-    kv_share: int = 1  # how many layers of a kind (local, global) share one's keys and values
+    kv_share: int = 1  # layers of a kind (local, global) that share keys and values; 1: no sharing
     window: int | None = None  # tokens that a token attends to, itself included; None: all
     global_every: int = 0  # with a window: every n-th layer attends to all tokens; 0: none does
     attention: Literal["gqa", "mla"] = "gqa"  # gqa: key/value heads; mla: latent attention
@@ -78,7 +78,7 @@ class GPTConfig:
         require(self.n_layer <= 1024, f"n_layer must be at most 1024, not {self.n_layer}")
         H, C = self.n_head, self.n_embd
         self.n_kv_head = self.n_kv_head or H
-        legal = [n for n in range(1, min(H, 1024) + 1) if H % n == 0]
+        legal = [n for n in range(1, min(H, 1024) + 1) if H % n == 0]  # H may be huge
         require(H % self.n_kv_head == 0, f"n_kv_head={self.n_kv_head} does not divide n_head={H}: "
                 f"choose one of {legal}")
         require(self.head_dim or C % H == 0,
@@ -163,14 +163,14 @@ class LayerCache:
 
 def rope_frequencies(config, device=None):
     """(D/2,) radians per position of each pair, float32 (RoPE, arXiv 2104.09864): theta^(-2i/n) for
-    the pairs of n = rope_fraction D dimensions, and 0 for the others.
+    the pairs of n = rope_fraction D dimensions, and 0 for the others; D is rope_head_dim for MLA.
     With rope_factor, low frequencies are divided by it as in Llama 3.1's reference code."""
     D = config.rope_head_dim if config.attention == "mla" else config.head_dim
     n = 2 * round(config.rope_fraction * D / 2)
     exponent = torch.arange(0, n, 2, device=device, dtype=torch.float32) / n
     frequency = 1.0 / config.rope_theta**exponent
     if config.rope_factor != 1:
-        turns = config.rope_original_block_size * frequency / (2 * math.pi)  # of each pair
+        turns = config.rope_original_block_size * frequency / (2 * math.pi)  # per original context
         low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (keep + (1 - keep) / config.rope_factor)
@@ -194,7 +194,7 @@ def apply_rope(x, cos, sin):
 @dataclass
 class Context:
     """What the layers of a forward pass share."""
-    cos: torch.Tensor  # (1 or B, 1, T, D), as is sin: see apply_rope
+    cos: torch.Tensor  # (1 or B, 1, T, D), with P for D in MLA, as is sin: see apply_rope
     sin: torch.Tensor
     masks: dict  # of each window: what attention_mask returns
     cache: object  # a KVCache of nanogqa/cache.py, or None
@@ -202,9 +202,10 @@ class Context:
 
 def attention_mask(T, window, cache, device):
     """Returns a bool mask (1 or B, 1, T, S), True where a new token may attend to a key, or None if
-    attend needs none: for the start of unpadded rows, or one token that sees every key.
+    attend needs none: at the start of unpadded rows, if T tokens fit into the window, or for one
+    token that sees every key. A static cache always has a mask.
 
-    A token attends to itself and those before it, with a window to that many of them at most.
+    A token attends to itself and those before it; with a window, to the last `window` of these.
     """
     in_reach = window is None or T <= window  # the last of T tokens attends to the first
     if cache is None:
@@ -248,7 +249,7 @@ def attend(q, k, v, mask=None, scale=None):
     half_on_cuda = q.device.type == "cuda" and q.dtype != torch.float32
     if T > 1 and (H == K or q.device.type == "cpu" or (causal and half_on_cuda)):
         return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, scale=scale,
+            q, k, v, mask, is_causal=causal, scale=scale,
             enable_gqa=True if H != K else False)  # noqa: SIM210 (H != K may be symbolic)
     if causal:
         mask = q.new_ones(1, 1, T, S, dtype=torch.bool).tril()
@@ -316,7 +317,7 @@ class LatentAttention(nn.Module):
     Each token caches its latent c and one rotated key r for all heads. Head h has the key
     (A_h c, r) and the value B_h c, where A_h and B_h are its rows of kv_b_proj. They are computed
     (expanded) in training, for the start of a prompt and for more than R tokens. Otherwise the
-    cache is read without them (absorbed): since q A_h c = (A_h^T q) c, and B_h can follow the sum
+    cache is read without them (absorbed): since q . A_h c = A_h^T q . c, and B_h can follow the sum
     over tokens, queries attend to the (c, r) themselves, one head of width R + P as in MQA.
     """
 
@@ -407,7 +408,8 @@ class Block(nn.Module):
 
 class HeadLoss(nn.Module):
     """Cross-entropy in nats, summed over targets and divided by n_targets. x is (B, T, C), weight
-    (V, C), targets (B, T), -1 where there is none. train.py uses that of nanogqa/fast.py."""
+    (V, C), targets (B, T), -1 where there is none. nanogqa/fast.py has one for large vocabularies.
+    """
 
     def forward(self, x, weight, targets, n_targets):
         logits = F.linear(x, weight).float().flatten(0, 1)              # (B * T, V)
@@ -444,11 +446,6 @@ class GPT(nn.Module):
             for name, parameter in self.named_parameters():
                 parameter.data.copy_(initial_weight(name, parameter.shape, seed, config.embed_std))
 
-    @property
-    def head_weight(self):
-        """The (V, C) matrix that makes logits: the embedding table where they are tied."""
-        return self.embed.weight if self.lm_head is None else self.lm_head.weight
-
     def forward(self, idx, targets=None, n_targets=None, cache=None, logits="all"):
         """(B, T) token ids -> (logits, loss).
 
@@ -456,7 +453,8 @@ class GPT(nn.Module):
         those of the n positions with a target, (n, V). loss is the sum over targets other than -1,
         divided by n_targets: their number (None), for the mean, or the count of a whole training
         step, so that the losses of its micro-steps add up.
-        With a cache, the ids continue what it holds. Raises ValueError if they do not fit.
+        With a cache, the ids continue what it holds. Raises ValueError if they do not fit (a static
+        cache: see KVCache.write_indices).
         """
         T = idx.size(1)
         if cache is None:
@@ -485,7 +483,8 @@ class GPT(nn.Module):
         if targets is not None:
             if n_targets is None:
                 n_targets = (targets >= 0).sum().clamp(min=1)
-            loss = self.head_loss(x, self.head_weight, targets, n_targets)
+            head = self.embed if self.lm_head is None else self.lm_head
+            loss = self.head_loss(x, head.weight, targets, n_targets)
         if logits == "none":
             return None, loss
         if logits == "targets":

@@ -40,7 +40,7 @@ class SampleConfig:
     # where it runs
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and cache
-    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: for many tokens
+    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: from 30,000 tokens on
     fast: bool = True  # nanogqa/fast.py; False: the plain modules of model.py
 
     def __post_init__(self):
@@ -52,11 +52,11 @@ class SampleConfig:
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Samples one id per row, (B, V) logits -> (B, 1), among the top_k most likely ids and, of
     these, the fewest whose probability reaches top_p. Temperature 0 takes the most likely id."""
-    if temperature < 1e-30:  # dividing by less would overflow
+    if temperature < 1e-30:  # in float32 the inverse of 1e-39 is infinite
         return logits.argmax(dim=-1, keepdim=True)
     k = min(top_k or logits.size(-1), logits.size(-1))
     logits, ids = logits.float().topk(k)                                # (B, k), best first
-    # the largest logit becomes 0, so that no temperature overflows
+    # the largest logit becomes 0, so that large logits over a low temperature stay finite
     probs = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)
     if top_p is not None and top_p < 1:
         dropped = probs.cumsum(dim=-1) - probs >= top_p                 # those before reach top_p
@@ -160,9 +160,9 @@ class TextBatch:
 def generate(model, prompts, max_new_tokens, num_samples=1, known=None, **options):
     """Continues num_samples copies of each of the prompts, lists of at least one id, as one batch.
 
-    Yields (rows, ids) for each new token, until every text has stopped: ids[i] is the next token of
-    text rows[i], where text p * num_samples + s is sample s of prompt p. known, (V,) bool, is False
-    for ids that are never drawn. options are the fields of Options.
+    Yields (rows, ids) for each new token, up to max_new_tokens or until every text has stopped:
+    ids[i] is the next token of text rows[i], where text p * num_samples + s is sample s of prompt
+    p. known, (V,) bool, is False for ids that are never drawn. options are the fields of Options.
     """
     options = Options(**options)
     batch = TextBatch(model, prompts, max_new_tokens, options)

@@ -131,7 +131,7 @@ def make_optimizers(model, config):
     adamw = torch.optim.AdamW(groups, lr, betas, fused=True)
     if not blocks:
         return [adamw]
-    # match_rms_adamw scales updates to the size of AdamW's, so one learning rate fits both
+    # match_rms_adamw makes updates as large as AdamW's, so that both take the same learning rate
     muon = torch.optim.Muon(blocks, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     return [muon, adamw]
 
@@ -156,7 +156,7 @@ def backward(forward, batches, runtime):
                 micro_loss = forward(x, y, divisor, logits="none")[1]
             micro_loss.backward()
         loss += micro_loss.detach()
-    return loss / runtime.ranks
+    return loss / runtime.ranks  # divisor holds the ranks for DDP and FSDP
 
 
 def update(model, optimizers, grad_clip):
@@ -222,7 +222,8 @@ def train(given, stack):
     resume.check_data(config, state, dataset.meta)
     resume.check_ranks(config, start, dataset.meta)
     resume.check_run(GPT, GPTConfig, config, dataset, distributed.world().ranks, start)
-    runtime = pick_runtime(config.device, config.dtype, not config.eval_only and config.compile)
+    to_compile = False if config.eval_only else config.compile
+    runtime = pick_runtime(config.device, config.dtype, to_compile)
     batches = Batches(dataset, config, runtime)
     resume.verify_data(config, dataset)
     if not config.eval_only:
@@ -261,7 +262,7 @@ def train(given, stack):
 
     for step in range(start, config.max_steps + 1):  # optimizer steps done so far
         last = step == config.max_steps
-        stopping = stop.agreed(runtime)
+        stopping = stop.agreed(runtime)  # the number of a signal; 0: go on
         new = step >= first_new  # not logged and saved by the run that this one resumes
         evaluating = new and (last or step % config.eval_interval == 0)
         logging = new and (evaluating or step % config.log_interval == 0)

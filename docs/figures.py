@@ -285,13 +285,34 @@ def recall_table(folder):
                   "loss minus MHA's, nats per answer"], rows)
 
 
-def of_recall(folder, prefix=""):
+LENGTH, RECORDS = 128, 8  # of a sequence of data/recall
+
+
+def mean_answers(fields):
+    """Answers of a training sequence, which has 8, 4 or 2 records."""
+    width, relations = max(2, fields), max(1, fields * (fields - 1))
+    answers = []
+    for records in (RECORDS, RECORDS // 2, RECORDS // 4):
+        room = (LENGTH - 1 - records * (width + 1)) // 4
+        answers.append(min(room, records * relations))
+    return statistics.mean(answers)
+
+
+def guess_among_the_rest():
+    """The share of right answers of guesses among the records that were not asked for yet, where
+    each is asked for once (docs/comparing.md)."""
+    return statistics.mean(1 / left for left in range(1, RECORDS + 1))
+
+
+def of_recall(folder, fields, prefix=""):
     """Of each variant: the mean of right answers, how many seeds reach 0.9, and by how many % the
     model is smaller than that of MHA. Names of texts begin with prefix."""
     results = read(f"{folder}/results.json")
     tokens = results["settings"]["max_steps"] * results["settings"]["tokens_per_step"]
+    answers = tokens / LENGTH * mean_answers(fields)
     texts = {f"{prefix}recall_seeds": str(results["settings"]["seeds"]),
-             f"{prefix}recall_tokens": f"{tokens / 1e6:.1f} million"}
+             f"{prefix}recall_tokens": f"{tokens / 1e6:.1f} million",
+             f"{prefix}recall_answers": f"{answers / 1e6:.2f} million"}
     summaries = summarize(results)
     for summary in summaries:
         key = summary.name.lower().replace("-", "")
@@ -476,8 +497,8 @@ def values():
         seeds=str(settings["seeds"]),
         mha_cache=f"{sizes[0]:,}",
         **first_run(), **llama(), **ratios(), **missed(), **of_mqa(), **ranges(), **of_designs(),
-        **of_recall("recall"), **of_recall("recall_one_field", "one_"), **of_noise(),
-        **timed_twice())
+        **of_recall("recall", 3), **of_recall("recall_one_field", 1, "one_"), **of_noise(),
+        **timed_twice(), one_guess=f"{guess_among_the_rest():.2f}")
 
 
 def ratios():
@@ -606,19 +627,21 @@ SENTENCES = {
         "{recall_seeds} seeds, MHA reaches 0.9 in {reach_mha}, GQA-4 in {reach_gqa4}, GQA-2 in "
         "{reach_gqa2} and MQA in {reach_mqa}",
         "a model is also {gqa4_smaller} to {mqa_smaller} % smaller",
-        "In {one_recall_tokens} tokens",
+        "right {one_guess} of the time. In {one_recall_tokens} tokens with {one_recall_answers} "
+        "answers",
+        "models with fewer of them are {one_gqa4_smaller} to {one_mqa_smaller} % smaller",
+        "These runs saw {one_recall_answers} answers, those with three fields {recall_answers}",
         "MHA {one_recall_mha}, GQA-4 {one_recall_gqa4}, GQA-2 {one_recall_gqa2}, MQA "
         "{one_recall_mqa}. Of {one_recall_seeds} seeds, MHA reaches 0.9 in {one_reach_mha}, GQA-4 "
         "in {one_reach_gqa4}, GQA-2 in {one_reach_gqa2} and MQA in {one_reach_mqa}",
         "trains six models with {seeds} seeds each",
         "after these {tokens} tokens",
         "{seeds} seeds were planned on 2026-11-28",
-        "with {mqa_fewer} % fewer parameters, but barely (adjusted p value {mqa_p}, and the wider "
-        "interval contains zero): by {mqa_share} % of the loss, where the published run in equal "
-        "shape has {mqa_published} %",
+        "with {mqa_fewer} % fewer parameters, has one too, by {mqa_share} % (published in equal "
+        "shape: {mqa_published} %). That is barely found: the adjusted p value is {mqa_p}",
         "would have found {found_low} to {found_high} nats with a power of 80 %",
-        "reads the same {noise_windows} windows. The difference of two of these runs lies within "
-        "about {noise_error} nats (standard error) of that over the whole text",
+        "reads the same {noise_windows} windows. As an estimate for the whole text, the difference "
+        "of two of these runs has a standard error of about {noise_error} nats",
         "a step takes {gqa_step} of MHA's time with GQA, {mqa_step} with MQA and {mla_step} with "
         "MLA. MLA took {mla_prefill} times as long as MHA to read these prompts",
         "GQA took {gqa_step_again} of MHA's time, MQA {mqa_step_again} and MLA {mla_step_again}, "

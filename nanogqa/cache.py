@@ -57,7 +57,8 @@ class KVCache:
         return room < self.max_length
 
     def places(self, T):
-        """Places of the next T tokens in their rows, (T,). Raises ValueError if they do not fit."""
+        """Places of the next T tokens in their rows, (T,). Raises ValueError if they do not fit,
+        unless the cache is static."""
         if not self.static and self.length + T > self.max_length:
             # a slice assignment past the end silently drops tokens (static: see write_indices)
             raise ValueError(f"the cache holds {self.length} of at most {self.max_length} tokens: "

@@ -85,7 +85,7 @@ def flops_per_token(model, T=None):
 
 
 def tokens_read(layer, tokens):
-    """How many of that many tokens a layer reads; layer is its LayerCache."""
+    """Tokens that a layer, given by its LayerCache, reads of a sequence: at most its window."""
     return min(tokens, layer.window or tokens)
 
 
@@ -137,10 +137,10 @@ def caching_layer(config):
 
 
 def prefill_chunk(batch_size, prompt_len, masked, static):
-    """(rows, tokens) of a prompt that one forward pass reads. A prompt of up to 4,096 tokens is
-    read at once, a few rows at a time, since its start needs no mask. Longer prompts, and those
-    with masks, of padded rows or windows, are read 1,024 tokens at a time; a static cache has all
-    rows in every chunk, for one graph."""
+    """(rows, tokens) of a prompt that one forward pass reads: 2,048 tokens of all rows together,
+    unless one row has more. A prompt of up to 4,096 tokens is read at once, since its start needs
+    no mask; longer prompts, and those with masks, of padded rows or windows, 1,024 tokens at a
+    time. A static cache has all rows in every chunk, for one graph, and so fewer tokens of each."""
     if static:
         return batch_size, min(prompt_len, max(1, 2048 // batch_size))
     tokens = prompt_len
@@ -168,9 +168,9 @@ def decoding_bytes(model, decoding):
     cache: see numbers_per_token and mask_bytes. The tests compare this with what is allocated.
     """
     config, size = model.config, decoding.dtype.itemsize
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    weights = num_params(model)
     if decoding.packed and model.lm_head is None:
-        matrices += model.embed.weight.numel()  # a tied table is held in both layouts
+        weights += model.embed.weight.numel()  # a tied table is held in both layouts
     cache = kv_cache_bytes(config, decoding.max_length, decoding.dtype)
     masked = decoding.padded or any(in_ring(layer, decoding) for layer in config.layer_caches())
     rows, tokens = prefill_chunk(
@@ -179,7 +179,7 @@ def decoding_bytes(model, decoding):
     activations += rows * copied_numbers(config, decoding, tokens) * size
     activations += rows * expanded_numbers(config, decoding, tokens) * size
     return dict(
-        weights=matrices * size,
+        weights=weights * size,
         cache=decoding.batch_size * cache,
         logits=decoding.batch_size * config.vocab_size * size,
         prefill=activations + mask_bytes(config, decoding, rows, tokens),

@@ -191,8 +191,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             below = top.float() - logits.gather(1, target).float()      # target's logit below top
             p = logits.float().softmax(dim=-1)
             del logits
-            # the likeliest id's probability, unlike the target's, never underflows
-            # not in place: compiled by torch 2.11, an output written in place has no gradient
+            # -log p(target) = below - log p(likeliest); p(likeliest) never underflows
+            # not +=: compiled by torch 2.11, an output written in place has no gradient
             total = total + ((below - p.gather(1, likeliest).log()) * part).sum()
             if gradients:
                 p = p.scatter_add_(1, target, torch.full_like(below, -1.0)).to(top.dtype)
@@ -215,7 +215,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class PackedLinear(nn.Module):
     """A linear layer for float32 or bfloat16 inference on a CPU.
 
-    Its weight has the blocked layout that oneDNN reads fastest for inputs of that many rows.
+    Its weight has the blocked layout that oneDNN reads fastest for inputs of `rows` rows.
     """
 
     def __init__(self, weight, bias, rows):

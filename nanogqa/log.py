@@ -158,7 +158,7 @@ class Log:
             if backlog.failed:
                 raise UserError(
                     f"{plural(len(backlog.rows), 'row')} could not be written to {backlog.name} "
-                    f"({backlog.failed}): mend that before the next run; the checkpoint is saved")
+                    f"({backlog.failed}): fix that before the next run; the checkpoint is saved")
 
     def __enter__(self):
         self.trace.__enter__()

@@ -336,7 +336,6 @@ def decoded(encoding, ids):
     return (text, text.removeprefix(" "))
 
 
-
 def known_ids(encoding, vocab_size):
     """(vocab_size,) bool: the ids that the tokenizer can decode.
 

@@ -188,7 +188,7 @@ def test_costs_equal_a_hand_count(rank):
     assert flops_per_token(model, 10) == products + 2 * 3 * 10 * 2 * 4 * (12 + 8)
     assert kv_bytes_per_token(model.config) == 2 * (16 + 8) * 4
     bound = decoding_bytes(model, Decoding(1, 5, 10, dtype=torch.bfloat16))
-    assert bound["weights"] == 2 * (matrices + 65 * 32)
+    assert bound["weights"] == 2 * (matrices + norms + 65 * 32)
 
 
 def test_every_parameter_learns(shape):
