@@ -1,4 +1,5 @@
 """Prompts in, texts out: what sample.py reads and prints around its tokens."""
+import functools
 import json
 import sys
 import time
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 
 from nanogqa.configurator import UserError
-from nanogqa.tokenizer import Text
+from nanogqa.tokenizer import Text, encode_text
 
 
 def read_text(path):
@@ -57,9 +58,10 @@ def json_prompt(line, where):
 def encode_prompts(encoding, prompts, vocab_size):
     """The ids of each prompt; end-of-text, which starts a new document, for an empty one. Raises
     UserError if the model has no such id."""
+    encode = functools.partial(encoding.encode, allowed_special="all")
     ids = []
     for prompt in prompts:
-        ids.append(encoding.encode(prompt, allowed_special="all") or [encoding.eot_token])
+        ids.append(encode_text(encode, prompt) or [encoding.eot_token])
         if max(ids[-1]) >= vocab_size:
             raise UserError(
                 f"the prompt {prompt!r:.40} has the token id {max(ids[-1])}, but the model has "

@@ -327,6 +327,19 @@ def copy_tokenizer(name, source, target, replace=False):
                 copy.write((source / file).read_bytes())
 
 
+def encode_text(encode, text):
+    """encode(text), a method of a tokenizer. Raises UserError where tiktoken gives up: its regular
+    expressions do not read a million blanks in a row."""
+    try:
+        return encode(text)
+    except BaseException as error:
+        # a panic of tiktoken's Rust code is not an Exception, and its class cannot be imported
+        if type(error).__name__ != "PanicException" and not isinstance(error, ValueError):
+            raise
+        raise UserError(f"the tokenizer cannot read a text of {len(text):,} characters "
+                        f"({one_line(error, 100)}): shorten its longest run of blanks") from None
+
+
 # -- ids to text -----------------------------------------------------------------------------------
 
 def decoded(encoding, ids):

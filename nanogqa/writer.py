@@ -33,6 +33,7 @@ from nanogqa.tokenizer import (
     HF_TOKENIZER,
     HuggingFaceTokenizer,
     copy_tokenizer,
+    encode_text,
     get_tokenizer,
 )
 
@@ -377,14 +378,13 @@ def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
     counts.
     """
     opened = open_tokenizer(tokenizer, data_dir, overwrite)
-    encoded = encode(documents, opened.encoding)
-    write_encoded(encoded, data_dir, opened, about, overwrite)
+    write_encoded(encode(documents, opened.encoding), data_dir, opened, about, overwrite)
 
 
 def encode(documents, encoding):
     """Yields (split, ids, size of the text in bytes) for each (split, text)."""
     for split, text in documents:
-        yield split, encoding.encode_ordinary(text), len(text.encode())
+        yield split, encode_text(encoding.encode_ordinary, text), len(text.encode())
 
 
 def write_encoded(encoded, data_dir, opened, about, overwrite=False):

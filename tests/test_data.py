@@ -22,6 +22,7 @@ from test_inputs import fails, program
 from nanogqa import dataloader, writer
 from nanogqa.configurator import UserError
 from nanogqa.dataloader import Dataset, shuffled, train_batch, val_batch, val_windows
+from nanogqa.prompts import encode_prompts
 from nanogqa.tokenizer import get_tokenizer, known_ids
 from nanogqa.writer import write_dataset
 
@@ -669,3 +670,29 @@ def test_known_ids_are_those_that_have_bytes():
     encoding = get_tokenizer("byte")
     assert known_ids(encoding, 300).tolist() == [True] * 257 + [False] * 43
     assert known_ids(encoding, 3).tolist() == [True] * 3
+
+
+def test_a_text_that_tiktoken_gives_up_on(tmp_path, monkeypatch, capfd):
+    """Its regular expressions panic on a million blanks in a row, and a panic is not an Exception."""
+    class PanicException(BaseException):
+        pass
+
+    def panic(text, **options):
+        raise PanicException("RuntimeError(StackOverflow)")
+    encoding = SimpleNamespace(encode=panic, encode_ordinary=panic, eot_token=0)
+    with pytest.raises(UserError, match="cannot read a text of 3 characters .RuntimeError.StackOverflow.*longest run of blanks"):
+        list(writer.encode([("train", "abc")], encoding))
+    with pytest.raises(UserError, match="cannot read a text of 5 characters"):
+        encode_prompts(encoding, ["a" * 5], 10)
+
+    def stopped(text, **options):
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        encode_prompts(SimpleNamespace(encode=stopped, eot_token=0), ["a"], 10)
+
+
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's files")
+def test_a_million_blanks(tmp_path, capsys):
+    (tmp_path / "blanks.txt").write_text(" " * 1_500_000 + "a " * 200_000)
+    args = [f"--input={tmp_path / 'blanks.txt'}", f"--data_dir={tmp_path / 'data'}", "--tokenizer=gpt2"]
+    assert "longest run of blanks" in fails(program("text"), args, capsys) and not (tmp_path / "data").exists()

@@ -9,6 +9,7 @@ after the other, sorted by name; of large data sets they may hold the first part
 stay whole and in order; nulls are skipped. Progress is kept in DATA_DIR/hub.part: after an
 interruption run the same command again, and the result is identical to the byte.
 """
+import functools
 import hashlib
 import importlib.util
 import os
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from nanogqa import schema
 from nanogqa.configurator import UserError, build, in_range, one_line, parse, program
 from nanogqa.files import created, lock
+from nanogqa.tokenizer import encode_text
 from nanogqa.writer import (
     DatasetWriter,
     PrepareConfig,
@@ -383,7 +385,8 @@ def encode(texts, encoding):
     """Ids of each text, without special tokens."""
     if isinstance(encoding, tiktoken.Encoding):
         # arrays, not lists: they are made without the GIL, so that threads run in parallel
-        return [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        to_numpy = functools.partial(encoding.encode_to_numpy, disallowed_special=())
+        return [encode_text(to_numpy, text) for text in texts]
     return encoding.encode_ordinary_batch(texts)
 
 
