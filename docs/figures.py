@@ -305,8 +305,9 @@ def guess_among_the_rest():
 
 
 def of_recall(folder, fields, prefix=""):
-    """Of each variant: the mean of right answers, how many seeds reach 0.9, and by how many % the
-    model is smaller than that of MHA. Names of texts begin with prefix."""
+    """Seeds, tokens and answers of training, and of each variant: the mean of right answers, how
+    many seeds reach 0.9, and by how many % the model is smaller than that of MHA. Names of texts
+    begin with prefix."""
     results = read(f"{folder}/results.json")
     tokens = results["settings"]["max_steps"] * results["settings"]["tokens_per_step"]
     answers = tokens / LENGTH * mean_answers(fields)

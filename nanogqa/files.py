@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole or not at all."""
+"""Files that are replaced as a whole or not at all, and the lock of a folder."""
 import contextlib
 import json
 import os
@@ -56,9 +56,9 @@ def append(path, text):
 
 
 @contextlib.contextmanager
-def lock(folder, busy, patience=60):
+def lock(folder, busy, patience=60, key="out_dir"):
     """While it is open, no other process holds the lock of this folder. Raises UserError(busy) if
-    one still does after patience seconds.
+    one still does after patience seconds. key is the setting that names the folder.
 
     At the end, removes its .lock, if it has added that and nothing else was added meanwhile.
     """
@@ -72,8 +72,8 @@ def lock(folder, busy, patience=60):
         if getattr(error, "filename", None):  # .lock cannot be created
             raise
         # some network file systems
-        raise UserError(f"{folder} cannot be locked ({one_line(error)}): choose a folder on a file "
-                        "system that has file locks") from None
+        raise UserError(f"{folder} cannot be locked ({one_line(error)}): choose a --{key} on a "
+                        "file system that has file locks") from None
     try:
         yield
     finally:
@@ -85,16 +85,17 @@ def lock(folder, busy, patience=60):
 
 
 @contextlib.contextmanager
-def created(folder):
+def created(folder, key="out_dir"):
     """Creates folder and its parents. At the end, those that it has created and that are still
-    empty are removed. Raises UserError if files cannot be created in folder."""
+    empty are removed. Raises UserError if files cannot be created in folder, which the setting key
+    names."""
     folder = Path(folder)
     new = []
     for path in (folder, *folder.parents):
         if not path.exists():
             new.append(path)
     try:
-        check_writable(folder)
+        check_writable(folder, key)
         yield
     finally:
         for path in new:
@@ -104,7 +105,7 @@ def created(folder):
                 break
 
 
-def check_writable(folder):
+def check_writable(folder, key="out_dir"):
     """Creates folder if it does not exist. Raises UserError if files cannot be created in it."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -115,5 +116,5 @@ def check_writable(folder):
             probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot write to {folder} ({error.strerror}): choose another --out_dir"
+            f"cannot write to {folder} ({error.strerror}): choose another --{key}"
         ) from None

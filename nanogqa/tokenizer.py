@@ -337,7 +337,8 @@ def encode_text(encode, text):
         if type(error).__name__ != "PanicException" and not isinstance(error, ValueError):
             raise
         raise UserError(f"the tokenizer cannot read a text of {len(text):,} characters "
-                        f"({one_line(error, 100)}): shorten its longest run of blanks") from None
+                        f"({one_line(error, 100)}): shorten its longest run of blanks, or "
+                        "prepare data with --tokenizer=byte") from None
 
 
 # -- ids to text -----------------------------------------------------------------------------------

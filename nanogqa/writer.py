@@ -55,7 +55,8 @@ class PrepareConfig:
 # -- input -----------------------------------------------------------------------------------------
 
 OUTPUT = re.compile(
-    r"(meta\.json|tokenizer\.json|tokenizer_config\.json|(train|val)(_\d{5,})?\.bin)(\.part)?"
+    r"\.lock|(meta\.json|tokenizer\.json|tokenizer_config\.json|(train|val)(_\d{5,})?\.bin)"
+    r"(\.part)?"
 )
 PART = re.compile(r"hub\.part|\..+\.part")  # folders of unfinished data sets
 

@@ -3,6 +3,7 @@ import collections
 import json
 import shutil
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,16 +118,16 @@ def test_moments_in_another_order_of_memory(trained, tmp_path):  # noqa: F811
     assert found.is_contiguous() and torch.equal(found, wanted)
 
 
-def test_a_checkpoint_does_not_choose_where_its_run_writes(trained, toy_run, tmp_path):  # noqa: F811
+def test_a_checkpoint_does_not_choose_where_its_run_writes(trained, tmp_path, monkeypatch):  # noqa: F811
     """A resumed run took out_dir from the settings in its checkpoint, and wrote there."""
     state = torch.load(trained / "ckpt.pt")
     other = tmp_path / "other"
     state["settings"].update(out_dir=str(other), eval_only=True, overwrite=True, profile=True)
-    (tmp_path / "run").mkdir(exist_ok=True)
-    torch.save(state, tmp_path / "run/ckpt.pt")
-    given = dict(out_dir=str(tmp_path / "run"), init_from="resume")
-    config, _ = resume.config_and_state(given, train.TrainConfig, train.GPTConfig)
-    assert config.out_dir == str(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    torch.save(state, "out/ckpt.pt")
+    config, _ = resume.config_and_state(dict(init_from="resume"), train.TrainConfig, train.GPTConfig)
+    assert config.out_dir == "out"
     assert not (config.eval_only or config.overwrite or config.profile)
 
 
@@ -138,12 +139,11 @@ def test_a_checkpoint_without_weights(trained, tmp_path, capsys):  # noqa: F811
         sample.main, [f"--out_dir={tmp_path}"], capsys)
 
 
-def test_text_of_a_checkpoint_cannot_change_the_terminal(trained, toy_run, tmp_path, capsys):  # noqa: F811
+def test_text_of_a_checkpoint_cannot_change_the_terminal(trained, tmp_path, capsys):  # noqa: F811
     state = torch.load(trained / "ckpt.pt")
     state["runtime"]["device"] = "\x1b]0;x\x07"
-    (tmp_path / "run").mkdir(exist_ok=True)
-    torch.save(state, tmp_path / "run/ckpt.pt")
-    terminal.announce_resume(checkpoint.load(tmp_path / "run", GPTConfig), {}, runtime.pick_runtime("cpu", "float32", False))
+    torch.save(state, tmp_path / "ckpt.pt")
+    terminal.announce_resume(checkpoint.load(tmp_path, GPTConfig), {}, runtime.pick_runtime("cpu", "float32", False))
     out = capsys.readouterr().out
     assert "changed: device" in out and out.rstrip("\n").isprintable()
 

@@ -373,7 +373,7 @@ def test_output_is_never_input(tmp_path, capsys, where):
     for _ in range(3):
         program("text")([*args, f"--data_dir={data_dir}"])
         assert Dataset(data_dir).meta["sha256"] == want["sha256"]
-        for name in ("tokenizer.json", "tokenizer_config.json", "meta.json.part"):
+        for name in ("tokenizer.json", "tokenizer_config.json", "meta.json.part", ".lock"):
             (data_dir / name).write_text("what another run left")
         (data_dir / ".123.part").mkdir(exist_ok=True)
         (data_dir / ".123.part/train.bin").write_bytes(b"text")
@@ -672,7 +672,7 @@ def test_known_ids_are_those_that_have_bytes():
     assert known_ids(encoding, 3).tolist() == [True] * 3
 
 
-def test_a_text_that_tiktoken_gives_up_on(tmp_path, monkeypatch, capfd):
+def test_a_text_that_tiktoken_gives_up_on():
     """Its regular expressions panic on a million blanks in a row, and a panic is not an Exception."""
     class PanicException(BaseException):
         pass

@@ -1242,3 +1242,8 @@ def test_a_thousand_files_open_at_once(tmp_path):
     start = time.process_time()
     split = make(tmp_path, [64] * 3000).train
     assert time.process_time() - start < 3 and split.n_tokens == 3000 * 64
+
+
+def test_a_folder_that_cannot_be_written(server, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "choose another --data_dir" in fails(main, arguments(server, tmp_path / "file/out"), capsys)

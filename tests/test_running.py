@@ -708,7 +708,7 @@ def test_a_save_that_ends_in_any_error_is_not_taken_for_one(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("error,words", [
-    (OSError(errno.ENOLCK, "No locks available"), "cannot be locked"), (NotImplementedError("no flock"), "cannot be locked"),
+    (OSError(errno.ENOLCK, "No locks available"), "cannot be locked"), (NotImplementedError("no flock"), "choose a --out_dir on a file system"),
     (PermissionError(errno.EACCES, "Permission denied", "out/.lock"), "(Permission denied): check the path")])
 def test_file_systems_without_locks(toy_run, tmp_path, monkeypatch, capsys, error, words):
     def acquire(*args, **kwargs):

@@ -62,7 +62,7 @@ os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 class HubConfig(PrepareConfig):
     tokenizer: str = "gpt2"       # byte, a tiktoken encoding, or a folder with a tokenizer.json
     input: str | None = None      # parquet file, or folder of them, to read instead of the Hub's
-    overwrite: bool = False       # replace a data set, or unfinished one, with other settings
+    overwrite: bool = False       # replace another data set, or one of input files of equal names
     repo: str = "HuggingFaceFW/fineweb-edu"  # name of the data set on the Hub
     subset: str = "sample-10BT"   # its subset ("default" if it has only one)
     split: str = "train"          # its split, which is divided again into train and val
@@ -563,9 +563,10 @@ def main(argv):
         print(f"{data_dir} already holds this data set")
     else:
         try:
+            # two processes would write to the same files
             busy = (f"another process prepares {data_dir}: wait until it has ended, or pass "
                     "another --data_dir")
-            with created(data_dir), lock(data_dir, busy, patience=0):  # both use one hub.part
+            with created(data_dir, "data_dir"), lock(data_dir, busy, 0, "data_dir"):
                 meta = prepare(config, data_dir / "hub.part", tokenizer, about)
         except OSError as error:
             raise cannot_write(data_dir, error) from None

@@ -84,8 +84,10 @@ def main(argv):
     config = build(RecallConfig, parse(RecallConfig, argv, __doc__))
     tokenizer = DataTokenizer("none", "", NoText(config.first_value + VALUES * config.width, END))
     about = dict(source="associative recall", fields=config.fields, records=config.records,
-                 gap=config.gap, seed=config.seed, answer_after=ASK, answer_distance=QUESTION - 1,
+                 seed=config.seed, answer_after=ASK, answer_distance=QUESTION - 1,
                  sequence_length=config.length)
+    if config.gap:
+        about["gap"] = config.gap
     data_dir = config.data_dir or Path(__file__).parent
     write_encoded(sequences(config), data_dir, tokenizer, about, config.overwrite)
 
