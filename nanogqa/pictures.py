@@ -234,42 +234,55 @@ class Point(NamedTuple):
     seeds: tuple = ()             # values of the seeds
 
 
+class Panel(NamedTuple):
+    """An axis of a picture of fronts."""
+    label: str
+    points: list
+    lower: bool | None            # whether lower is better; None: no front is drawn
+
+
 def draw_fronts(summaries, colors, results):
-    """Loss, further metrics and time of a decode step against cached bytes, an axis for each. Lines
-    go through the variants that no other one beats in cached bytes and in the mean over seeds."""
-    panels = []  # (label, points, whether lower is better, or None: no line)
+    """Loss, further metrics and time of a decode step against cached bytes, an axis for each."""
+    panels = []
     for match in matches_of(summaries):
         matched = with_match(summaries, match)
-        panels.append((f"validation loss, {equal(match)}", loss_points(matched), True))
+        panels.append(Panel(f"validation loss, {equal(match)}", loss_points(matched), True))
         for name in metric_names(matched):
-            points = metric_points(matched, name)
-            panels.append((f"{shown_name(name)}, {equal(match)}", points, name != "val_acc"))
-    label, points = time_points(by_shape(with_match(summaries, summaries[0].match)), results)
-    panels.append((label, points, None))  # two times are no mean, and close ones are equal
+            label = f"{shown_name(name)}, {equal(match)}"
+            panels.append(Panel(label, metric_points(matched, name), name != "val_acc"))
+    panels.append(time_panel(by_shape(with_match(summaries, summaries[0].match)), results))
+    return draw_panels(panels, colors, summaries[0].name)
+
+
+def draw_panels(panels, colors, first):
+    """Panels side by side. A dotted line goes through the variants that no other one beats in
+    cached bytes and in the mean over seeds; first is the variant that the others are compared to.
+    """
     figure, axes = new_figure(len(panels), colors, lines=8, sharey=False)
-    for axis, (label, points, lower) in zip(axes, panels, strict=True):
-        draw_points(axis, points, colors)
-        if lower is not None:
-            best = front(points, lower)
+    for axis, panel in zip(axes, panels, strict=True):
+        draw_points(axis, panel.points, colors)
+        if panel.lower is not None:
+            best = front(panel.points, panel.lower)
             axis.plot([point.size for point in best], [point.value for point in best],
                       linestyle=":", color="0.5", zorder=0)
         xlabel = f"cache of {CONTEXT:,} tokens, kB (log scale)"
-        axis.set(title=label, xlabel=xlabel, xscale="log")
+        axis.set(title=panel.label, xlabel=xlabel, xscale="log")
         axis.margins(x=0.25, y=0.15)
         few_ticks(axis.xaxis, kilobytes)
-    figure.suptitle(about_fronts(summaries), fontsize=14)
+    figure.suptitle(about_panels(panels, first), fontsize=14)
     figure.draw_without_rendering()  # the axes get their sizes, which name_points needs
-    for axis, (_, points, _) in zip(axes, panels, strict=True):
-        name_points(axis, points, colors)
+    for axis, panel in zip(axes, panels, strict=True):
+        name_points(axis, panel.points, colors)
     return figure
 
 
-def about_fronts(summaries):
+def about_panels(panels, first):
     """The title of the picture: what its bars, dots and lines are."""
+    points = [point for panel in panels for point in panel.points]
     text = "Against cached bytes."
-    if any(point.error for point in loss_points(summaries)):
-        text += f" Bars: 95 % interval of the difference to {summaries[0].name}, each by itself."
-    if metric_names(summaries):
+    if any(point.error for point in points):
+        text += f" Bars: 95 % interval of the difference to {first}, each by itself."
+    if any(point.seeds for point in points):
         text += " Small dots: seeds."
     return (f"{text}\nDotted line: no other variant caches less and is better, by the means over "
             "seeds")
@@ -295,15 +308,17 @@ def metric_points(summaries, name):
     return points
 
 
-def time_points(shapes, results):
-    """(label, points) of the decode step with the largest batch and the longest context."""
+def time_panel(shapes, results):
+    """Times of the decode step with the largest batch and the longest context. They have no front:
+    two rounds of timing give no error bar and cannot order close times."""
     points, cells = [], []
     for shape, summary in shapes.items():
         slowest = max(results["speed"][shape]["decode"], key=batch_and_context)
         points.append(Point(cache_bytes(summary), slowest["step_ms"], summary.name))
         cells.append(batch_and_context(slowest))
     batch_size, prompt_len = cells[0]  # all shapes are timed at the same ones
-    return f"ms per step, batch {batch_size}, context {prompt_len:,}", points
+    label = f"ms per step, batch {batch_size}, context {prompt_len:,}"
+    return Panel(label, points, None)
 
 
 def batch_and_context(timing):
@@ -318,7 +333,7 @@ def draw_points(axis, points, colors):
         draw_seeds(axis, [point.size] * len(point.seeds), point.seeds, colors[point.name])
 
 
-# of a name beside its point: x and y in points, and the side of the name that is there
+# where a name may stand beside its point: x and y offset in points, horizontal alignment
 BESIDE = ((6, 6, "left"), (-6, 6, "right"), (6, -16, "left"), (-6, -16, "right"))
 
 
