@@ -105,6 +105,9 @@ def whole(folder, key):
         yield part
         os.replace(part, folder)
     except OSError as error:
+        named = Path(error.filename or part)
+        if not (named.is_relative_to(part) or part.is_relative_to(named)):
+            raise  # a file that cannot be read
         raise UserError(
             f"cannot write {folder} ({error.strerror or error}): make room, or name another --{key}"
         ) from None
@@ -159,7 +162,7 @@ def to_hf(config):
         if tokenizer is not None:
             sizes = {"model_type": model_type, "block_size": model.config.block_size}
             write_tokenizer(tokenizer, source, folder, sizes)
-        compared = compare_logits(model, folder, config.dtype)
+        compared = compare_logits(model, folder, config.dtype, name=config.hf_dir)
     architecture = FAMILIES[model_type].architecture
     print(f"{config.hf_dir}: {architecture}, {costs.num_params(model):,} parameters in "
           f"{config.dtype}")
@@ -207,8 +210,8 @@ def write_hf_config(model_type, config, folder, dtype, tokenizer):
         )
     except Exception as error:  # its checks of sizes raise many kinds of errors
         raise UserError(
-            f"transformers refuses the sizes of this model ({one_line(error)}): train a model with "
-            "other sizes to export it"
+            f"transformers {transformers.__version__} refuses this model ({one_line(error)}): "
+            "update it, or train a model with other sizes to export it"
         ) from None
     hf_config.save_pretrained(folder)
     # transformers 5 writes rope_parameters instead; without these keys, transformers 4 and other
@@ -218,12 +221,12 @@ def write_hf_config(model_type, config, folder, dtype, tokenizer):
     transformers.GenerationConfig(**special).save_pretrained(folder)
 
 
-def compare_logits(model, folder, dtype="float32", changes=None):
+def compare_logits(model, folder, dtype="float32", changes=None, name=None):
     """Compares model with the one that transformers loads from folder; one line with the result.
 
-    changes are keys of config.json that are given to transformers with other values.
-    The input is random ids at the positions 0 to block_size - 1, or to the larger of 2,048 and 64
-    beyond the window if that is less.
+    changes: keys of config.json that transformers gets with these values instead. name: what
+    messages call the folder, if it is a temporary one.
+    The input is block_size random ids, or the larger of 2,048 and window + 64 if that is less.
     Raises UserError if the logits differ by more than rounding to dtype explains.
     """
     transformers = import_transformers()
@@ -236,7 +239,8 @@ def compare_logits(model, folder, dtype="float32", changes=None):
         ).eval()
     except Exception as error:  # transformers raises many kinds of errors for a bad folder
         raise UserError(
-            f"transformers cannot load {folder} ({one_line(error)}): update it, or fix the folder"
+            f"transformers cannot load {name or folder} ({one_line(error)}): update it, or use "
+            "another checkpoint"
         ) from None
     length = min(max(2048, 64 + (model.config.window or 0)), model.config.block_size)
     generator = torch.Generator().manual_seed(0)
@@ -283,6 +287,7 @@ def from_hf(config):
             state["tokenizer"] = tokenizer.name
             warning = compare_import(tokenizer, hf_dir)
         model = write(folder, state)
+        del state["model"]  # the comparison loads the weights once more
         compared = compare_logits(model, hf_dir, changes=rope_for_version_4(hf, gpt_config))
     print(
         f"{config.out_dir}: {costs.num_params(model):,} parameters, n_head {gpt_config.n_head}, "
@@ -319,6 +324,8 @@ def pool(config):
     """Writes a checkpoint with another number of key/value heads."""
     new_folder(config.new_dir, "new_dir")
     state, model, source = load_checkpoint(config.out_dir)
+    if state["tokenizer"].startswith(HF_TOKENIZER):
+        get_tokenizer(state["tokenizer"], source)  # refuses a checkpoint without its tokenizer
     before = model.config
     after = pooled_config(before, config)
     moments = [None] * before.n_layer

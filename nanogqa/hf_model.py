@@ -84,9 +84,10 @@ READABLE = ("llama", "mistral", "qwen2", "qwen3")
 
 def windows_of(config):
     """In which layers of a GPTConfig attention has a window: no, all or some."""
-    if config.window is None:
+    windows = {layer.window for layer in config.layer_caches()}
+    if windows == {None}:
         return "no"
-    if config.global_every:
+    if None in windows:
         return "some"
     return "all"
 
@@ -175,7 +176,7 @@ def window_keys(model_type, config):
     """The keys of config.json for windows, where the family has them."""
     if model_type == "mistral":
         return {"sliding_window": config.window}
-    if config.window is None:
+    if windows_of(config) == "no":
         return {}
     return {
         "sliding_window": config.window,
@@ -186,7 +187,7 @@ def window_keys(model_type, config):
 
 
 def layer_types(n_layer, global_every):
-    """layer_types of a config.json, where every so many layers one attends to all tokens."""
+    """layer_types of a config.json: every global_every-th layer attends to all tokens; 0: none."""
     types = []
     for number in range(1, n_layer + 1):
         if global_every and number % global_every == 0:
@@ -241,7 +242,8 @@ def model_config(hf, path, GPTConfig):
         raise UserError(
             f"{path}: model_type {model_type!r} is not known here, only {', '.join(READABLE)} are"
         )
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5, or 4
+    # transformers 4 knows rope_scaling; 5 writes rope_parameters, but prefers rope_scaling to it
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     unknown = unrepresentable(hf, rope)
     if unknown:
         key = next(iter(unknown))
@@ -354,7 +356,7 @@ def read_weights(folder, config, GPT):
     for name in [*expected, *shapes]:
         check_tensor(folder, name, shapes, expected)
     numbers = sum(shape.numel() for _, shape in expected.values())
-    check_memory({"the size of the model": 4 * numbers})
+    check_memory({"the size of the model by choosing another checkpoint": 4 * numbers})
     weights = {}
     for path in files:
         with open_safetensors(path) as file:

@@ -34,7 +34,7 @@ KEPT = (
 CLASS = "PreTrainedTokenizerFast"  # which follows the tokenizer.json
 # transformers 5 replaces the class that a tokenizer_config.json names for a model_type in its list
 # MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS, unless an auto_map names one too. Without
-# trust_remote_code both versions then use the CLASS, with it the one of this module.
+# trust_remote_code both versions then use CLASS, with it the class in MODULE.
 FORCED = ("qwen2",)
 MODULE = "tokenization"
 PROGRAM = f"""from transformers import {CLASS} as FollowsTokenizerJson
@@ -101,7 +101,7 @@ def save(tokenizer, path):
 def hf_tokenizer(encoding):
     """The tokenizers.Tokenizer that gives the ids of a tiktoken.Encoding.
 
-    tiktoken merges the neighbours whose union has the lowest id. tokenizers merges by a list of
+    tiktoken merges the neighbors whose union has the lowest id. tokenizers merges by a list of
     pairs, first pair first. So the list has each split of each token in two, in the order of ids.
     """
     tokenizers = import_extra("tokenizers")
@@ -151,8 +151,8 @@ def check_export(encoding, folder):
     if text is not None:
         raise UserError(
             f"transformers {transformers.__version__} reads the text {text!r:.60} of tokenizer "
-            f"{encoding.name!r} otherwise than this program: use another version of transformers, "
-            "or another tokenizer"
+            f"{encoding.name!r} differently from this program: use another version of "
+            "transformers, or another tokenizer"
         )
 
 
@@ -238,6 +238,9 @@ def read_tokenizer(hf_dir, hf, folder):
     if (hf_dir / "generation_config.json").exists():
         generation = read_json(hf_dir / "generation_config.json", SPECIAL_IDS)
     about = read_tokenizer_config(hf_dir)
+    template = hf_dir / "chat_template.jinja"  # transformers 5 writes it there, and reads it first
+    if template.exists():
+        about["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
     stop = {"stop_token_ids": ids_of((hf, generation), "eos_token_id")}
     theirs = HuggingFaceTokenizer(hf_dir, about | stop)
     for token in theirs.known(ids_of((hf,), "bos_token_id")):

@@ -22,7 +22,7 @@ import train
 from model import GPT, GPTConfig, rope_frequencies
 from nanogqa import costs, saver, tokenizer
 from nanogqa.configurator import UserError
-from nanogqa.hf_model import EXPORTABLE
+from nanogqa.hf_model import EXPORTABLE, windows_of
 from nanogqa.pool import best_partition
 from nanogqa.prompts import encode_prompts
 from nanogqa.tokenizer import get_tokenizer
@@ -478,6 +478,22 @@ def test_pool_keeps_windows(tmp_path, capsys):
     )
 
 
+def test_pool_refuses_a_checkpoint_without_its_tokenizer(tmp_path, capsys):
+    source = save(toy_model(n_kv_head=2), tmp_path / "ours")
+    state = torch.load(Path(source) / "ckpt.pt")
+    torch.save(dict(state, tokenizer="tokenizer.json 0123456789abcdef"), Path(source) / "ckpt.pt")
+    arguments = command("pool", out_dir=source, new_dir=tmp_path / "new", n_kv_head=4)
+    assert "tokenizer" in fails(convert.main, arguments, capsys) and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("changes,layers", [
+    (dict(), "no"), (dict(window=9), "all"), (dict(window=9, global_every=2), "some"),
+    (dict(window=9, global_every=6), "all"), (dict(window=9, global_every=1), "no")])
+def test_windows_are_named_by_the_layers_that_have_them(changes, layers):
+    config = GPTConfig(vocab_size=65, n_layer=4, n_head=4, n_embd=32, **changes)
+    assert windows_of(config) == layers
+
+
 def test_pool_refuses_a_setting_without_a_rule(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(convert, "GPTConfig", ConfigWithMore)
     source = save_with(toy_model(n_kv_head=4), tmp_path / "ours", attn_gate=True)
@@ -668,6 +684,17 @@ def test_from_hf_has_the_logits_of_transformers(transformers, tmp_path, capsys, 
     assert torch.equal(greedy(ours, ids[:, :4], 60), greedy(theirs, ids[:, :4], 60))
 
 
+def test_rope_scaling_wins_over_rope_parameters(transformers, tmp_path):
+    """As in transformers 5, which writes the latter: of a file with both, someone has added the former."""
+    make_hf(transformers, tmp_path / "hf", "llama3")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    scaling = {key: value for key, value in SCALING.items() if key != "rope_theta"}
+    config |= dict(rope_theta=1e4, rope_scaling=scaling, rope_parameters=dict(rope_type="default", rope_theta=1e4))
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    convert.main(command("from_hf", hf_dir=tmp_path / "hf", out_dir=tmp_path / "ours"))  # compares the logits
+    assert loaded(tmp_path / "ours").config.rope_factor == SCALING["factor"] != 1
+
+
 def test_rope_written_as_transformers_4_did(transformers, tmp_path):
     theirs = make_hf(transformers, tmp_path / "hf", "llama3")
     config = json.loads((tmp_path / "hf/config.json").read_text())
@@ -752,7 +779,7 @@ def test_sizes_that_transformers_refuses(transformers, tmp_path, capsys, monkeyp
     monkeypatch.setattr(transformers.AutoConfig, "for_model", for_model)
     source = save(toy_model(n_kv_head=2), tmp_path / "ours")
     error = fails(convert.main, command("to_hf", out_dir=source, hf_dir=tmp_path / "hf"), capsys)
-    assert "refuses the sizes of this model (hidden_size is not a multiple of" in error
+    assert "refuses this model (hidden_size is not a multiple of" in error
     assert not list(tmp_path.glob("hf*"))
 
 
@@ -1099,7 +1126,7 @@ def cut(n):
         (change_config(quantization_config=dict(bits=4)), "quantization_config"),
         (change_config(hidden_size="DROP"), "lacks hidden_size"),
         (change_config(hidden_size="wide"), "n_embd must be a whole number"),
-        (change_config(hidden_size=10**17), "can"),
+        (change_config(hidden_size=10**17), "asks for sizes that no machine can hold"),
         (change_config(num_hidden_layers=1), "which this model does not have"),
         (change_config(num_hidden_layers=3), "has no tensor model.layers.2."),
         (

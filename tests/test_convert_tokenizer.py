@@ -119,7 +119,7 @@ def test_every_exported_tokenizer_is_checked(
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", other)
     error = fails(convert.main, command("to_hf", out_dir=source, hf_dir=tmp_path / "hf"), capsys)
-    assert "otherwise than this program" in error and not list(tmp_path.glob("hf*"))
+    assert "differently from this program" in error and not list(tmp_path.glob("hf*"))
 
 
 # -- imports ---------------------------------------------------------------------------------------
@@ -161,6 +161,15 @@ def test_from_hf_compares_with_autotokenizer(transformers, tmp_path, capsys, mon
     for text in check_strings(["<s>", "</s>"]):
         assert ours.encode(text) == raw.encode(text).ids
     same_ids(transformers, to_hf(tmp_path / "ours", tmp_path / "again"), ours)
+
+
+def test_a_chat_template_in_a_file_of_its_own(transformers, tmp_path, monkeypatch):
+    """transformers 5 writes it beside tokenizer_config.json, and reads it first: it was lost."""
+    hf = llama(transformers, tmp_path / "hf", monkeypatch, tokenizer_class="PreTrainedTokenizerFast", eos_token="</s>")
+    (hf / "chat_template.jinja").write_text("{{ messages }}")
+    from_hf(tmp_path)
+    again = to_hf(tmp_path / "ours", tmp_path / "again")
+    assert json.loads((again / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"
 
 
 def word_piece(tokenizers, decoder=True):
