@@ -46,7 +46,7 @@ def children(pid):
 
 
 def kill(process, out_dir, rng, began, lasts, in_write):
-    """Waits for the moment, then kills; returns who was killed, and the step of the log."""
+    """Waits for the moment, then kills; returns whether there was someone to kill, who it was, and the step of the log."""
     moment = began + rng.uniform(0.1, lasts)
     while time.time() < moment and process.poll() is None:
         time.sleep(0.001)
@@ -55,7 +55,8 @@ def kill(process, out_dir, rng, began, lasts, in_write):
     who = rng.choice(["agent", "worker 0", "worker 1", "all"])
     agent, workers = [process.pid], children(process.pid)
     victims = {"agent": agent, "worker 0": workers[:1], "worker 1": workers[1:2], "all": agent + workers}[who]
-    for victim in victims:
+    hit = process.poll() is None and bool(victims)
+    for victim in victims if hit else []:
         try:
             os.kill(victim, signal.SIGKILL)
         except ProcessLookupError:
@@ -64,7 +65,7 @@ def kill(process, out_dir, rng, began, lasts, in_write):
         step = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     except (OSError, ValueError, IndexError, KeyError):
         step = "none"
-    return f"{who} at step {step}{', writing' if in_write else ''}"
+    return hit, f"{who} at step {step}{', writing' if in_write else ''}"
 
 
 def main(times=50, seed=0):
@@ -78,9 +79,12 @@ def main(times=50, seed=0):
     assert whole["step"] == 120, text
     for i in range(times):
         out_dir = folder / f"run{i}"
-        process = start(folder, out_dir)
-        what = kill(process, out_dir, rng, time.time(), lasts, in_write=i % 3 == 2)
-        finish(process)
+        hit = False
+        while not hit:  # a run may have ended before its moment, or not have begun
+            shutil.rmtree(out_dir, ignore_errors=True)
+            process = start(folder, out_dir)
+            hit, what = kill(process, out_dir, rng, time.time(), lasts, in_write=i % 3 == 2)
+            finish(process)
         text = finish(start(folder, out_dir))
         state = load(out_dir)
         same = state["step"] == 120 and all(torch.equal(x, whole["model"][name]) for name, x in state["model"].items())

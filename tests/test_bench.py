@@ -196,6 +196,7 @@ def test_decode_times_a_checkpoint(capsys, toy_run, tmp_path):
     (["--mode=train", "--out_dir=x"], "out_dir is for --mode=decode"),
     (["--mode=scale"], "and no other setting: leave the rest out"),
     (["--mode=train,scale"], "and no other setting"),
+    (["--mode=train", "--trainable=("], "is not a regular expression"),
 ])
 def test_bad_settings_of_bench(capsys, tmp_path, monkeypatch, args, words):
     monkeypatch.chdir(tmp_path)

@@ -638,7 +638,7 @@ def test_a_download_of_anything_else(server, tmp_path, capsys, monkeypatch, head
     module = sys.modules["prepare_shakespeare"]
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(module, "URL", f"http://127.0.0.1:{server.server_address[1]}/input.txt")
-    monkeypatch.setattr(module, "PATIENCE", 0.3)
+    monkeypatch.setattr(module, "PATIENCE", 0.3 if wait else 60)
     server.head = head.encode()
     server.wait = wait
     server.parts = lambda: itertools.repeat(b"text" * (10 if wait else 10**5))

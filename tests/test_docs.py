@@ -83,17 +83,18 @@ def is_local(module):
 
 def local_names(tree):
     """(module, name) of everything that a script takes from this repository."""
-    modules = set()
-    names = set()
+    modules, names = {}, set()  # name in the script -> module
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and is_local(node.module):
+        if isinstance(node, ast.ImportFrom) and node.module == "nanogqa":
+            modules |= {alias.name: f"nanogqa.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and is_local(node.module):
             names |= {(node.module, alias.name) for alias in node.names}
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names if is_local(alias.name)}
+        elif isinstance(node, ast.Import):
+            modules |= {alias.name: alias.name for alias in node.names if is_local(alias.name)}
     for node in ast.walk(tree):
         is_attribute = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
         if is_attribute and node.value.id in modules:
-            names.add((node.value.id, node.attr))
+            names.add((modules[node.value.id], node.attr))
     return names
 
 

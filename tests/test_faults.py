@@ -138,7 +138,7 @@ def test_any_number_of_ranks_has_the_same_loss_curve(toy_run, tmp_path):
     assert torch.isfinite(weights(tmp_path / "4")["norm.weight"]).all()
 
 
-FSDP = ["--parallel=fsdp", "--dropout=0.1", "--tokens_per_step=384", "--max_steps=50", "--eval_interval=25", "--log_interval=1", "--learning_rate=1e-3"]
+FSDP = ["--parallel=fsdp", "--dropout=0.1", "--tokens_per_step=384", "--max_steps=50", "--eval_interval=25", "--log_interval=1", "--learning_rate=1e-3", "--seed=7", "--embed_std=0.1"]
 
 
 def test_fsdp_has_the_losses_of_ddp_and_moves_between_numbers_of_ranks(toy_run, tmp_path):

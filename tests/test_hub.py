@@ -476,7 +476,7 @@ def test_a_list_that_is_none(server, tmp_path, capsys, path, answer):
     if path == LIST and (answer in (b"{}", b"[]") or answer.startswith(b"[{")):
         assert "has no parquet files for part/train: check --repo" in error  # none that fits
     else:
-        assert "answers 'some/text' otherwise than the Hub" in error
+        assert "answers 'some/text' differently from the Hub" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -1069,7 +1069,7 @@ def with_next_page(handler):
 def test_lists_of_other_kinds(server, tmp_path, capsys, answer):
     server.files[LIST] = json.dumps(answer).encode()
     error = fails(main, arguments(server, tmp_path / "out"), capsys)
-    assert "answers 'some/text' otherwise than the Hub" in error
+    assert "answers 'some/text' differently from the Hub" in error
     assert not (tmp_path / "out").exists()
 
 

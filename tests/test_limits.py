@@ -229,7 +229,7 @@ def test_a_config_with_too_many_layers_is_refused_before_anything_is_built(chang
 
 
 @pytest.mark.parametrize("changes,words", [
-    (dict(n_layer=10**15), "ckpt.pt has the settings of no model (n_layer must be at most 1024"),
+    (dict(n_layer=10**15), "ckpt.pt has settings that no model can have (n_layer must be at most 1024"),
     (dict(n_layer=1000), "do not fit its config"),
     (dict(n_head=10**9, head_dim=2, n_kv_head=1), "do not fit its config"),
     (dict(vocab_size=10**12), "do not fit its config"),

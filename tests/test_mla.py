@@ -98,6 +98,10 @@ def reference_logits(model, ids):
     return torch.stack([w.get("lm_head.weight", w["embed.weight"]) @ norm(x, "norm") for x in xs])
 
 
+def test_latents_have_an_eps_of_their_own():
+    test_logits_equal_the_formulas_of_the_paper(dict(norm_eps=0.5, q_lora_rank=12))
+
+
 def test_logits_equal_the_formulas_of_the_paper(shape):
     model, ids = mla_model(**shape), toy_ids(1, 12)
     expected = reference_logits(model, ids[0])

@@ -70,8 +70,8 @@ def reference_logits(model, ids):
     return torch.stack([head @ norm(x, w["norm.weight"]) for x in xs])
 
 
-@pytest.mark.parametrize("changes", [{}, dict(qk_norm=False, qkv_bias=True, tie_embeddings=False, head_dim=12)],
-                         ids=["qwen3", "biases-untied-head_dim"])
+@pytest.mark.parametrize("changes", [{}, dict(norm_eps=0.5, rope_theta=100.0), dict(qk_norm=False, qkv_bias=True, tie_embeddings=False, head_dim=12)],
+                         ids=["qwen3", "eps-theta", "biases-untied-head_dim"])
 def test_logits_equal_a_plain_reference(n_kv_head, changes):
     model, ids = toy_model(n_kv_head=n_kv_head, **changes), toy_ids(1, 12)
     logits = model(ids)[0][0].double()

@@ -270,6 +270,23 @@ def test_a_closed_terminal_stops_a_run_as_sigterm_does(toy_run, tmp_path, monkey
     assert "stopped by SIGHUP after step 7 and saved" in capsys.readouterr().out
 
 
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(toy_run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_steps(patch, {7: lambda: os.kill(os.getpid(), signal.SIGINT)})
+        with pytest.raises(SystemExit) as exit:
+            train.main(toy_run)
+    assert exit.value.code == 130 and load(tmp_path / "run")["step"] == 7
+    stop = STOP_SIGNAL()
+    try:
+        with stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.number == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        stop.restore()
+
+
 def test_a_stopped_run_keeps_its_exit_code(monkeypatch):
     """Its handlers were gone while it ended, so that a second SIGTERM of torchrun's killed it."""
     before = signal.getsignal(signal.SIGTERM)
@@ -717,7 +734,30 @@ def test_file_systems_without_locks(toy_run, tmp_path, monkeypatch, capsys, erro
     assert words in fails(train.main, toy_run, capsys)
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_what_auto_means_on_cuda(monkeypatch, supported):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: supported)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert runtime.pick_dtype("auto", cuda)[0] == (torch.bfloat16 if supported else torch.float32)
+    assert runtime.pick_dtype("auto", cpu)[0] == torch.float32
+    assert runtime.pick_compile("auto", cuda, None)[0] and not runtime.pick_compile("auto", cpu, None)[0]
+
+
 # -- ranks ---------------------------------------------------------------------------------------
+
+def test_fsdp_sums_gradients_in_float32(monkeypatch):
+    seen = []
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *args: None)
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, mesh, mp_policy: seen.append(mp_policy))
+    config = train.GPTConfig(vocab_size=65, n_layer=2, n_embd=32)
+    for dtype in (torch.bfloat16, torch.float32):
+        seen.clear()
+        where = runtime.Runtime(torch.device("cpu"), dtype, False, "")
+        distributed.shard(costs.meta_model(train.GPT, config), where, lambda name, shape: None)
+        assert len(seen) == 3 and not any(policy.cast_forward_inputs for policy in seen)
+        wanted = (torch.bfloat16, torch.float32) if dtype == torch.bfloat16 else (None, None)
+        assert {(policy.param_dtype, policy.reduce_dtype) for policy in seen} == {wanted}
+
 
 def test_ranks_on_machines_that_share_no_disk(monkeypatch):
     """One resumed at its step, the other began: collectives of different steps met."""

@@ -165,6 +165,19 @@ def say(capsys, run_dir, *args):
     return capsys.readouterr()
 
 
+def test_fast_false_samples_with_the_plain_modules(run_dir, monkeypatch, capsys):
+    kinds, first, texts = [], sample.generate, []
+
+    def looked_at(model, *args, **options):
+        kinds.append({type(module) for module in model.modules()})
+        return first(model, *args, **options)
+    monkeypatch.setattr(sample, "generate", looked_at)
+    for fast in (True, False):
+        texts.append(say(capsys, run_dir, f"--fast={fast}", "--temperature=0", "--max_new_tokens=20").out)
+    assert texts[0] == texts[1]
+    assert torch.nn.Linear not in kinds[0] and torch.nn.Linear in kinds[1]
+
+
 def test_standard_output_is_prompt_and_text_alone(run_dir, capsys):
     one = say(capsys, run_dir, "--prompt=the ", "--max_new_tokens=50", "--temperature=0")
     assert one.out.startswith("the ") and len(one.out) == 4 + 50 + 1
