@@ -26,7 +26,16 @@ from model import GPT, SETTINGS_OF, SETTINGS_OF_ALL, GPTConfig
 from nanogqa import checkpoint, costs
 from nanogqa.batches import MicroBatch, dropout_seeds
 from nanogqa.cache import KVCache
-from nanogqa.configurator import UserError, build, choices_of, in_range, parse, program, subset
+from nanogqa.configurator import (
+    UserError,
+    build,
+    check_pattern,
+    choices_of,
+    in_range,
+    parse,
+    program,
+    subset,
+)
 from nanogqa.distributed import world
 from nanogqa.fast import keep_freed_memory, packs, prepare_for_decoding
 from nanogqa.report import table
@@ -81,6 +90,7 @@ class BenchConfig(GPTConfig):
         super().__post_init__()
         in_range(self, "batch_size prompt_len new_tokens steps repeats", low=1)
         in_range(self, "seed", low=0)
+        check_pattern(self, "trainable", "q_proj|k_proj")
         if self.vocab_size is None:
             self.vocab_size = 257  # of the byte tokenizer: 256 bytes and end-of-text
         if self.mode == "decode":
@@ -88,8 +98,8 @@ class BenchConfig(GPTConfig):
 
 
 def heads_of(config):
-    """The kind of attention and its settings, for a row of results. Sizes of other kinds are None;
-    settings with a default, and those of every kind, are there if they are off their defaults."""
+    """The kind of attention and its settings, for a row of results. Settings whose default is None
+    are always there, as None for another kind; others only if they are off their defaults."""
     row = {"attention": config.attention}
     defaults = {f.name: f.default for f in fields(config)}
     for kind, names in SETTINGS_OF.items():
@@ -210,7 +220,7 @@ def decode(config, runtime, peak):
         medians.append(time_run(forward, token, cache, config.new_tokens, runtime))
     step = min(medians)
 
-    mbu = None  # model bandwidth utilisation: the share of peak that the step reads
+    mbu = None  # model bandwidth utilization: the share of peak that the step reads
     if peak:
         mbu = bytes_per_step / step / peak
     row = start_row("decode", shape)
@@ -300,7 +310,7 @@ def train(config, runtime):
         seed=config.seed, fast=config.fast)
     steps = config.steps
     if runtime.device.type != "cpu":
-        steps = 0  # the weights and the data alone are in the machine's memory first
+        steps = 0  # on a GPU, only the weights and the data pass through the machine's memory
     check_memory(costs.training_floor(
         settings, costs.count_params(GPT, settings), B * T, 1, steps))
     model = make_model(settings, None, runtime)
@@ -457,7 +467,7 @@ with recomputing, they include it.
 - *GPUs*: {peak} TFLOP/s in dense bfloat16 on H100 and H200 (SXM), with {h100} and {h200} GB. A run
   fits if it needs at most {usable} % of the memory. The rest is left for CUDA itself, fragmentation
   in the allocator and temporary buffers, which are not counted.
-- *Computing*: a model FLOPs utilisation (MFU) of {mfu}, however small a GPU's share of the batch
+- *Computing*: a model FLOPs utilization (MFU) of {mfu}, however small a GPU's share of the batch
   is. Small shares will not reach it. FLOPs per token are `flops_per_token` of nanogqa/costs.py: 6
   per weight of a matrix product and 12 L H D T for attention. Recomputing adds a forward pass, a
   third more. Data loading, the optimizer's own time, evaluation and checkpoints are not counted.

@@ -193,8 +193,8 @@ def with_design(values):
 def settings_of_runs(config, given):
     """The settings of all runs; a list is an axis, and the last axis varies fastest.
 
-    Unless other axes are given, n_kv_head becomes one: n_head, the given value or half of n_head,
-    and 1.
+    If n_kv_head is to be compared (see wants_head_counts), it becomes an axis: n_head, the given
+    value or half of n_head, and 1.
     """
     names = {field.name for field in fields(TrainConfig)} | {"design"}
     settings = {}
@@ -680,7 +680,7 @@ def main(argv):
             if not results["records"]:
                 write_json(path, results)
         train_runs(runs, config, results, dataset, GPTConfig)
-        # until here results.json is that of the finished comparison that is extended, if any
+        # until here, results.json of a finished comparison that is being extended stays as it was
         results["settings"]["seeds"] = config.seeds
         results["records"] = collect_records(variants, runs, config, dataset)
         write_json(path, results)

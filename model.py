@@ -45,9 +45,9 @@ class GPTConfig:
     n_ff: int | None = None  # hidden width of the MLP; None: 8/3 n_embd, up to a multiple of 32
     rope_theta: float = 10000.0  # base of the rotary wavelengths
     rope_factor: float = 1.0  # context extension as in Llama 3.1; 1 turns it off
-    rope_original_block_size: int | None = None  # block_size before the extension: original below
-    rope_low_freq_factor: float = 1.0  # wavelengths above original / this are stretched
-    rope_high_freq_factor: float = 4.0  # those below original / this stay; the rest, interpolated
+    rope_original_block_size: int | None = None  # block_size before extension ("original" below)
+    rope_low_freq_factor: float = 1.0  # wavelengths above original / this are stretched in full
+    rope_high_freq_factor: float = 4.0  # those below original / this stay; between, interpolated
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
     qk_norm: bool = True  # normalize queries and keys (Qwen3); MLA: its latents
     qkv_bias: bool = False  # biases on q_proj, k_proj and v_proj (Qwen2)
@@ -109,7 +109,7 @@ class GPTConfig:
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1: {self.dropout}")
 
     def set_latents(self):
-        """Sets MLA's default widths: DeepSeek's proportions for 8 heads of width 64 or more. In
+        """Sets MLA's default widths: DeepSeek's proportions from 8 heads of width 64 upwards. In
         narrower models the latent would be as wide as the residual stream, and RoPE would have too
         few frequencies to distinguish positions (results/README.md)."""
         D = self.head_dim
@@ -130,7 +130,7 @@ class GPTConfig:
             heads, widths = 1, (self.kv_lora_rank + self.rope_head_dim,)
         layers = []
         seen = {self.window: 0, None: 0}  # local and global layers so far
-        owner = {}  # of each kind, the last layer that caches keys and values of its own
+        owner = {}  # {window: the last layer that caches its own keys and values}
         for i in range(self.n_layer):
             window = self.window
             if self.global_every and (i + 1) % self.global_every == 0:
@@ -194,9 +194,9 @@ def apply_rope(x, cos, sin):
 @dataclass
 class Context:
     """What the layers of a forward pass share."""
-    cos: torch.Tensor  # (1 or B, 1, T, D), with P for D in MLA, as is sin: see apply_rope
-    sin: torch.Tensor
-    masks: dict  # of each window: what attention_mask returns
+    cos: torch.Tensor  # (1 or B, 1, T, D), for MLA (1 or B, 1, T, P): see rope_cos_sin
+    sin: torch.Tensor  # the same shape, with the signs for apply_rope
+    masks: dict  # {window: what attention_mask returns}
     cache: object  # a KVCache of nanogqa/cache.py, or None
 
 
@@ -231,15 +231,15 @@ def attention_mask(T, window, cache, device):
 def attend(q, k, v, mask=None, scale=None):
     """Attention of (B, H, T, D) queries over (B, K, S, D) keys and values -> (B, H, T, D).
 
-    mask is that of attention_mask; scale multiplies q k (None: D^-1/2).
+    mask is that of attention_mask (None: causal if T > 1, then T = S). scale: D^-1/2 if None.
     Query head h reads key/value head h // (H / K). With H = 8 and K = 2:
 
         query head       0 1 2 3  4 5 6 7
         key/value head   0 0 0 0  1 1 1 1
 
-    Keys and values are not copied to H heads. Several tokens use enable_gqa where the fused kernel
-    shares heads without a copy. Otherwise the H / K queries that share a head become rows of one
-    query matrix: any kernel accepts that, and for one token it is faster.
+    Keys and values are not copied to H heads. For T > 1, enable_gqa is used where a fused kernel
+    shares heads without a copy. Otherwise the H / K query heads that share a key/value head become
+    rows of one matrix: any kernel accepts that, and for one token it is faster.
     """
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
@@ -315,10 +315,10 @@ class LatentAttention(nn.Module):
     (d_c             d_h^R             d_h               d_h in the paper)
 
     Each token caches its latent c and one rotated key r for all heads. Head h has the key
-    (A_h c, r) and the value B_h c, where A_h and B_h are its rows of kv_b_proj. They are computed
-    (expanded) in training, for the start of a prompt and for more than R tokens. Otherwise the
-    cache is read without them (absorbed): since q . A_h c = A_h^T q . c, and B_h can follow the sum
-    over tokens, queries attend to the (c, r) themselves, one head of width R + P as in MQA.
+    (A_h c, r) and the value B_h c, where A_h and B_h are its rows of kv_b_proj. In training, at an
+    unmasked start of a prompt and for more than R new tokens, these keys and values are computed
+    (expanded). Otherwise they are not (absorbed): since q . A_h c = A_h^T q . c, and B_h can follow
+    the sum over tokens, queries attend to the (c, r), one head of width R + P as in MQA.
     """
 
     def __init__(self, config, layer, layer_cache):
@@ -408,7 +408,7 @@ class Block(nn.Module):
 
 class HeadLoss(nn.Module):
     """Cross-entropy in nats, summed over targets and divided by n_targets. x is (B, T, C), weight
-    (V, C), targets (B, T), -1 where there is none. nanogqa/fast.py has one for large vocabularies.
+    (V, C), targets (B, T), -1 where there is none. nanogqa/fast.py has one that takes less memory.
     """
 
     def forward(self, x, weight, targets, n_targets):
@@ -450,9 +450,9 @@ class GPT(nn.Module):
         """(B, T) token ids -> (logits, loss).
 
         logits selects which to return: "all" (B, T, V), "last" (B, 1, V), "none", or "targets",
-        those of the n positions with a target, (n, V). loss is the sum over targets other than -1,
-        divided by n_targets: their number (None), for the mean, or the count of a whole training
-        step, so that the losses of its micro-steps add up.
+        those of the n positions with a target, (n, V). loss is None without targets. Otherwise it
+        is the sum over targets other than -1, divided by n_targets. None stands for their number,
+        which gives the mean. With that of a whole step, the losses of its micro-steps add up.
         With a cache, the ids continue what it holds. Raises ValueError if they do not fit (a static
         cache: see KVCache.write_indices).
         """

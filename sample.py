@@ -69,14 +69,14 @@ def context_start(n_tokens, block_size):
     """Index of the first token in the context that predicts the token after n_tokens.
 
     When a text no longer fits into block_size tokens, the older half of its context is dropped and
-    the rest read again from position 0. This depends on the count alone, cache or not.
+    the rest is read again from position 0, with or without a cache. Only n_tokens decides when.
     """
     half = max(1, block_size // 2)
     return max(0, math.ceil((n_tokens - block_size) / half)) * half
 
 
 def prefill(model, idx, cache):
-    """Reads (B, T) ids into cache, in parts; returns the logits after the last one, (B, 1, V)."""
+    """Reads (B, T) ids into cache, in parts; returns the logits after the last id, (B, 1, V)."""
     masked = cache.padding is not None or cache.has_rings
     rows, tokens = prefill_chunk(*idx.shape, masked, cache.static)
     logits = []
@@ -186,7 +186,7 @@ def generate(model, prompts, max_new_tokens, num_samples=1, known=None, **option
         left = unfinished(running)  # the caller has added these ids, which may end texts
         if not left:
             return
-        # another number of rows is another graph: compiled, the batch shrinks by halves only
+        # each number of rows needs its own graph, so a compiled batch shrinks only by halves
         if options.compiled is None or 2 * len(left) <= len(rows):
             batch.select(left)
             rows = pick(rows, left)

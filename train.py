@@ -46,7 +46,7 @@ class TrainConfig(GPTConfig):
     tokens_per_step: int = 2**11  # tokens per optimizer step, over all devices and micro-steps
     batch_size: int | None = None  # sequences per forward pass and device; None: all at once
     # optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: blocks' matrices by Muon
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for blocks' matrices, else AdamW
     learning_rate: float = 3e-3  # peak, after the warm-up
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear over the cooldown
     cooldown: float = 0.2  # wsd: final share of max_steps, in which the rate falls
@@ -59,7 +59,7 @@ class TrainConfig(GPTConfig):
     # where it runs
     seed: int = 1337  # of the weights, the order of the data and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of products; weights stay float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; weights stay float32
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA
     fast: bool = True  # nanogqa/fast.py; False: the plain modules of model.py
     # Weights & Biases
@@ -142,7 +142,7 @@ def backward(forward, batches, runtime):
     """Adds the gradient of the step's mean loss to .grad. Returns this rank's part of that loss.
 
     Micro-steps and ranks may have different numbers of targets, so all divide by the number of the
-    whole step. DDP and FSDP average over ranks, so each rank multiplies its part by their number.
+    whole step. DDP and FSDP average gradients over ranks; dividing by n_targets / ranks undoes it.
     """
     n_targets = distributed.total(sum(int((batch.y >= 0).sum()) for batch in batches))
     divisor = (n_targets.clamp(min=1) / runtime.ranks).to(runtime.device)
@@ -156,12 +156,12 @@ def backward(forward, batches, runtime):
                 micro_loss = forward(x, y, divisor, logits="none")[1]
             micro_loss.backward()
         loss += micro_loss.detach()
-    return loss / runtime.ranks  # divisor holds the ranks for DDP and FSDP
+    return loss / runtime.ranks  # divisor is n_targets / ranks, for DDP and FSDP
 
 
 def update(model, optimizers, grad_clip):
     """Clips the gradient and, if its norm is finite, updates the weights: all ranks hold the same
-    averaged gradient and decide alike. Returns the norm."""
+    averaged gradient and decide alike. Clears .grad. Returns the norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     norm = distributed.whole(norm)
     finite = bool(norm.isfinite())  # waits for the device

@@ -1,10 +1,9 @@
 """A cache like that of Gemma 4 E2B (https://huggingface.co/google/gemma-4-E2B), at toy size.
 
-Borrowed are its local layers with a few global ones (here three to one, as four layers have no room
-for more), one key/value head, and layers that reuse the keys and values of a layer below of their
-kind (there more than half of the layers, the last ones; here the second of the local ones). Not
-borrowed are its wider heads and its partial rotation in global layers, its per-layer embeddings and
-its MLP.
+It borrows local layers with a few global ones (here three to one), one key/value head, and layers
+that reuse the keys and values of a layer below of the same kind (in Gemma the last layers, more
+than half of them; here the second of the local ones). It leaves out Gemma's wider heads and partial
+rotation in global layers, its per-layer embeddings and its MLP.
 """
 n_kv_head = 1
 window = 64

@@ -497,7 +497,7 @@ def values():
         tokens=f"{settings['max_steps'] * settings['tokens_per_step'] / 1e6:.1f} million",
         seeds=str(settings["seeds"]),
         mha_cache=f"{sizes[0]:,}",
-        **first_run(), **llama(), **ratios(), **missed(), **of_mqa(), **ranges(), **of_designs(),
+        **first_run(), **llama(), **ratios(), **found(), **of_mqa(), **ranges(), **of_designs(),
         **of_recall("recall", 3), **of_recall("recall_one_field", 1, "one_"), **of_noise(),
         **timed_twice(), one_guess=f"{guess_among_the_rest():.2f}")
 
@@ -537,7 +537,7 @@ def step_ratio(shape, other, comparison):
     return f"{step / timing(other, 16, 4096, comparison)['step_ms']:.2f}"
 
 
-def missed():
+def found():
     """True differences that the comparison with equal parameters finds with a power of 80 %."""
     texts = {}
     for summary in variants("params")[1:]:

@@ -73,7 +73,7 @@ class KVCache:
         return self.places_held(room, self.length + T)
 
     def places_held(self, room, length):
-        """Places of the tokens at each index of a layer once length were written; below 0: none."""
+        """Place of the token at each index of a layer after length tokens; below 0: none."""
         filled = room if self.static else min(room, length)
         newest = length - 1
         # index i holds the newest place p <= newest for which p mod room = i
@@ -109,7 +109,8 @@ class KVCache:
         return self.written(kept, self.length + T)
 
     def write_indices(self, T, room):
-        """Where the next T tokens are written. Past max_length it is room, which is an error."""
+        """Indices at which the next T tokens are written, (T,). Past max_length they are room, for
+        which index_copy_ raises IndexError or RuntimeError."""
         places = self.places(T)
         return torch.where(places < self.max_length, places % room, room)
 
@@ -137,7 +138,7 @@ class KVCache:
             self.length = length
 
     def rows(self, index):
-        """A cache of some rows: copies of those in a list, or a slice, which shares its memory."""
+        """A cache of some rows: copies for a list of indices; for a slice, views of its memory."""
         other = copy.copy(self)
         other.layers = [[x[index] for x in tensors] for tensors in self.layers]
         if self.padding is not None:

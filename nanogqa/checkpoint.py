@@ -40,7 +40,7 @@ def dense_float_tensor(value):
         return False
     if value.layout != torch.strided or value.device.type != "cpu":
         return False
-    reach = 1  # numbers from the first to the last one of the dimensions so far
+    reach = 1  # numbers in memory from the first to the last element of the dimensions so far
     for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
         if size > 1 and stride < reach:
             return False
@@ -166,8 +166,8 @@ def check(state, path, GPTConfig):
     try:
         state["config"] = asdict(build(GPTConfig, values))
     except UserError as error:
-        raise UserError(f"{path} has the settings of no model ({one_line(error)}): use the version "
-                        "that wrote it, or restore it from a copy") from None
+        raise UserError(f"{path} has settings that no model can have ({one_line(error)}): use the "
+                        "version that wrote it, or restore it from a copy") from None
     return state
 
 
@@ -238,9 +238,9 @@ def check_weights(model, weights):
 
 
 def weight_source(model, state, initial):
-    """A function of the name and shape of a parameter, for distributed.shard: its values before
-    training by initial(name, shape) where state is None, else those in the checkpoint state. None
-    where that is sharded, as restore reads it."""
+    """A function (name, shape) -> values of a parameter, for distributed.shard. Without a state it
+    is initial; with one it returns the checkpoint's values, or None if the checkpoint is sharded:
+    restore reads those later."""
     if state is None:
         return initial
     weights = dict(state["model"])

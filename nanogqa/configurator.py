@@ -57,8 +57,7 @@ def out_of_memory(error):
 def program(main=None, remedy="use a machine with more of it"):
     """Decorates main(argv): a UserError becomes one line on standard error and exit code 2.
 
-    So does memory that cannot be allocated; remedy is the end of that sentence. argv defaults to
-    that of the shell.
+    A failed memory allocation does too; remedy ends its sentence. argv defaults to sys.argv[1:].
     """
     if main is None:
         return functools.partial(program, remedy=remedy)
@@ -101,7 +100,7 @@ def open_output():
 
 
 def drop_output():
-    """Discards what standard output and error do not accept. Python would fail on it at its end."""
+    """Discards what standard output and error do not accept, on which Python would fail at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -197,7 +196,7 @@ def build(cls, values):
 
 
 def subset(cls, settings):
-    """The cls that settings, a dataclass that extends it, contains."""
+    """A cls with the values that settings, an instance of a subclass of cls, has for its fields."""
     return cls(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(cls)})
 
 
@@ -368,7 +367,7 @@ def convert(cls, key, value, where):
     raise UserError(f"{where[:100]}: {key} must be {wanted}, not {value!r:.100}")
 
 
-# what no name of a file can have: Python stands \udc80 to \udcff for bytes that are not UTF-8
+# no file name can hold these; \udc80 to \udcff may occur: Python's form of bytes that are not UTF-8
 NO_TEXT = re.compile("[\\0\ud800-\udc7f\udd00-\udfff]")
 
 

@@ -210,8 +210,8 @@ def in_ring(layer, decoding):
 
 
 def masked_keys(layer, decoding, tokens):
-    """Keys that the last part of a prompt, of that many tokens, attends to under a mask in a layer;
-    0 if it needs no mask, as then numbers_per_token counts its keys."""
+    """Keys that the last part of a prompt, of `tokens` tokens, attends to under a mask in a layer.
+    0 if that part needs no mask: numbers_per_token counts its keys then."""
     ring = in_ring(layer, decoding)
     plain = not decoding.static and not decoding.padded
     in_reach = not ring or decoding.prompt_len <= layer.window
@@ -219,7 +219,9 @@ def masked_keys(layer, decoding, tokens):
         return 0
     if ring:
         return layer.window + tokens  # what is kept, and the part
-    return decoding.max_length if decoding.static else decoding.prompt_len
+    if decoding.static:
+        return decoding.max_length
+    return decoding.prompt_len
 
 
 def copied_numbers(config, decoding, tokens):
@@ -246,8 +248,8 @@ def mask_bytes(config, decoding, rows, tokens):
     """Bytes of the masks of a part of the prompt, (rows, tokens), or of a step, if that is more:
     one for each window.
 
-    Two bool masks of (T, S) live at once while a mask is made, two more when attention turns it
-    into numbers: for each row where rows are padded. model.attend repeats it H / K times where
+    While a mask is made, two bool tensors of (T, S) exist at once. Attention adds two bool ones and
+    one of numbers. Padded rows each have their own. model.attend repeats a mask H / K times where
     queries that share a head become rows of one matrix: in steps, and in prompts on a GPU.
     """
     windows = {layer.window: layer for layer in config.layer_caches()}
@@ -255,9 +257,12 @@ def mask_bytes(config, decoding, rows, tokens):
     step, prompt = 0, 0
     for layer in windows.values():
         S = masked_keys(layer, decoding, tokens)
-        folded = S * (2 + config.n_head // layer.heads * entry)
-        step += folded
-        prompt += tokens * (folded if decoding.folded else S * (2 + entry))
+        once = S * (2 + config.n_head // layer.heads * entry)  # repeated for the heads
+        step += once
+        if decoding.folded:
+            prompt += tokens * once
+        else:
+            prompt += tokens * S * (2 + entry)
     if decoding.padded:
         return max(decoding.batch_size * step, rows * prompt)
     return max(step, prompt)
@@ -284,7 +289,7 @@ def peak_of(table, device):
 
 
 def mfu(tokens_per_sec, model, runtime):
-    """Model FLOPs utilisation of all ranks; None where the rate or the device's peak is unknown."""
+    """Model FLOPs utilization of all ranks; None where the rate or the device's peak is unknown."""
     peak = peak_of(PEAK_FLOPS, runtime.device)
     if tokens_per_sec is None or peak is None or runtime.dtype != torch.bfloat16:
         return None
@@ -295,11 +300,10 @@ def mfu(tokens_per_sec, model, runtime):
 
 def training_floor(config, params, tokens, ranks, steps):
     """A lower bound of the bytes that a rank of train.py holds at once, as check_memory of
-    runtime.py takes it: weights and the data of a step and, if steps are left, what comes with
-    them.
+    runtime.py takes it: weights and the data of a step.
 
-    That is the larger of two: the input of each block for that many tokens of a forward pass, or
-    gradients and moments, of which Muon's are half as large. With trainable neither is certain.
+    If steps > 0, it adds the larger of two: the blocks' inputs for the tokens of a forward pass, or
+    gradients and moments (Muon's are half of AdamW's). With trainable, neither is counted.
     """
     if config.parallel == "fsdp":
         params = params / ranks
@@ -357,7 +361,9 @@ def activation_bytes(config, tokens, recompute=False):
 def sent_bytes(params, gpus, sharded, micro_steps=1):
     """Bytes that each GPU sends in a step. DDP all-reduces float32 gradients once; FSDP gathers
     bfloat16 weights twice and reduce-scatters float32 gradients in every micro-step."""
-    per_param = 8 * micro_steps if sharded else 2 * 4
+    per_param = 2 * 4
+    if sharded:
+        per_param = (2 + 2 + 4) * micro_steps
     return params * (gpus - 1) / gpus * per_param
 
 
@@ -371,7 +377,9 @@ def scale(config, model, gpus, sharded):
     batch = min(config.batch_size, sequences)
     state, tokens = state_bytes(model, gpus, sharded), sequences * config.block_size
     sent = sent_bytes(num_params(model), gpus, sharded, sequences // batch)
-    link = NVLINK if gpus <= GPUS_PER_NODE else min(NVLINK, GPUS_PER_NODE * NETWORK)
+    link = NVLINK
+    if gpus > GPUS_PER_NODE:
+        link = min(NVLINK, GPUS_PER_NODE * NETWORK)
     at_once = batch * config.block_size
     return dict(
         memory=state + activation_bytes(config, at_once),
@@ -388,7 +396,7 @@ class Rates:
     """Tokens per second of all GPUs."""
     worst: float  # computing waits for sending
     best: float  # sending hides behind computing
-    recomputing: bool  # the step fits only so
+    recomputing: bool  # the step fits only with recomputing
 
 
 def scale_rates(step, memory):

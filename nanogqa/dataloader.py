@@ -50,7 +50,7 @@ FILES = [{
 META = {
     "dtype": dtype, "vocab_size": vocabulary, "tokenizer": tokenizer, "sha256": schema.sha256,
     "splits": {"train": FILES, "val": FILES},
-    # only answers are targets: the tokens that many places after this id (None: 1, the next one)
+    # only answers are targets: the tokens answer_distance (default: 1) places after id answer_after
     "answer_after?": schema.count, "answer_distance?": schema.positive,
     "sequence_length?": schema.positive,  # windows begin where a sequence of that many tokens does
 }
@@ -383,7 +383,7 @@ def train_batch(split, seed, first, count, block_size):
 def val_windows(split, block_size, eval_tokens=None):
     """Start positions of the validation windows.
 
-    They cover the split. With eval_tokens they are as many as that holds, evenly spaced.
+    They cover the split. With eval_tokens: as many as fit into it, at least one, evenly spaced.
     """
     n_windows = -(-(split.n_tokens - 1) // block_size)  # rounded up
     count = n_windows

@@ -131,7 +131,7 @@ def explained():
 
 
 def run(main):
-    """Runs a program's main() as a process of its own, with its exit code."""
+    """Runs a program's main(), then ends the process with its exit code."""
     try:
         main()
     except SystemExit as error:
@@ -217,7 +217,7 @@ def replicate(model, config):
 
 
 def synchronizing(model, wanted):
-    """Around a forward and a backward pass: whether DDP averages gradients over ranks after it."""
+    """A context manager for a forward and backward pass: DDP averages gradients only if wanted."""
     if isinstance(model, DistributedDataParallel) and not wanted:
         return model.no_sync()
     return contextlib.nullcontext()

@@ -57,10 +57,10 @@ def append(path, text):
 
 @contextlib.contextmanager
 def lock(folder, busy, patience=60, key="out_dir"):
-    """While it is open, no other process holds the lock of this folder. Raises UserError(busy) if
-    one still does after patience seconds. key is the setting that names the folder.
+    """Holds the lock of folder while open. Raises UserError(busy) if another process still holds it
+    after patience seconds. key is the setting that names the folder.
 
-    At the end, removes its .lock, if it has added that and nothing else was added meanwhile.
+    At the end, removes .lock if the folder was given it here and has no other new file.
     """
     before = set(os.listdir(folder))
     held = filelock.FileLock(Path(folder) / ".lock")  # released with the process, however it ends

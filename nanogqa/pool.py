@@ -65,20 +65,20 @@ def copies(heads, n_kv_head):
 
 
 def first(heads, n_kv_head):
-    """Keeps the first key/value head of each group of neighbours."""
-    k = neighbours(heads.k, n_kv_head)[:, 0]
-    v = neighbours(heads.v, n_kv_head)[:, 0]
+    """Keeps the first key/value head of each group of neighbors."""
+    k = neighbors(heads.k, n_kv_head)[:, 0]
+    v = neighbors(heads.v, n_kv_head)[:, 0]
     return Heads(heads.q, k, v, heads.o)
 
 
 def mean(heads, n_kv_head):
-    """Averages the key/value heads of each group of neighbours (arXiv 2305.13245, section 2.1)."""
-    k = neighbours(heads.k, n_kv_head).mean(1)
-    v = neighbours(heads.v, n_kv_head).mean(1)
+    """Averages the key/value heads of each group of neighbors (arXiv 2305.13245, section 2.1)."""
+    k = neighbors(heads.k, n_kv_head).mean(1)
+    v = neighbors(heads.v, n_kv_head).mean(1)
     return Heads(heads.q, k, v, heads.o)
 
 
-def neighbours(x, n_groups):
+def neighbors(x, n_groups):
     """(K, D, C) -> (n_groups, n, D, C)."""
     return x.unflatten(0, (n_groups, len(x) // n_groups))
 
@@ -245,7 +245,7 @@ def groups_of_heads(used_keys, used_values, n_groups):
 def best_partition(n_heads, n_groups, kept):
     """Splits range(n_heads) into n_groups sorted lists of equal length; kept(list) scores a list.
 
-    Starts with neighbours. Exchanges two heads of different lists as long as that raises the sum
+    Starts with neighbors. Exchanges two heads of different lists as long as that raises the sum
     of the scores. The result is a local optimum.
     """
     size = n_heads // n_groups

@@ -26,8 +26,8 @@ def per_call(given, cls):
 def config_and_state(given, cls, GPTConfig):
     """(settings, state) of a run: state is the checkpoint to start from, or None.
 
-    A resumed run takes unspecified settings from its checkpoint; from another run's weights, only
-    the model's. cls extends GPTConfig.
+    A resumed run takes unspecified settings from its checkpoint; a run from another run's weights
+    takes only the model's. cls extends GPTConfig.
     """
     call = per_call(given, cls)
     out_dir, init_from = call.out_dir, call.init_from
@@ -75,8 +75,8 @@ def config_and_state(given, cls, GPTConfig):
 
 
 def first_new_step(config, state):
-    """The first step that a run logs and saves. A resumed run starts at a step that is saved, but
-    if it was stopped there, and that is now the last step, the evaluation is missing."""
+    """The first step that a run logs and saves: in a resumed run the one after the saved step. It
+    is the saved step itself if that is the last one and was saved without an evaluation."""
     if config.init_from != "resume":
         return 0
     if state["step"] == config.max_steps and state["val_loss"] is None:

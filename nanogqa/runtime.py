@@ -142,7 +142,7 @@ def compile_model(model, runtime, example):
     """model compiled, once example(compiled) has run; or, with one warning, model itself."""
     if not runtime.compile:
         return model
-    torch.compiler.reset()  # it compiles 8 versions of a function, of all models of the process
+    torch.compiler.reset()  # torch.compile keeps 8 versions of a function, for all models together
     compiled = torch.compile(model)
     try:
         example(compiled)
@@ -269,8 +269,8 @@ def lines_of(path):
 
 
 def check_memory(floor):
-    """Raises UserError if the machine has less memory than floor asks for: what is needed at the
-    same time at least, as a dict {the settings to lower: bytes}."""
+    """Raises UserError if the machine has less memory than floor asks for, a dict {settings to
+    lower: bytes}: a lower bound of what is needed at the same time."""
     needed, memory = sum(floor.values()), machine_memory()
     if needed > memory:
         largest = max(floor, key=floor.get)

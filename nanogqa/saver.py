@@ -113,7 +113,7 @@ class Saver:
         return "nothing is saved yet"
 
     def remove_old(self):
-        """Keeps the last ckpt_STEP.pt files of this run, and files that it has not written."""
+        """Deletes all ckpt_STEP.pt files that this run has written, except the last keep ones."""
         if self.keep:
             for old in self.kept[:-self.keep]:
                 with contextlib.suppress(OSError):  # the checkpoint is saved all the same
@@ -212,9 +212,9 @@ def split(state):
 
 
 def make_saver(config, state, dataset, rank):
-    """The Saver of a run that starts from the checkpoint state, or None, and the tokenizer of its
-    data set in out_dir. A run from scratch removes sharded checkpoints and the tokenizer of the one
-    before; a resumed one removes parts of a save that was interrupted."""
+    """The Saver of a run; state is the checkpoint that it starts from, or None. Also copies the
+    data set's tokenizer to out_dir, over an existing one unless the run is resumed, and removes
+    sharded checkpoints: a resumed run keeps the newest complete one, any other run keeps none."""
     kept, best, sharded = [], None, None
     resumed = config.init_from == "resume"
     if resumed:

@@ -63,7 +63,10 @@ class Times:
         if self.cuda:
             torch.cuda.synchronize()
         for (_, before), (phase, mark) in zip(self.marks, self.marks[1:], strict=False):
-            seconds = before.elapsed_time(mark) / 1e3 if self.cuda else mark - before
+            if self.cuda:
+                seconds = before.elapsed_time(mark) / 1e3
+            else:
+                seconds = mark - before
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         self.marks = self.marks[-1:]
 

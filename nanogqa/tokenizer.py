@@ -67,10 +67,10 @@ def get_tokenizer(name, folder="."):
 
 
 def name_beside(wanted, name, folder):
-    """The name of get_tokenizer(name, folder), to compare with wanted, that of a data set.
+    """The name of a checkpoint's tokenizer, to compare with wanted, that of a data set.
 
-    Earlier versions named a tokenizer.json by the hash of the file. Equal names are returned as
-    they are.
+    Earlier versions named a tokenizer.json by the hash of the file. So unless the names are equal,
+    the tokenizer.json in folder is read, and its name of today is returned.
     """
     if name != wanted and name.startswith(HF_TOKENIZER):
         name = get_tokenizer(name, folder).name
@@ -201,12 +201,11 @@ class HuggingFaceTokenizer:
 
     def special_tokens(self):
         """The keys of a tokenizer_config.json that give the special tokens of this object."""
-        keys = {"eos_token": self.tokenizer.id_to_token(self.eot_token)}
-        if self.bos_token != self.eot_token:
-            keys["bos_token"] = self.tokenizer.id_to_token(self.bos_token)
-        if len(self.stop_tokens) > 1:
-            keys["stop_token_ids"] = self.stop_tokens
-        return keys
+        return {
+            "eos_token": self.tokenizer.id_to_token(self.eot_token),
+            "bos_token": self.tokenizer.id_to_token(self.bos_token),
+            "stop_token_ids": self.stop_tokens,
+        }
 
     @property
     def special_tokens_set(self):
@@ -314,9 +313,9 @@ def stop_tokens(encoding):
 
 
 def copy_tokenizer(name, source, target, replace=False):
-    """Copies a tokenizer.json and its config from folder source to target, if name is one.
+    """Copies a tokenizer.json and its config from folder source to target, if name names one.
 
-    Files that target already has are kept, or with replace give way to those in source.
+    Files that target already has are kept, unless replace is True.
     """
     source, target = Path(source).resolve(), Path(target).resolve()
     if not name.startswith(HF_TOKENIZER) or source == target:

@@ -319,7 +319,7 @@ class DatasetWriter:
             print(f"{self.data_dir} already holds this data set")
             return meta
         if meta["sha256"] == wanted:
-            return None  # it had this content
+            return None  # the same content is wanted, but the files there are damaged
         raise UserError(
             f"{self.data_dir} holds a data set with other content: pass another --data_dir, or "
             "--overwrite=True"

@@ -4,10 +4,10 @@
 
 Trains MHA as results/compare does, but with the initial weights of one seed and the batches of
 another: runs with the same weights differ by their batches alone, and runs with the same batches by
-their weights alone. It also says by how much the loss on the validation windows misses that on the
-whole text. Two runs train at a time, with one thread each. They go to out/noise; finished ones are
-not repeated, and interrupted ones continue. Takes about 40 minutes on two CPU cores. Writes
-results/noise.json. A trial is made anew in out/noise_trial, and only prints.
+their weights alone. It also estimates the error that evaluating windows, not the whole text, adds
+to a difference of two runs. Two runs train at a time, with one thread each. They go to out/noise;
+finished ones are not repeated, and interrupted ones continue. Takes about 40 minutes on two CPU
+cores. Writes results/noise.json. A trial is made anew in out/noise_trial, and only prints.
 """
 import datetime
 import itertools
@@ -88,8 +88,8 @@ def window_losses(state):
 
 
 def window_error(runs):
-    """The standard error of the difference of two runs, as an estimate of that over the whole text
-    from the windows: the root mean square over all pairs of runs."""
+    """Standard error of the difference in loss of two runs that comes from evaluating windows, not
+    the whole text: the root mean square over all pairs of runs."""
     squares = []
     for a, b in itertools.combinations(runs, 2):
         difference = a.window_losses - b.window_losses

@@ -261,7 +261,7 @@ class Hub:
     def not_a_hub(self, problem):
         """The UserError for an answer that the Hub would not give."""
         return UserError(
-            f"{self.endpoint} answers {self.config.repo!r} otherwise than the Hub "
+            f"{self.endpoint} answers {self.config.repo!r} differently from the Hub "
             f"({one_line(problem, 100)}): check --repo and --endpoint"
         )
 
