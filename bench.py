@@ -272,7 +272,8 @@ def fill_cache(forward, cache, shape, config, runtime):
         for tensors in cache.layers:
             for x in tensors:
                 x.normal_()
-        return idx[:, :1], None
+        # as contiguous as the tokens that follow: torch.compile compiles anew for other strides
+        return idx[:, :1].clone(memory_format=torch.contiguous_format), None
     for _ in range(2):  # the first time is the warm-up
         cache.rewind(0)
         start = clock(runtime)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from nanogqa.log import read_rows
 from nanogqa.published import PUBLISHED
 from nanogqa.report import published_table, table
-from nanogqa.summary import summarize
+from nanogqa.summary import cache_bytes, summarize
 
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
              "results/README.md"]
@@ -304,6 +304,34 @@ def guess_among_the_rest():
     return statistics.mean(1 / left for left in range(1, RECORDS + 1))
 
 
+def designs_recall():
+    """Right answers of every design of config/cache.py on associative recall (docs/cache.md)."""
+    rows = []
+    for summary in summarize(read("cache_recall/results.json")):
+        shares = summary.metrics["val_acc"]
+        rows.append([
+            f"[{summary.name}](../config/{summary.name}.py)",
+            f"{cache_bytes(summary) / 1e3:,.0f}",
+            ", ".join(f"{share:.2f}" for share in shares),
+            f"{statistics.mean(shares):.2f}",
+            with_both_intervals(summary.difference),
+        ])
+    return table(["design", "cache of 4,096 tokens, kB", "right answers of each seed", "mean",
+                  "loss minus that of mha, nats per answer"], rows)
+
+
+def of_designs_recall():
+    """The mean of right answers of each design, and the length of the runs (docs/cache.md)."""
+    results = read("cache_recall/results.json")
+    tokens = results["settings"]["max_steps"] * results["settings"]["tokens_per_step"]
+    texts = {"designs_recall_tokens": f"{tokens / 1e6:.1f} million",
+             "designs_recall_answers": f"{tokens / LENGTH * mean_answers(1) / 1e6:.2f} million",
+             "designs_recall_seeds": str(results["settings"]["seeds"])}
+    for summary in summarize(results):
+        texts[f"{summary.name}_right"] = f"{statistics.mean(summary.metrics['val_acc']):.2f}"
+    return texts
+
+
 def of_recall(folder, fields, prefix=""):
     """Seeds, tokens and answers of training, and of each variant: the mean of right answers, how
     many seeds reach 0.9, and by how many % the model is smaller than that of MHA. Names of texts
@@ -481,7 +509,7 @@ def llama():
 
 TABLES = {function.__name__: function for function in (
     attention, findings, comparison, decoding_times, prefill_times, peak_memory, noise,
-    noise_sources, published_table, designs, recall, recall_one_field, shakespeare,
+    noise_sources, published_table, designs, designs_recall, recall, recall_one_field, shakespeare,
     against_nanogpt, bench_decode, bench_train, transformers_train, transformers_decode, ablation,
     uptraining)}
 
@@ -499,7 +527,7 @@ def values():
         mha_cache=f"{sizes[0]:,}",
         **first_run(), **llama(), **ratios(), **found(), **of_mqa(), **ranges(), **of_designs(),
         **of_recall("recall", 3), **of_recall("recall_one_field", 1, "one_"), **of_noise(),
-        **timed_twice(), one_guess=f"{guess_among_the_rest():.2f}")
+        **of_designs_recall(), **timed_twice(), one_guess=f"{guess_among_the_rest():.2f}")
 
 
 def ratios():

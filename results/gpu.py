@@ -342,12 +342,13 @@ def main(argv):
                       f"{max(0, left):.0f} s are left")
                 continue
             worker = worker_for(row, worker, config, place)
-            outcome = worker.measure(row, min(left, 30 + 3 * row.seconds))
+            limit = 60 + 3 * row.seconds
+            outcome = worker.measure(row, min(left, limit))
             if "error" in outcome:  # an error of CUDA stays with its process
                 worker.end()
             print(f"{row.name}: {summary(outcome)}", flush=True)
-            if "timeout" in outcome and row.resumes:
-                continue
+            if "timeout" in outcome and (row.resumes or left < limit):
+                continue  # the next call measures it
             measured = [other for other in measured if other is not found]
             measured.append(dict(part=row.part, name=row.name, settings=row.settings, **place,
                                  outcome=outcome, target=row.target, beside=row.beside))
@@ -378,7 +379,7 @@ def summary(outcome):
     if "error" in outcome:
         return f"failed: {outcome['error']}"
     if "checks" in outcome:
-        return ", ".join(check_cells(outcome)[:2])
+        return ", ".join(filter(None, check_cells(outcome)))
     words = []
     for key in COLUMNS:
         if outcome.get(key) is not None:

@@ -38,7 +38,7 @@ from nanogqa.runtime import compile_for_decoding, compile_model, pick_runtime
 from nanogqa.writer import write_dataset
 
 KINDS = {"MHA": {}, "GQA": dict(n_kv_head=2), "MQA": dict(n_kv_head=1),
-         "MLA": dict(attention="mla")}
+         "MLA": dict(attention="mla"), "windows": dict(n_kv_head=2, window=24, global_every=2)}
 SIZE = dict(n_layer=4, n_head=8, n_embd=512, vocab_size=512, block_size=256)
 TOY_SIZE = dict(n_layer=2, n_head=4, n_embd=64, vocab_size=257, block_size=64)
 CACHES = {"growing cache": False, "static cache": True}
@@ -145,17 +145,22 @@ def ragged_rows(device, dtype, toy):
 
 def gqa_ways(device, dtype, toy):
     """Attention with shared heads: native (is_causal), folded (under a mask) and expanded (copied
-    to all query heads), with gradients, beside float64 on the CPU."""
+    to all query heads), with gradients, beside float64 on the CPU. cuDNN's kernel is allowed once:
+    sample.py turns it off."""
     size, checks = size_of(toy), []
     H, T, D = size["n_head"], size["block_size"], size["n_embd"] // size["n_head"]
     for K in (H, H // 2, 1):
         torch.manual_seed(K)
         q, k, v = (torch.randn(2, heads, T, D, dtype=torch.float64) for heads in (H, K, K))
         expected = attention_and_gradients(expanded, q, k, v, torch.float64, "cpu")
-        for way in (native, folded, expanded):
+        for way, cudnn in ((native, True), (native, False), (folded, False), (expanded, False)):
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
             got = attention_and_gradients(way, q, k, v, getattr(torch, dtype), device)
             worst = max(map(difference, got, expected))
-            checks.append(check(f"{way.__name__}, {K} of {H} heads", worst, CLOSE[dtype]))
+            name = way.__name__
+            if cudnn:
+                name += " with cuDNN allowed"
+            checks.append(check(f"{name}, {K} of {H} heads", worst, CLOSE[dtype]))
     return result(checks)
 
 
@@ -238,8 +243,10 @@ def compiled_steps(device, dtype, toy, kind):
     ]
     if runtime.device.type == "cuda":
         checks.append(check("steps without a replay", REPLAYED - replays, 0))
+        checks.append(check("replays that are no multiple of the steps", replays % REPLAYED, 0))
         checks.append(check("CUDA graphs skipped", counters["inductor"]["cudagraph_skips"], 0))
-    launches = calls.get("cudaLaunchKernel", 0) / REPLAYED
+    names = ("cudaLaunchKernel", "cuLaunchKernel")  # of PyTorch's kernels, and of Triton's
+    launches = sum(n for name, n in calls.items() if name.startswith(names)) / REPLAYED
     return result(checks, f"{replays} replays in {REPLAYED} steps, and {launches:.0f} kernels a "
                           "step outside of them")
 

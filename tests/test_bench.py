@@ -426,6 +426,14 @@ def test_compiled_decoding_past_the_context_and_with_rows_that_end(graphs):
     assert set(sizes) == {4, 2} and sizes == sorted(sizes, reverse=True), "it shrinks by halves"
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_compiled_step_is_one_graph_without_a_prompt_too(graphs, batch_size, capsys):
+    """The first token was a slice of the prompts, whose strides no other token has: a second graph."""
+    bench.main(["--mode=decode", "--compile=True", "--prefill=False", f"--batch_size={batch_size}", "--n_layer=1",
+                "--n_embd=32", "--new_tokens=4", "--repeats=1", "--device=cpu"])
+    assert len(graphs) == 1
+
+
 def test_every_model_of_a_sweep_is_compiled(graphs):
     """Dynamo limits how often it compiles a function, over all models of a process."""
     runtime, ids = pick_runtime("cpu", "float32", True), toy_ids(1, 8)

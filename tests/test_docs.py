@@ -284,6 +284,22 @@ def verdicts(name, match):
     return found
 
 
+def test_the_picture_of_the_designs(tmp_path, monkeypatch):
+    """README.md: losses and times of results/cache, right answers of results/cache_recall."""
+    pytest.importorskip("matplotlib")
+    designs = script("designs")
+    drawn, draw = [], designs.pictures.draw_panels
+    monkeypatch.setattr(designs.pictures, "draw_panels", lambda panels, *args: drawn.extend(panels) or draw(panels, *args))
+    designs.draw(tmp_path / "designs.png")
+    assert (tmp_path / "designs.png").stat().st_size > 10_000 and (ROOT / "docs/designs.png").exists()
+    losses, answers, times = drawn
+    for panel, name in ((losses, "cache"), (answers, "cache_recall"), (times, "cache")):
+        summaries = figures.summarize(figures.read(f"{name}/results.json"))
+        assert [point.name for point in panel.points] == [summary.name for summary in summaries]
+        assert [point.size for point in panel.points] == [figures.cache_bytes(summary) for summary in summaries]
+    assert (losses.lower, answers.lower, times.lower) == (True, False, None)
+
+
 def test_the_designs_that_differ_are_those_that_the_documents_name():
     """README.md and docs/cache.md say which are better or worse than mha, and that the others are neither."""
     assert verdicts("cache", "params") == {
