@@ -358,7 +358,7 @@ STEP_COLUMNS = ("GPUs", "", "tokens per step", "memory, GB", "recomputing, GB", 
 
 def size_of(name):
     """(TrainConfig of config/NAME.py, its GPT without values of the weights)."""
-    path = Path(__file__).parent / "config" / f"{name}.py"
+    path = Path(__file__).resolve().parent / "config" / f"{name}.py"
     config = build(TrainConfig, parse(TrainConfig, [str(path)], ""))
     return config, costs.meta_model(GPT, subset(GPTConfig, config))
 

@@ -173,7 +173,7 @@ def with_design(values):
     design = values.get("design")
     if design is None:
         return values
-    path = Path(__file__).with_name("config") / f"{design}.py"
+    path = Path(__file__).resolve().with_name("config") / f"{design}.py"
     if not re.fullmatch(r"\w+", design) or not path.exists():
         raise UserError(f"there is no design {design[:100]}: name a file of {path.parent}, without "
                         ".py")
@@ -477,7 +477,7 @@ def code_digest():
     """The sha256 of the files in CODE, as text."""
     digest = hashlib.sha256()
     for name in CODE:
-        digest.update((Path(__file__).parent / name).read_bytes())
+        digest.update((Path(__file__).resolve().parent / name).read_bytes())
     return digest.hexdigest()
 
 
@@ -544,7 +544,8 @@ def plan_timings(variants, config, given):
 
 def bench_command(timing):
     """The command of bench.py."""
-    command = [sys.executable, Path(__file__).with_name("bench.py"), f"--mode={timing.mode}"]
+    bench = Path(__file__).resolve().with_name("bench.py")
+    command = [sys.executable, bench, f"--mode={timing.mode}"]
     for key, value in timing.settings.items():
         if isinstance(value, list):
             value = ",".join(map(str, value))

@@ -408,8 +408,7 @@ class Block(nn.Module):
 
 class HeadLoss(nn.Module):
     """Cross-entropy in nats, summed over targets and divided by n_targets. x is (B, T, C), weight
-    (V, C), targets (B, T), -1 where there is none. nanogqa/fast.py has one that takes less memory.
-    """
+    (V, C), targets (B, T), -1 for none. nanogqa/fast.py has a version that takes less memory."""
 
     def forward(self, x, weight, targets, n_targets):
         logits = F.linear(x, weight).float().flatten(0, 1)              # (B * T, V)

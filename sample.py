@@ -54,6 +54,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     these, the fewest whose probability reaches top_p. Temperature 0 takes the most likely id."""
     if temperature < 1e-30:  # in float32 the inverse of 1e-39 is infinite
         return logits.argmax(dim=-1, keepdim=True)
+    temperature = min(temperature, 1e30)  # -inf, of ids that are never drawn, over inf is NaN
     k = min(top_k or logits.size(-1), logits.size(-1))
     logits, ids = logits.float().topk(k)                                # (B, k), best first
     # the largest logit becomes 0, so that large logits over a low temperature stay finite
@@ -124,7 +125,8 @@ class TextBatch:
         starts = [context_start(len(text), self.config.block_size) for text in self.texts]
         contexts = [text[start:] for text, start in zip(self.texts, starts, strict=True)]
         if not self.options.kv_cache:
-            rows = [self.model(self.tensor([c]), logits="last")[0] for c in contexts]
+            # a CUDA graph writes its next logits where the last ones were
+            rows = [self.model(self.tensor([c]), logits="last")[0].clone() for c in contexts]
             return torch.cat(rows)[:, -1].float()
         # padding counts too: the cache may be full before a text reaches max_length
         if starts == self.starts and self.cache.length < self.cache.max_length:
@@ -153,7 +155,7 @@ class TextBatch:
             self.texts = list(map(list, pick(self.texts, index)))
             if self.options.kv_cache:
                 self.starts = pick(self.starts, index)
-                self.cache = self.cache.rows(index)
+                self.cache.keep(index)
 
 
 @torch.inference_mode()
@@ -209,8 +211,8 @@ def main(argv):
         prepare_for_decoding(model, len(prompts) * config.num_samples)
     compiled = compile_for_decoding(model, runtime) if runtime.compile else None
     announce_sampling(config, gpt_config, runtime, step, ids)
-    output = Output(prompts, config.num_samples, encoding, config.stop, config.output == "jsonl")
     known = known_ids(encoding, gpt_config.vocab_size).to(runtime.device)
+    output = Output(prompts, config.num_samples, encoding, config.stop, config.output == "jsonl")
     generator = torch.Generator(runtime.device).manual_seed(config.seed)
     for rows, new in generate(
             model, ids, config.max_new_tokens, config.num_samples, known,

@@ -137,6 +137,14 @@ class KVCache:
         else:
             self.length = length
 
+    def keep(self, index):
+        """Keeps the rows listed in index, which may repeat some. Copies one tensor at a time."""
+        for tensors in self.layers:
+            for i in range(len(tensors)):
+                tensors[i] = tensors[i][index]
+        if self.padding is not None:
+            self.padding = self.padding[index]
+
     def rows(self, index):
         """A cache of some rows: copies for a list of indices; for a slice, views of its memory."""
         other = copy.copy(self)

@@ -165,7 +165,8 @@ def decoding_bytes(model, decoding):
 
     Call it, like bytes_per_step, before prepare_for_decoding: packed weights are not parameters.
     logits are one row per sequence; prefill is what the largest part of the prompt takes beside the
-    cache: see numbers_per_token and mask_bytes. The tests compare this with what is allocated.
+    cache: see numbers_per_token and mask_bytes. What drawing a token takes is not counted. The
+    tests compare this with what is allocated.
     """
     config, size = model.config, decoding.dtype.itemsize
     weights = num_params(model)
@@ -175,7 +176,8 @@ def decoding_bytes(model, decoding):
     masked = decoding.padded or any(in_ring(layer, decoding) for layer in config.layer_caches())
     rows, tokens = prefill_chunk(
         decoding.batch_size, decoding.prompt_len, masked, decoding.static)
-    activations = rows * tokens * numbers_per_token(config) * size
+    at_once = max(rows * tokens, decoding.batch_size)  # of a part of the prompt, or a step
+    activations = at_once * numbers_per_token(config) * size
     activations += rows * copied_numbers(config, decoding, tokens) * size
     activations += rows * expanded_numbers(config, decoding, tokens) * size
     return dict(
@@ -257,10 +259,11 @@ def mask_bytes(config, decoding, rows, tokens):
     step, prompt = 0, 0
     for layer in windows.values():
         S = masked_keys(layer, decoding, tokens)
-        once = S * (2 + config.n_head // layer.heads * entry)  # repeated for the heads
-        step += once
+        repeated = config.n_head // layer.heads * entry
+        if decoding.padded or decoding.static:  # other steps need no mask
+            step += tokens_read(layer, decoding.max_length) * (2 + repeated)
         if decoding.folded:
-            prompt += tokens * once
+            prompt += tokens * S * (2 + repeated)
         else:
             prompt += tokens * S * (2 + entry)
     if decoding.padded:

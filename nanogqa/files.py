@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import warnings
 from pathlib import Path
 
 import filelock  # torch depends on it
@@ -65,10 +66,13 @@ def lock(folder, busy, patience=60, key="out_dir"):
     before = set(os.listdir(folder))
     held = filelock.FileLock(Path(folder) / ".lock")  # released with the process, however it ends
     try:
-        held.acquire(timeout=patience, poll_interval=0.2)
+        with warnings.catch_warnings():
+            # filelock may go on with a mark instead, which would outlive a killed process
+            warnings.filterwarnings("error", "flock not supported")
+            held.acquire(timeout=patience, poll_interval=0.2)
     except filelock.Timeout:
         raise UserError(busy) from None
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError, UserWarning) as error:
         if getattr(error, "filename", None):  # .lock cannot be created
             raise
         # some network file systems

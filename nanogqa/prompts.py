@@ -119,7 +119,7 @@ class Output:
                 print(rest)
             elif self.jsonl:
                 line = dict(prompt=self.prompts[row], text=self.written[row])
-                print(json.dumps(line, ensure_ascii=False))
+                print(json.dumps(line))  # in ASCII, which every terminal and reader takes
             else:
                 print(self.prompts[row] + self.written[row], flush=True)
             if not self.jsonl and row + 1 < len(self.texts):

@@ -40,7 +40,7 @@ def finish(process):
 
 def children(pid):
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
     except OSError:
         return []
 
@@ -62,7 +62,7 @@ def kill(process, out_dir, rng, began, lasts, in_write):
         except ProcessLookupError:
             pass
     try:
-        step = json.loads((out_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        step = json.loads((out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"]
     except (OSError, ValueError, IndexError, KeyError):
         step = "none"
     return hit, f"{who} at step {step}{', writing' if in_write else ''}"

@@ -346,7 +346,7 @@ def test_data_and_a_checkpoint_with_the_older_name_of_a_tokenizer_fit(tmp_path):
     """pool renamed the checkpoint's alone, and refused data that train.py accepts."""
     write_dataset([("train", "x" * 99), ("val", "y")], tmp_path / "data", "byte")
     path = tmp_path / "data/meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": "tokenizer.json-0123"}))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"tokenizer": "tokenizer.json-0123"}))
     config = convert.PoolConfig(dataset=str(tmp_path / "data"))
     before = GPTConfig(vocab_size=257, block_size=48)
     ids = convert.pooling_inputs(dict(tokenizer="tokenizer.json-0123"), tmp_path, before, config)
@@ -524,7 +524,7 @@ def test_to_hf_refuses_an_attention_without_a_rule(tmp_path, capsys, monkeypatch
 
 def test_pooling_knows_tensors_alone():
     imported = set()
-    for node in ast.walk(ast.parse(Path(nanogqa.pool.__file__).read_text())):
+    for node in ast.walk(ast.parse(Path(nanogqa.pool.__file__).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -687,7 +687,7 @@ def test_from_hf_has_the_logits_of_transformers(transformers, tmp_path, capsys, 
 def test_rope_scaling_wins_over_rope_parameters(transformers, tmp_path):
     """As in transformers 5, which writes the latter: of a file with both, someone has added the former."""
     make_hf(transformers, tmp_path / "hf", "llama3")
-    config = json.loads((tmp_path / "hf/config.json").read_text())
+    config = json.loads((tmp_path / "hf/config.json").read_text(encoding="utf-8"))
     scaling = {key: value for key, value in SCALING.items() if key != "rope_theta"}
     config |= dict(rope_theta=1e4, rope_scaling=scaling, rope_parameters=dict(rope_type="default", rope_theta=1e4))
     (tmp_path / "hf/config.json").write_text(json.dumps(config))
@@ -697,7 +697,7 @@ def test_rope_scaling_wins_over_rope_parameters(transformers, tmp_path):
 
 def test_rope_written_as_transformers_4_did(transformers, tmp_path):
     theirs = make_hf(transformers, tmp_path / "hf", "llama3")
-    config = json.loads((tmp_path / "hf/config.json").read_text())
+    config = json.loads((tmp_path / "hf/config.json").read_text(encoding="utf-8"))
     for old in ("rope_parameters", "rope_scaling", "rope_theta"):
         config.pop(old, None)
     for scaling in (dict(SCALING), {**SCALING, "type": SCALING["rope_type"]}):
@@ -758,7 +758,7 @@ def test_export_has_the_rope_keys_of_transformers_4(transformers, tmp_path, atte
     )
     source = save(model, tmp_path / "ours")
     convert.main(command("to_hf", out_dir=source, hf_dir=tmp_path / "hf"))
-    config = json.loads((tmp_path / "hf/config.json").read_text())
+    config = json.loads((tmp_path / "hf/config.json").read_text(encoding="utf-8"))
     assert config["rope_theta"] == 5e4
     if rope_factor == 1:
         assert config["rope_scaling"] is None
@@ -947,7 +947,7 @@ def test_a_tokenizer_that_tiktoken_cannot_express_is_copied(
         tmp_path / "data",
         str(tmp_path / "ours"),
     )
-    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    meta = json.loads((tmp_path / "data/meta.json").read_text(encoding="utf-8"))
     assert meta["tokenizer"] == name and (tmp_path / "data/tokenizer.json").exists()
     train.main(
         command(
@@ -964,7 +964,7 @@ def test_a_tokenizer_that_tiktoken_cannot_express_is_copied(
     sample.main(command(out_dir=tmp_path / "tuned", prompt="the", max_new_tokens=4, device="cpu"))
     assert capsys.readouterr().out.startswith("the")
     convert.main(command("to_hf", out_dir=tmp_path / "tuned", hf_dir=tmp_path / "again"))
-    about = json.loads((tmp_path / "again/tokenizer_config.json").read_text())
+    about = json.loads((tmp_path / "again/tokenizer_config.json").read_text(encoding="utf-8"))
     assert about["model_max_length"] == 32, "the model's context, not that of the original"
     assert (tmp_path / "again/tokenizer.json").read_bytes() == (
         tmp_path / "hf/tokenizer.json"
@@ -975,7 +975,7 @@ def test_a_tokenizer_that_tiktoken_cannot_express_is_copied(
     )
 
     (tmp_path / "tuned/tokenizer.json").write_text(
-        (tmp_path / "tuned/tokenizer.json").read_text() + " "
+        (tmp_path / "tuned/tokenizer.json").read_text(encoding="utf-8") + " "
     )
     sample.main(command(out_dir=tmp_path / "tuned", max_new_tokens=1, device="cpu"))
     theirs.add_tokens(["zebra"])
@@ -1064,7 +1064,7 @@ def test_without_a_tokenizer(transformers, tmp_path, capsys, toy_data):
 
 def change_config(**changes):
     def change(folder):
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         (folder / "config.json").write_text(
             json.dumps(
                 {key: value for key, value in {**config, **changes}.items() if value != "DROP"}

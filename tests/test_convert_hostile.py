@@ -79,7 +79,7 @@ def folder(tmp_path_factory):
     make_hf(transformers, path, "llama2")
     TINY["vocab_size"] = before
     sentencepiece_like(tokenizers).save(str(path / "tokenizer.json"))
-    config = json.loads((path / "config.json").read_text())
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     (path / "config.json").write_text(json.dumps(MORE_KEYS | config))
     (path / "generation_config.json").write_text(json.dumps(SPECIAL))
     (path / "tokenizer_config.json").write_text(json.dumps(ABOUT))
@@ -88,7 +88,7 @@ def folder(tmp_path_factory):
 
 def cases(folder, name, n):
     """n of the mutations of a file, and the content of each."""
-    content = json.loads((folder / name).read_text())
+    content = json.loads((folder / name).read_text(encoding="utf-8"))
     every = list(itertools.product(paths_in(content), range(len(VALUES))))
     random.Random(7).shuffle(every)
     yield ("nothing",), "changed", content
@@ -152,7 +152,7 @@ def test_one_value_changed(folder, tmp_path, capfd, name, n):
 def test_hostile_values_are_named(folder, tmp_path, capsys, file, change, words):
     """Within seconds: what a file may ask for is bounded by what the weight files hold."""
     shutil.copytree(folder, tmp_path / "hf")
-    content = json.loads((folder / file).read_text())
+    content = json.loads((folder / file).read_text(encoding="utf-8"))
     (tmp_path / "hf" / file).write_text(json.dumps(content | change))
     began = time.monotonic()
     arguments = command("from_hf", hf_dir=tmp_path / "hf", out_dir=tmp_path / "ours")

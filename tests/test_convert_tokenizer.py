@@ -45,7 +45,7 @@ def llama(transformers, folder, monkeypatch, **about):
 
 
 def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes))
 
 
 def from_hf(tmp_path, name="hf", to="ours"):
@@ -73,7 +73,7 @@ def test_transformers_reads_a_qwen2_export_as_ours(transformers, toy_bpe, tmp_pa
     """Version 5 replaces the tokenizer of every folder whose model_type is qwen2 by its own."""
     model = toy_model(n_kv_head=2, vocab_size=350, qk_norm=False, qkv_bias=True)
     hf = to_hf(save(model, tmp_path / "ours", name), tmp_path / "hf")
-    assert json.loads((hf / "config.json").read_text())["model_type"] == "qwen2"
+    assert json.loads((hf / "config.json").read_text(encoding="utf-8"))["model_type"] == "qwen2"
     for trust in (None, False, True):
         same_ids(transformers, hf, get_tokenizer(name), trust_remote_code=trust)
     generator = transformers.pipeline("text-generation", model=str(hf), device="cpu")
@@ -98,7 +98,7 @@ def test_a_copied_tokenizer_of_qwen2_is_read_as_ours(transformers, tokenizers, t
         hf = to_hf(save(model, source, encoding.name), tmp_path / f"hf{i}")
         same_ids(transformers, hf, encoding)
         assert (hf / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-        about = json.loads((hf / "tokenizer_config.json").read_text())
+        about = json.loads((hf / "tokenizer_config.json").read_text(encoding="utf-8"))
         assert about["chat_template"] == "{{ messages }}" and "add_eos_token" not in about
 
 
@@ -169,7 +169,7 @@ def test_a_chat_template_in_a_file_of_its_own(transformers, tmp_path, monkeypatc
     (hf / "chat_template.jinja").write_text("{{ messages }}")
     from_hf(tmp_path)
     again = to_hf(tmp_path / "ours", tmp_path / "again")
-    assert json.loads((again / "tokenizer_config.json").read_text())["chat_template"] == "{{ messages }}"
+    assert json.loads((again / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"] == "{{ messages }}"
 
 
 def word_piece(tokenizers, decoder=True):
@@ -286,7 +286,7 @@ def test_every_eos_token_id_returns_in_an_export(transformers, tmp_path, monkeyp
     for source in ("ours", "tuned"):
         hf = to_hf(tmp_path / source, tmp_path / f"{source}-hf")
         for name in ("config.json", "generation_config.json"):
-            assert json.loads((hf / name).read_text())["eos_token_id"] == [2, 260, 262]
+            assert json.loads((hf / name).read_text(encoding="utf-8"))["eos_token_id"] == [2, 260, 262]
         from_hf(tmp_path, f"{source}-hf", f"{source}-back")
         back = HuggingFaceTokenizer(tmp_path / f"{source}-back")
         assert back.stop_tokens == [2, 260, 262] and back.bos_token == 1
@@ -299,7 +299,7 @@ def test_one_eos_token_id_stays_one(transformers, tmp_path, monkeypatch, ids):
     (hf / "generation_config.json").unlink()
     from_hf(tmp_path)
     again = to_hf(tmp_path / "ours", tmp_path / "again")
-    assert json.loads((again / "config.json").read_text())["eos_token_id"] == 2
+    assert json.loads((again / "config.json").read_text(encoding="utf-8"))["eos_token_id"] == 2
 
 
 def test_a_missing_eos_names_the_folder_that_was_given(transformers, tmp_path, capsys, monkeypatch):
@@ -326,7 +326,7 @@ def test_a_folder_saved_again_keeps_its_tokenizers_name(
     transformers.AutoModelForCausalLM.from_pretrained(hf).save_pretrained(again)
     transformers.AutoTokenizer.from_pretrained(hf).save_pretrained(again)
     if transformers.__version__ > "5":
-        assert (hf / "tokenizer.json").read_text() != (again / "tokenizer.json").read_text()
+        assert (hf / "tokenizer.json").read_text(encoding="utf-8") != (again / "tokenizer.json").read_text(encoding="utf-8")
     assert from_hf(tmp_path, "saved again", "back") == name
 
 
@@ -334,7 +334,7 @@ def test_a_tokenizer_is_named_by_what_it_does(tokenizers, tmp_path):
     """Blanks in the file change nothing; one merge, token or normalizer less is another name."""
     folder = tokenizer_folder(tokenizers, tmp_path / "a")
     name = HuggingFaceTokenizer(folder).name
-    content = json.loads((folder / "tokenizer.json").read_text())
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     (folder / "tokenizer.json").write_text(json.dumps(content, indent=7))
     assert HuggingFaceTokenizer(folder).name == name
     model = content["model"]
@@ -400,7 +400,7 @@ def test_an_unchanged_tiktoken_encoding_alone_keeps_the_name(toy_bpe, tmp_path):
     assert hf_tokenizer.is_tiktoken("gpt2", HuggingFaceTokenizer(tmp_path))
     assert not hf_tokenizer.is_tiktoken("byte", HuggingFaceTokenizer(tmp_path))
     assert not hf_tokenizer.is_tiktoken("cl100k_base", HuggingFaceTokenizer(tmp_path))
-    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     content["model"]["merges"].reverse()
     content["model"]["ignore_merges"] = False
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))

@@ -353,7 +353,7 @@ def test_a_sharded_checkpoint_is_checked_like_another(trained, sharded):  # noqa
     model = resume_sharded(sharded)
     weights = load(trained)["model"]
     assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
-    good = json.loads((sharded / "state.json").read_text())
+    good = json.loads((sharded / "state.json").read_text(encoding="utf-8"))
     changes = [dict(optimizer={"a": "x"}), dict(optimizer={**good["optimizer"], WEIGHT: [1]}),
                dict(optimizer={**good["optimizer"], WEIGHT: float("nan")}),
                dict(optimizer={**good["optimizer"], WEIGHT: 10**400}), dict(model={WEIGHT: 1.0}),
@@ -408,7 +408,7 @@ def test_hashes_in_meta_json_that_do_not_agree(toy_data, tmp_path):
     shutil.copytree(toy_data, tmp_path / "data")
     Dataset(str(tmp_path / "data")).verify()
     swap(tmp_path / "data/train.bin")
-    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    meta = json.loads((tmp_path / "data/meta.json").read_text(encoding="utf-8"))
     with pytest.raises(UserError, match="train.bin is damaged"):
         Dataset(str(tmp_path / "data")).verify()
     with open(tmp_path / "data/train.bin", "rb") as file:
@@ -536,7 +536,7 @@ def test_data_of_older_versions_is_resumed(trained, toy_data, tmp_path, capsys):
     """Their meta.json has one sha256 over documents, and none for each file."""
     shutil.copytree(trained, tmp_path / "run")
     shutil.copytree(toy_data, tmp_path / "data")
-    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    meta = json.loads((tmp_path / "data/meta.json").read_text(encoding="utf-8"))
     for files in meta["splits"].values():
         for file in files:
             del file["sha256"]

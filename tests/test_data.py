@@ -47,7 +47,7 @@ def test_every_document_ends_with_end_of_text(tmp_path):
     )
     assert np.fromfile(tmp_path / "train.bin", "<u2").tolist() == [97, 98, 256, 256, 195, 169, 256]
     assert np.fromfile(tmp_path / "val.bin", "<u2").tolist() == [120, 256]
-    meta = json.loads((tmp_path / "meta.json").read_text())
+    meta = json.loads((tmp_path / "meta.json").read_text(encoding="utf-8"))
     sums = {
         name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
         for name in ("train.bin", "val.bin")
@@ -423,7 +423,7 @@ def test_a_data_set_of_an_older_version_is_recognized(tmp_path):
     """Its sha256 was made in another way, and its files had none."""
     documents = [("train", "abcd"), ("val", "x")]
     write_dataset(documents, tmp_path, "byte")
-    meta = json.loads((tmp_path / "meta.json").read_text())
+    meta = json.loads((tmp_path / "meta.json").read_text(encoding="utf-8"))
     meta["sha256"] = "1" * 64
     del meta["splits"]["train"][0]["sha256"], meta["splits"]["val"][0]["sha256"]
     (tmp_path / "meta.json").write_text(json.dumps(meta))
@@ -655,7 +655,7 @@ def test_a_download_of_anything_else(server, tmp_path, capsys, monkeypatch, head
 ])  # fmt: skip
 def test_files_have_the_names_that_a_writer_gives(tmp_path, names):
     write_dataset([("train", "abc"), ("val", "abc")], tmp_path, "byte")
-    meta = json.loads((tmp_path / "meta.json").read_text())
+    meta = json.loads((tmp_path / "meta.json").read_text(encoding="utf-8"))
     for split, wanted in zip(("train", "val"), names, strict=True):
         meta["splits"][split] = [dict(name=name, tokens=4, bytes=3) for name in wanted]
     (tmp_path / "meta.json").write_text(json.dumps(meta))
@@ -670,6 +670,15 @@ def test_known_ids_are_those_that_have_bytes():
     encoding = get_tokenizer("byte")
     assert known_ids(encoding, 300).tolist() == [True] * 257 + [False] * 43
     assert known_ids(encoding, 3).tolist() == [True] * 3
+
+
+def test_a_data_folder_on_another_disk(tmp_path):
+    """Linked from the checkout, its scripts looked for the package beside it."""
+    shutil.copytree(ROOT / "data/recall", tmp_path / "disk/data/recall", ignore=shutil.ignore_patterns("*.bin"))
+    (tmp_path / "checkout").mkdir()
+    (tmp_path / "checkout/nanogqa").symlink_to(ROOT / "nanogqa")
+    (tmp_path / "checkout/data").symlink_to(tmp_path / "disk/data")
+    subprocess.run([sys.executable, tmp_path / "checkout/data/recall/prepare.py", "--help"], check=True, capture_output=True)
 
 
 def test_a_text_that_tiktoken_gives_up_on():

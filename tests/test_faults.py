@@ -29,7 +29,7 @@ def test_killed_runs_end_with_the_weights_of_a_whole_one():
 def wait_for_step(folder, step, seconds=60):
     """Returns when the run in folder has logged that many steps, one a line."""
     deadline, log = time.time() + seconds, folder / "metrics.jsonl"
-    while not log.exists() or log.read_text().count("\n") <= step:
+    while not log.exists() or log.read_text(encoding="utf-8").count("\n") <= step:
         assert time.time() < deadline, "the run does not begin"
         time.sleep(0.01)
 

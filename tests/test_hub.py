@@ -607,7 +607,7 @@ def test_local_files_that_go_away(server, tmp_path, capsys, monkeypatch):
     (tmp_path / "in/1.parquet").unlink()
     assert "1.parquet is no longer in" in fails(main, args, capsys)
     progress = tmp_path / "again/hub.part/progress.json"
-    good = progress.read_text()
+    good = progress.read_text(encoding="utf-8")
     for names, words in (
         ([[1], 2], "progress.json is damaged (names[0] is a list, not of type str): remove"),
         (["../0.parquet"], "../0.parquet is no longer in"),
@@ -672,7 +672,7 @@ def test_damaged_progress(server, tmp_path, capsys):
         main, arguments(server, tmp_path / "out"), capsys
     )
     progress = tmp_path / "out/hub.part/progress.json"
-    good = json.loads(progress.read_text())
+    good = json.loads(progress.read_text(encoding="utf-8"))
     damaged = ["{", "[]", "{}", "null", "[" * 10**5]
     for key, value in (
         ("names", ["../../../etc/passwd"]),
@@ -740,10 +740,10 @@ def test_tokenizer_files_tokenize_batches_as_they_do_texts(tmp_path, capsys):
 
     tokenizer.add_tokens(["eto"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    changed = (tmp_path / "tokenizer.json").read_text()
+    changed = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
     assert "pass another --data_dir, or --overwrite=True" in fails(main, args, capsys)
     main([*args, "--overwrite=True"])
-    assert (tmp_path / "out/tokenizer.json").read_text() == changed
+    assert (tmp_path / "out/tokenizer.json").read_text(encoding="utf-8") == changed
 
 
 # -- hostile files and servers ---------------------------------------------------------------------
@@ -854,7 +854,7 @@ def test_damaged_json_files_write_nothing_elsewhere(tmp_path, tried):
         if seed % 2:
             folder, name = done, "meta.json"
             more = rng.choice([[], ["--overwrite=True"], ["--val_fraction=0.3"]])
-        text = damaged(json.loads((folder / name).read_text()), rng)
+        text = damaged(json.loads((folder / name).read_text(encoding="utf-8")), rng)
 
         def change(copy, name=name, text=text):
             (copy / name).write_text(text)
@@ -882,7 +882,7 @@ def test_progress_lists_what_a_writer_would_write(tmp_path, tried, files, key, v
 
     def change(copy):
         path = copy / "hub.part/progress.json"
-        progress = json.loads(path.read_text())
+        progress = json.loads(path.read_text(encoding="utf-8"))
         progress["splits"][files][0][key] = value
         path.write_text(json.dumps(progress))
 
@@ -896,7 +896,7 @@ def test_progress_beyond_the_end_of_a_file(tmp_path, tried):
 
     def change(copy):
         path = copy / "hub.part/progress.json"
-        progress = json.loads(path.read_text())
+        progress = json.loads(path.read_text(encoding="utf-8"))
         progress["position"]["rows"] = 61
         path.write_text(json.dumps(progress))
 

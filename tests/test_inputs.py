@@ -155,7 +155,7 @@ def damage(folder, kind):
     elif kind in ("not json", "not a meta"):
         meta.write_text("{" if kind == "not json" else "[]")
     elif kind == "escape":
-        meta.write_text(meta.read_text().replace("train.bin", "../train.bin"))
+        meta.write_text(meta.read_text(encoding="utf-8").replace("train.bin", "../train.bin"))
     elif kind == "empty":
         ckpt.write_bytes(b"")
     elif kind == "cut":
@@ -231,14 +231,14 @@ def test_overwrite_replaces_the_run(toy_run, tmp_path, capsys):
     fails(train.main, [*toy_run, "--max_steps=3"], capsys)
     train.main([*toy_run, "--max_steps=3", "--overwrite=True"])
     assert load(tmp_path / "run")["step"] == 3
-    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 
 def test_another_data_set_or_tokenizer(trained, toy_data, tmp_path, capsys):
     write_dataset([("train", "other text " * 50), ("val", "more of it " * 50)], tmp_path / "other", "byte")
     error = fails(train.main, [f"--out_dir={trained}", "--init_from=resume", f"--dataset={tmp_path / 'other'}"], capsys)
     assert "is not the one that the run in" in error
-    meta = json.loads((tmp_path / "other/meta.json").read_text())
+    meta = json.loads((tmp_path / "other/meta.json").read_text(encoding="utf-8"))
     (tmp_path / "other/meta.json").write_text(json.dumps(dict(meta, tokenizer="gpt2")))
     for how in ("resume", str(trained)):
         folder = trained if how == "resume" else tmp_path / "new"
@@ -368,7 +368,7 @@ def test_checkpoints_of_odd_content(trained, tmp_path, capsys, change, words):
     lambda m: m["splits"]["train"][0].update(tokens=1.5), lambda m: m["splits"]["val"][0].update(bytes=0), lambda m: m.pop("splits")])
 def test_odd_meta_files(toy_data, toy_run, tmp_path, capsys, change):
     shutil.copytree(toy_data, tmp_path / "data")
-    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    meta = json.loads((tmp_path / "data/meta.json").read_text(encoding="utf-8"))
     change(meta)
     (tmp_path / "data/meta.json").write_text(json.dumps(meta))
     assert "is not the meta.json of a data set" in fails(train.main, [*toy_run, f"--dataset={tmp_path / 'data'}"], capsys)

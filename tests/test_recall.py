@@ -85,7 +85,7 @@ def solve(ids, fields):
 def test_an_independent_solver_answers_every_question(tmp_path, fields, records, length):
     folder = prepared(tmp_path, f"--fields={fields}", f"--records={records}", f"--length={length}")
     width = max(2, fields)
-    meta = json.loads((tmp_path / "meta.json").read_text())
+    meta = json.loads((tmp_path / "meta.json").read_text(encoding="utf-8"))
     relations = 1 if fields == 1 else fields * (fields - 1)
     assert meta["vocab_size"] == 3 + relations + 64 * width
     for split, count in (("train", 60), ("val", 9)):
@@ -320,7 +320,7 @@ def test_settings_that_do_not_fit(run, tmp_path, capsys, args, words):
 
 def edit(folder, **changes):
     path = Path(folder) / "meta.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}))
 
 
 @pytest.mark.parametrize("changes,words", [
@@ -373,14 +373,14 @@ def test_compare_reports_the_accuracy(questions, tmp_path, monkeypatch):
                   "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=64", "--match=shape",
                   "--tokens_per_step=128", "--max_steps=2", "--eval_interval=1",
                   "--warmup_steps=1", "--decode_batch_size=1", "--decode_prompt_len=8"])
-    text = (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| validation loss | right answers |" in text and "bits per byte" not in text
     assert "nats per answer" in text and "ublished" not in text
-    records = json.loads((tmp_path / "results.json").read_text())["records"]
+    records = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["records"]
     accuracies = [record["metrics"]["val_acc"] for record in records]
     assert len(records) == 4 and f"| {sum(accuracies[:2]) / 2:.4f} ± " in text
     with contextlib.suppress(ImportError):
         import matplotlib  # noqa: F401
         assert (tmp_path / "metrics.png").exists() and "![metrics](metrics.png)" in text
     compare.main([f"--out_dir={tmp_path}", "--report_only=True"])
-    assert (tmp_path / "report.md").read_text() == text
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == text

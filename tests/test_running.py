@@ -155,9 +155,9 @@ def test_text_is_appended_whole_or_not_at_all(tmp_path):
             files.append(path, "b" * 40)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_text() == "a" * 50
+    assert path.read_text(encoding="utf-8") == "a" * 50
     files.append(path, "c")
-    assert path.read_text() == "a" * 50 + "c"
+    assert path.read_text(encoding="utf-8") == "a" * 50 + "c"
 
 
 @pytest.mark.parametrize("text", ["", '{"traceEvents": [{"na'])
@@ -225,7 +225,7 @@ def test_programs_without_output_end_as_they_would_with_it(monkeypatch, main):
 
 def test_all_programs_have_the_rules_of_program():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("data/*/prepare.py")]:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         if "\ndef main(" in text:
             assert re.search(r"^@program.*\ndef main\(argv\):", text, re.M), path
 
@@ -335,7 +335,7 @@ def test_foreign_files_are_left_alone(toy_run, tmp_path):
     train.main([*args, "--max_steps=6"])
     train.main([*args, "--max_steps=8", "--init_from=resume"])
     sample.main([f"--out_dir={folder}", "--max_new_tokens=1", "--device=cpu"])
-    assert all((folder / name).read_text() == "foreign" for name in names)
+    assert all((folder / name).read_text(encoding="utf-8") == "foreign" for name in names)
     kept = [path.name for path in folder.glob("ckpt_*.pt") if path.name not in names]
     assert sorted(kept) == ["ckpt_8.pt", "ckpt_best.pt"]
 
@@ -441,7 +441,7 @@ def test_a_run_that_replaces_another_has_the_tokenizer_of_its_data(toy_run, tmp_
     mine = '{"eos_token": "<|endoftext|>", "mine": 1}'
     (tmp_path / "run/tokenizer_config.json").write_text(mine)
     train.main([*args, "--overwrite=False", "--init_from=resume"])
-    assert (tmp_path / "run/tokenizer_config.json").read_text() == mine, "a resumed run keeps its own"
+    assert (tmp_path / "run/tokenizer_config.json").read_text(encoding="utf-8") == mine, "a resumed run keeps its own"
     assert (tmp_path / "run/tokenizer.json").read_bytes() == (tmp_path / "data_b/tokenizer.json").read_bytes()
     sample.main([f"--out_dir={tmp_path / 'run'}", "--prompt=some", "--max_new_tokens=2", "--device=cpu"])
     train.main([*args, f"--out_dir={tmp_path / 'data_b'}"])
@@ -545,7 +545,7 @@ def test_a_lost_wandb_does_not_end_a_run(toy_run, tmp_path, wandb_runs, monkeypa
     at_steps(monkeypatch, {1: lambda: setattr(wandb_runs[1], "broken", True)})
     args = [*toy_run, *SHORT, "--wandb_log=True", "--overwrite=True"]
     assert "rows could not be written to wandb" in fails_last(train.main, args, capsys)
-    assert json.loads((tmp_path / "run/wandb.json").read_text()) == {"id": "run1"}
+    assert json.loads((tmp_path / "run/wandb.json").read_text(encoding="utf-8")) == {"id": "run1"}
 
 
 def test_the_progress_bar_moves_at_every_step(toy_run, monkeypatch):
@@ -726,6 +726,7 @@ def test_a_save_that_ends_in_any_error_is_not_taken_for_one(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("error,words", [
     (OSError(errno.ENOLCK, "No locks available"), "cannot be locked"), (NotImplementedError("no flock"), "choose a --out_dir on a file system"),
+    (UserWarning("flock not supported on this filesystem, falling back to SoftFileLock"), "cannot be locked"),
     (PermissionError(errno.EACCES, "Permission denied", "out/.lock"), "(Permission denied): check the path")])
 def test_file_systems_without_locks(toy_run, tmp_path, monkeypatch, capsys, error, words):
     def acquire(*args, **kwargs):

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import load, toy_ids, toy_model
+from conftest import load, peak_allocated, toy_ids, toy_model
 
 import sample
 import train
@@ -228,7 +228,41 @@ def test_a_file_of_prompts(run_dir, capsys, tmp_path):
     expected = [dict(prompt=p, text=text[len(p):-1]) for p, text in zip(prompts, alone)]
     for n in (1, 2):
         lines = say(capsys, run_dir, f"--prompts={tmp_path / 'prompts.jsonl'}", *options, "--output=jsonl", f"--num_samples={n}").out
-        assert [json.loads(line) for line in lines.splitlines()] == [text for text in expected for _ in range(n)]
+        assert [json.loads(line) for line in lines.removesuffix("\n").split("\n")] == [text for text in expected for _ in range(n)]
+
+
+def test_json_lines_hold_what_the_terminal_cannot_print(run_dir, capsys, tmp_path):
+    """They had question marks there."""
+    (tmp_path / "prompts.jsonl").write_text('"\\ud83d"\n"\u00e9\u2028"\n', encoding="utf-8")
+    out = say(capsys, run_dir, f"--prompts={tmp_path / 'prompts.jsonl'}", "--output=jsonl", "--max_new_tokens=0").out
+    assert out.isascii() and [json.loads(line)["prompt"] for line in out.splitlines()] == ["\ud83d", "\u00e9\u2028"]
+
+
+def test_any_temperature_draws_none_of_the_forbidden_ids():
+    """Beyond the largest float32, -inf of a forbidden id became NaN."""
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]]).expand(50, -1)
+    generator = torch.Generator().manual_seed(1)
+    for temperature in (1e29, 1e39, 1.7e308):
+        drawn = sample_token(logits, temperature, generator=generator)
+        assert set(drawn.flatten().tolist()) == {0, 1}
+
+
+def test_a_row_that_ends_does_not_double_the_cache():
+    """All layers were copied before the first of the old ones was freed."""
+    model, prompts = toy_model(n_layer=6, n_embd=32, block_size=512).eval(), [[1, 2, 3]]
+    count = 0
+
+    def stopped(row):
+        return row == 0 and count > 3
+
+    def run():
+        nonlocal count
+        for _ in generate(model, prompts, 500, num_samples=64, temperature=0, stopped=stopped):
+            count += 1
+            if count > 6:
+                return
+    cache = 6 * 2 * 64 * 503 * 32 * 4  # layers, keys and values, rows, tokens, width, bytes
+    assert cache < peak_allocated(run) < 1.5 * cache
 
 
 def test_padding_rows_of_the_vocabulary_are_never_drawn(toy_run, tmp_path, capsys):

@@ -32,7 +32,7 @@ TIMING = ("tokens_per_sec", "mfu")
 
 def rows(out_dir):
     """metrics.jsonl without what depends on the clock."""
-    lines = (Path(out_dir) / "metrics.jsonl").read_text().splitlines()
+    lines = (Path(out_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMING} for line in lines]
 
 
@@ -156,7 +156,7 @@ def test_a_step_is_one_mean_over_unequal_targets():
 
 def test_metrics_and_checkpoint(toy_run, tmp_path, capsys):
     train.main(toy_run)
-    got = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    got = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in got] == [0, 5, 10, 15, 20]
     keys = {"step", "tokens", "train_loss", "val_loss", "val_bpb", "lr", "grad_norm", "tokens_per_sec", "mfu", "skipped"}
     assert all(row.keys() >= keys for row in got)
@@ -294,7 +294,7 @@ def test_two_ranks_make_the_same_losses_and_resume_bit_for_bit(toy_run, tmp_path
     parts = torchrun([*out(args, tmp_path / "parts"), "--log_interval=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 60
     log = tmp_path / "parts/metrics.jsonl"
-    while time.time() < deadline and not (log.exists() and len(log.read_text().splitlines()) > 6):
+    while time.time() < deadline and not (log.exists() and len(log.read_text(encoding="utf-8").splitlines()) > 6):
         time.sleep(0.01)
     try:
         parts.send_signal(signal.SIGTERM)  # torchrun passes it on to its workers
@@ -425,7 +425,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted(toy_run, tmp_pa
     assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 1, 2, 0]
     assert "2 steps skipped (gradient not finite)" in capsys.readouterr().out
     steps = [int(x["step"]) for x in load(tmp_path / "run")["optimizer"]["state"].values()]
-    assert set(steps) == {9} and all(json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert set(steps) == {9} and all(json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines())
     with monkeypatch.context() as patch:
         poison(patch, range(1, 10))  # nine in a row are endured
         train.main(out(args, tmp_path / "nine"))
@@ -647,7 +647,7 @@ def test_a_run_says_where_its_time_went_and_writes_a_trace(toy_run, tmp_path, ca
     shares = dict(re.findall(r"([a-z, ]+?) [\d.]+ s \((\d+)%\)(?:, )?", times))
     assert set(shares) == {"data", "forward and backward", "optimizer", "evaluation, log and checkpoints"}
     assert 97 <= sum(map(int, shares.values())) <= 103
-    events = json.loads((tmp_path / "run/trace.json").read_text())["traceEvents"]
+    events = json.loads((tmp_path / "run/trace.json").read_text(encoding="utf-8"))["traceEvents"]
     assert sum(event.get("name", "").startswith("ProfilerStep#") and event.get("ph") == "X" for event in events) >= 5
     assert weights(tmp_path / "run")
     train.main(out(toy_run, tmp_path / "plain"))

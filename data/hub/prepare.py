@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import tiktoken
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # data/ may be a link
 from nanogqa import schema
 from nanogqa.configurator import UserError, build, in_range, one_line, parse, program
 from nanogqa.files import created, lock

@@ -11,7 +11,7 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # data/ may be a link
 from nanogqa.configurator import UserError, build, parse, program
 from nanogqa.writer import PrepareConfig, held_out, input_files, print_skipped, write_dataset
 

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # data/ may be a link
 from nanogqa.configurator import build, in_range, parse, program
 from nanogqa.writer import DataTokenizer, NoText, write_encoded
 

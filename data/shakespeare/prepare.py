@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # data/ may be a link
 from nanogqa.configurator import UserError, build, one_line, parse, program
 from nanogqa.writer import PrepareConfig, write_dataset
 
