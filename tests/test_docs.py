@@ -285,6 +285,20 @@ def verdicts(name, match):
     return found
 
 
+def test_what_the_documents_say_of_recall_by_designs():
+    """README.md and docs/cache.md: mla alone is worse, and answers less than a guess with every seed; mha and gemma_like
+    answer with every seed, as gqa does; as many of share as of window."""
+    assert verdicts("cache_recall", "params") == {"worse": {"mla"}, "not distinguishable": {
+        "gqa", "mqa", "tied", "share", "window", "gemma_like", "deepseek_v4_like"}}
+    summaries = {summary.name: summary for summary in figures.summarize(figures.read("cache_recall/results.json"))}
+    assert max(summaries["mla"].metrics["val_acc"]) < figures.guess_among_the_rest()
+    learned = figures.of_designs_recall()
+    assert learned["mha_learned"] == learned["gqa_learned"] == learned["gemma_like_learned"] == learned["designs_recall_seeds"]
+    assert learned["share_learned"] == learned["window_learned"]
+    sizes = [figures.cache_bytes(summaries[name]) for name in ("mha", "gemma_like")]
+    assert 15 < sizes[0] / sizes[1] < 16
+
+
 def test_the_picture_of_the_designs(tmp_path, monkeypatch):
     """README.md: losses and times of results/cache, right answers of results/cache_recall."""
     pytest.importorskip("matplotlib")
