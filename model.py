@@ -249,7 +249,7 @@ def attend(q, k, v, mask=None, scale=None):
     half_on_cuda = q.device.type == "cuda" and q.dtype != torch.float32
     if T > 1 and (H == K or q.device.type == "cpu" or (causal and half_on_cuda)):
         return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, scale=scale,
+            q, k, v, mask, is_causal=mask is None, scale=scale,  # causal may be symbolic
             enable_gqa=True if H != K else False)  # noqa: SIM210 (H != K may be symbolic)
     if causal:
         mask = q.new_ones(1, 1, T, S, dtype=torch.bool).tril()

@@ -35,7 +35,7 @@ def world():
                     and port.isdecimal() and len(port) < 6 and int(port) < 2**16)
         if max(place.rank, place.local_rank) < place.ranks and (place.ranks == 1 or complete):
             return place
-    found = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+    found = ", ".join(f"{name}={os.environ.get(name)!s:.40}" for name in names)
     raise UserError(
         f"{found} is not what torchrun sets: unset these variables, or start with torchrun")
 

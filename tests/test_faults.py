@@ -98,7 +98,7 @@ def test_workers_that_still_start_end_with_their_agent(toy_run, tmp_path):
 
 def test_a_folder_belongs_to_one_run(toy_run, tmp_path, monkeypatch, capsys):
     train.main([*toy_run, "--max_steps=2"])
-    monkeypatch.setattr(files.lock.__wrapped__, "__defaults__", (0.3,))
+    monkeypatch.setattr(files.lock.__wrapped__, "__defaults__", (0.3, "out_dir"))
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     with files.lock(tmp_path / "run", "another run"):
         for args in (["--init_from=resume"], ["--overwrite=True"], ["--init_from=auto", "--max_steps=4"]):
