@@ -568,6 +568,7 @@ def main(argv):
                     "another --data_dir")
             with created(data_dir, "data_dir"), lock(data_dir, busy, 0, "data_dir"):
                 meta = prepare(config, data_dir / "hub.part", tokenizer, about)
+                (data_dir / ".lock").unlink()  # a finished data set has its own files alone
         except OSError as error:
             raise cannot_write(data_dir, error) from None
     print_counts(data_dir, meta)
