@@ -262,9 +262,11 @@ def draw_panels(panels, colors, first):
     for axis, panel in zip(axes, panels, strict=True):
         draw_points(axis, panel.points, colors)
         if panel.lower is not None:
-            best = front(panel.points, panel.lower)
-            axis.plot([point.size for point in best], [point.value for point in best],
-                      linestyle=":", color="0.5", zorder=0)
+            sizes, values = [], []
+            for point in front(panel.points, panel.lower):
+                sizes.append(point.size)
+                values.append(point.value)
+            axis.plot(sizes, values, linestyle=":", color="0.5", zorder=0)
         xlabel = f"cache of {CONTEXT:,} tokens, kB (log scale)"
         axis.set(title=panel.label, xlabel=xlabel, xscale="log")
         axis.margins(x=0.25, y=0.15)
@@ -278,11 +280,15 @@ def draw_panels(panels, colors, first):
 
 def about_panels(panels, first):
     """The title of the picture: what its bars, dots and lines are."""
-    points = [point for panel in panels for point in panel.points]
+    bars = dots = False
+    for panel in panels:
+        for point in panel.points:
+            bars = bars or bool(point.error)
+            dots = dots or bool(point.seeds)
     text = "Against cached bytes."
-    if any(point.error for point in points):
+    if bars:
         text += f" Bars: 95 % interval of the difference to {first}, each by itself."
-    if any(point.seeds for point in points):
+    if dots:
         text += " Small dots: seeds."
     return (f"{text}\nDotted line: no other variant caches less and is better, by the means over "
             "seeds")

@@ -292,8 +292,9 @@ def check_training(GPT, config, batch_size, ranks, step):
     tokens = batch_size * config.block_size
     floor = training_floor(config, count_params(GPT, config), tokens, ranks, steps)
     here = ranks
-    if os.environ.get("LOCAL_WORLD_SIZE", "1").isdecimal():  # torchrun sets it
-        here = min(ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")  # of torchrun
+    if local.isdecimal():
+        here = min(ranks, int(local))
     check_memory({setting: here * size for setting, size in floor.items()})
 
 

@@ -324,6 +324,14 @@ def test_a_prepare_script_downloads_and_checks(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "data/train.bin").stat().st_size == 2 * 91 and (tmp_path / "data/val.bin").stat().st_size == 2 * 11
 
 
+def test_a_number_of_local_ranks_that_is_none(toy_run, monkeypatch, capsys):
+    """It was a ValueError."""
+    for value in ("", "two"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+        train.main([*toy_run, "--max_steps=1", "--overwrite=True"])
+    assert capsys.readouterr().out.count("\ndone in") == 2
+
+
 @pytest.mark.parametrize("env,words", [
     (dict(RANK="abc"), "RANK=abc, WORLD_SIZE=None, LOCAL_RANK=None, MASTER_ADDR=None, MASTER_PORT=None is not what torchrun sets"), (dict(WORLD_SIZE="0"), "is not what"),
     (dict(RANK="1"), "is not what"), (dict(WORLD_SIZE="2"), "is not what"),
