@@ -531,7 +531,8 @@ def values():
         mha_cache=f"{sizes[0]:,}",
         **first_run(), **llama(), **ratios(), **found(), **of_mqa(), **ranges(), **of_designs(),
         **of_recall("recall", 3), **of_recall("recall_one_field", 1, "one_"), **of_noise(),
-        **of_designs_recall(), **timed_twice(), one_guess=f"{guess_among_the_rest():.2f}")
+        **of_designs_recall(), **timed_twice(), one_guess=f"{guess_among_the_rest():.2f}",
+        guess=f"{1 / RECORDS:.3f}")
 
 
 def ratios():
@@ -634,7 +635,8 @@ SENTENCES = {
         "After all {seeds} planned seeds",
         "MQA's loss is {mqa_share} % higher, barely significant",
         "with 8 query heads and {recall_seeds} seeds, MHA answered {recall_mha} of the questions, "
-        "GQA-4 {recall_gqa4}, GQA-2 {recall_gqa2} and MQA {recall_mqa}",
+        "GQA-4 {recall_gqa4}, GQA-2 {recall_gqa2} and MQA {recall_mqa}; guessing gives {guess}. "
+        "MQA's loss alone is significantly higher ({recall_mqa_minus} nats)",
         "equal parameters and {design_seeds} seeds each",
         "has a lower loss than `mha` ({window_minus} nats per byte)",
         "`tied`, whose values are the keys ({tied_minus}), and `deepseek_v4_like` "
@@ -690,7 +692,7 @@ SENTENCES = {
         "missed at most one time in five",
         "train on {designs_recall_tokens} tokens with {designs_recall_answers} answers",
         "not asked for yet is right {one_guess} of the time",
-        "than `mha` ({mla_recall_minus} nats per answer)",
+        "`mla` ({mla_recall_minus} nats per answer)",
         "Of {designs_recall_seeds} seeds, {mha_learned} of `mha`, `gqa` and `gemma_like` reach "
         "0.9, {share_learned} of `share` and `window`, {mqa_learned} of `mqa`, "
         "{deepseek_v4_like_learned} of `deepseek_v4_like`, {tied_learned} of `tied` and "

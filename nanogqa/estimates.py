@@ -10,7 +10,11 @@ the comparisons depend on each other, as they do since they share the first vari
 - Bonferroni's intervals hold all together with at least 95 %. Holm's test has no two-sided
   intervals of its own; these are the usual ones beside it. Where one of them excludes zero, Holm's
   test finds the difference; it may also find one whose interval still contains zero.
+
+The p values are those of Student's t test. Where the loss counts answers, seeds may form groups,
+those that learn the task and those that do not: then they are those of an exact test of ranks.
 """
+import bisect
 import functools
 import itertools
 import math
@@ -39,9 +43,10 @@ class Difference(NamedTuple):
     mean: float
     half: float | None = None           # half the width of its 95 % interval
     half_together: float | None = None  # of one that holds together with all others
-    p: float | None = None              # of the two-sided t test
+    p: float | None = None              # of the two-sided t test, or of the test of ranks
     p_holm: float | None = None         # the same, adjusted for the number of comparisons
-    detectable: float | None = None     # a true difference that is found with 80 % power at least
+    detectable: float | None = None     # t: a true difference found with 80 % power at least
+    lower: bool | None = None           # ranks: whether its losses are the lower ones
 
     def text(self, digits=4):
         return with_error(f"{self.mean:+.{digits}f}", self.half, digits)
@@ -58,7 +63,10 @@ class Difference(NamedTuple):
             return "one seed: no error bar"
         if not self.found:
             return "not distinguishable"
-        if self.mean < 0:
+        lower = self.lower
+        if lower is None:
+            lower = self.mean < 0
+        if lower:
             return "better"
         return "worse"
 
@@ -162,34 +170,71 @@ def paired(values, reference):
     return [value - other for value, other in zip(values, reference, strict=True)]
 
 
-def estimate_differences(samples):
-    """{name: Difference} of {name: paired differences, one for each seed}.
+def estimate_differences(samples, by_ranks=False):
+    """{name: Difference} of {name: (losses, losses of the first variant)}, ordered by seed.
 
-    The names are the comparisons of one report; each has as many seeds as the others.
+    The names are the comparisons of one report; each has as many seeds as the others. by_ranks
+    selects the test.
     """
     alpha = ALPHA / max(1, len(samples))
-    estimates = {name: mean_over_seeds(sample) for name, sample in samples.items()}
-    p_values = {}
-    for name, sample in samples.items():
-        if len(sample) > 1:
-            p_values[name] = p_value(estimates[name], len(sample) - 1)
-    adjusted = holm(p_values)
     differences = {}
-    for name, sample in samples.items():
-        mean, error = estimates[name]
-        df = len(sample) - 1
+    for name, (values, reference) in samples.items():
+        mean, error = mean_over_seeds(paired(values, reference))
+        df = len(values) - 1
         if error is None:
             differences[name] = Difference(mean)
             continue
-        differences[name] = Difference(
+        difference = Difference(
             mean,
             half=student_t(df) * error,
             half_together=student_t(df, 1 - alpha / 2) * error,
-            p=p_values[name],
-            p_holm=adjusted[name],
-            detectable=detectable(df, alpha) * error,
         )
+        if by_ranks:
+            p, lower = rank_test(values, reference)
+            difference = difference._replace(p=p, lower=lower)
+        else:
+            p = p_value(Estimate(mean, error), df)
+            difference = difference._replace(p=p, detectable=detectable(df, alpha) * error)
+        differences[name] = difference
+    p_values = {name: one.p for name, one in differences.items() if one.p is not None}
+    for name, adjusted in holm(p_values).items():
+        differences[name] = differences[name]._replace(p_holm=adjusted)
     return differences
+
+
+def rank_test(values, reference):
+    """(p, lower): the exact two-sided p value of the test of Wilcoxon, Mann and Whitney, and
+    whether values are lower (Mann and Whitney 1947, Annals of Mathematical Statistics 18).
+
+    Pairs do not matter. p is the share of all ways to choose len(values) of the joined losses whose
+    sum of ranks is at least as far from the mean sum. Equal losses share the mean of their ranks.
+    """
+    ranks = doubled_ranks([*values, *reference])
+    n = len(values)
+    ways = [{0: 1}] + [{} for _ in values]  # ways[k][s]: choices of k ranks with the sum s
+    for rank in ranks:
+        for k in range(n, 0, -1):
+            for total, count in ways[k - 1].items():
+                ways[k][total + rank] = ways[k].get(total + rank, 0) + count
+    middle = n * (len(ranks) + 1)
+    distance = sum(ranks[:n]) - middle
+    as_far = 0
+    for total, count in ways[n].items():
+        if abs(total - middle) >= abs(distance):
+            as_far += count
+    return as_far / math.comb(len(ranks), n), distance < 0
+
+
+def doubled_ranks(values):
+    """Twice the rank of each value, from 2 for the smallest: whole numbers also for equal values.
+    """
+    ordered = sorted(values)
+    return [bisect.bisect_left(ordered, x) + bisect.bisect_right(ordered, x) + 1 for x in values]
+
+
+def smallest_p(n):
+    """The smallest p value that rank_test can give with n seeds."""
+    return 2 / math.comb(2 * n, n)
 
 
 def p_value(estimate, df):

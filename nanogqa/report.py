@@ -2,7 +2,7 @@
 import re
 
 from nanogqa.costs import CONTEXT
-from nanogqa.estimates import mean_over_seeds
+from nanogqa.estimates import mean_over_seeds, smallest_p
 from nanogqa.files import replacing
 from nanogqa.pictures import draw
 from nanogqa.published import PUBLISHED, VARIANTS, relative_differences
@@ -21,12 +21,23 @@ ABOUT_DIFFERENCES = (
     "Differences are between runs with the same seed, which share the order of the data and the "
     "initial value of every weight of equal name and shape. Their intervals are Student's: each "
     "one has a confidence of 95 % by itself. The wider ones of the next column all contain the "
-    "true difference with a confidence of at least 95 % (Bonferroni). The verdict is Holm's test: "
-    "a difference is found where its adjusted p value is below 0.05. The chance that a report "
-    "finds any difference where there is none is then at most 5 %. All this assumes that the "
-    "differences of seeds are about normally distributed: where the losses of seeds form groups, "
-    "that is rough. Steps are read off the mean curve by linear interpolation, and their time "
-    "counts training steps alone; \"same\" means that no difference was found."
+    "true difference with a confidence of at least 95 % (Bonferroni). All this assumes that the "
+    "differences of seeds are about normally distributed."
+)
+ABOUT_VERDICTS = (
+    "The verdict is Holm's test: a difference is found where its adjusted p value is below 0.05. "
+    "The chance that a report finds any difference where there is none is then at most 5 %. Holm's "
+    "test may find a difference whose wider interval contains zero."
+)
+ABOUT_RANKS = (
+    "On such data, seeds may form groups, those that have learned the task and those that have "
+    "not, and the intervals are rough. So the p values are those of an exact test of ranks (Mann "
+    "and Whitney), which assumes nothing of that kind and does not use the pairs. With {seeds} "
+    "seeds they are at least {smallest:.2g} before Holm's correction."
+)
+ABOUT_STEPS = (
+    "Steps are read off the mean curve by linear interpolation, and their time counts training "
+    "steps alone; \"same\" means that no difference was found."
 )
 ABOUT_RESOLUTION = (
     "A model that is in both matchings has one row. Found with 80 % power means: if the true "
@@ -93,10 +104,14 @@ def introduction(results, summaries):
 
 def about_quality(summaries):
     """What losses are and, where there are any, differences."""
-    text = ABOUT_LOSSES.format(unit=unit_of(summaries[0]))
+    texts = [ABOUT_LOSSES.format(unit=unit_of(summaries[0]))]
     if compared(summaries):
-        text += f" {ABOUT_DIFFERENCES}"
-    return text
+        texts += [ABOUT_DIFFERENCES, ABOUT_VERDICTS]
+        if unit_of(summaries[0]) == "answer":
+            seeds = len(summaries[0].curves)
+            texts.append(ABOUT_RANKS.format(seeds=seeds, smallest=smallest_p(seeds)))
+        texts.append(ABOUT_STEPS)
+    return " ".join(texts)
 
 
 def quality_table(summaries):
@@ -201,6 +216,8 @@ def resolution(summaries):
         return ["One variant: nothing is compared."]
     if others[0].difference.half is None:
         return ["One seed gives no error bar: any difference above may be due to chance."]
+    if others[0].difference.detectable is None:
+        return ["This is not estimated for a test of ranks: it depends on how seeds form groups."]
     # the loss of an answer may be nearly 0, and differences many times that
     relative = unit_of(first) == "token" and first.loss.mean > 0
     beside_published = (relative and kind_of(first) == "MHA"

@@ -8,7 +8,6 @@ from nanogqa.estimates import (
     Estimate,
     estimate_differences,
     mean_over_seeds,
-    paired,
     steps_to,
 )
 
@@ -40,9 +39,9 @@ def summarize(results):
     for (match, _), records in groups.items():
         first.setdefault(match, records)
         if records is not first[match]:
-            samples[records[0]["shape"]] = paired(column(records, "val_loss"),
-                                                  column(first[match], "val_loss"))
-    differences = estimate_differences(samples)
+            samples[records[0]["shape"]] = (column(records, "val_loss"),
+                                            column(first[match], "val_loss"))
+    differences = estimate_differences(samples, by_ranks=counts_answers(results["records"]))
     summaries = []
     for (match, _), records in groups.items():
         difference = None
@@ -50,6 +49,11 @@ def summarize(results):
             difference = differences[records[0]["shape"]]
         summaries.append(summarize_variant(records, first[match], difference))
     return summaries
+
+
+def counts_answers(records):
+    """Whether the losses are those of answers alone: then there are no bits per byte of a text."""
+    return all(record["val_bpb"] is None for record in records)
 
 
 def summarize_variant(records, first, difference):

@@ -38,7 +38,9 @@ from nanogqa.runtime import compile_for_decoding, compile_model, pick_runtime
 from nanogqa.writer import write_dataset
 
 KINDS = {"MHA": {}, "GQA": dict(n_kv_head=2), "MQA": dict(n_kv_head=1),
-         "MLA": dict(attention="mla"), "windows": dict(n_kv_head=2, window=24, global_every=2)}
+         "MLA": dict(attention="mla"), "windows": dict(n_kv_head=2, window=24, global_every=2),
+         "all": dict(n_layer=4, n_kv_head=2, window=24, global_every=2, kv_share=2, kv_tied=True,
+                     rope_fraction=0.5)}
 SIZE = dict(n_layer=4, n_head=8, n_embd=512, vocab_size=512, block_size=256)
 TOY_SIZE = dict(n_layer=2, n_head=4, n_embd=64, vocab_size=257, block_size=64)
 CACHES = {"growing cache": False, "static cache": True}
@@ -192,7 +194,7 @@ def mla_ways(device, dtype, toy):
     config = config_of("MLA", toy)
     T = min(config.block_size, config.kv_lora_rank)  # more are expanded in both ways
     torch.manual_seed(1)
-    layer = LatentAttention(config, 0, config.layer_caches()[0]).to(runtime.device, runtime.dtype)
+    layer = LatentAttention(config, 0, config.cache_specs()[0]).to(runtime.device, runtime.dtype)
     x = torch.randn(2, T, config.n_embd).to(runtime.device, runtime.dtype)
     positions = torch.arange(T, device=runtime.device)[None]
     cos, sin = rope_cos_sin(positions, rope_frequencies(config, runtime.device))
@@ -281,14 +283,14 @@ def losses(config, device, dtype, compile, steps):
     optimizers = train.make_optimizers(model, config)
     batches = Batches(Dataset(config.dataset), config, runtime)
     forward = compile_model(model, runtime,
-                            lambda f: train.backward(f, batches.step(0), runtime))
+                            lambda f: train.backward(f, batches.training(0), runtime))
     model.zero_grad(set_to_none=True)
     values = []
     for step in range(steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = train.learning_rate(step, config)
-        values.append(train.backward(forward, batches.step(step), runtime).item())
+        values.append(train.backward(forward, batches.training(step), runtime).item())
         train.update(model, optimizers, config.grad_clip)
     if compile and not runtime.compile:
         raise RuntimeError("torch.compile went on in eager mode: see gpu.log")

@@ -39,6 +39,8 @@ from nanogqa.estimates import (
     p_value,
     paired,
     power,
+    rank_test,
+    smallest_p,
     steps_to,
     student_t,
 )
@@ -937,11 +939,12 @@ def test_detectable_differences():
 
 def test_paired_interval():
     assert paired([11.0, 22.0, 33.0], [10.0, 20.0, 30.0]) == [1.0, 2.0, 3.0]
-    [one] = estimate_differences({"a": [1.0, 2.0, 3.0]}).values()  # deviation 1
+    zeros = [0.0, 0.0, 0.0]
+    [one] = estimate_differences({"a": ([1.0, 2.0, 3.0], zeros)}).values()  # deviation 1
     assert one.mean == 2.0 and one.half == pytest.approx(4.30265 / math.sqrt(3), rel=1e-5)
     assert one.half_together == one.half and one.p_holm == one.p
     assert one.detectable == pytest.approx(detectable(2, 0.05) / math.sqrt(3))
-    assert estimate_differences({"a": [-2.0], "b": [0.5]}) == {
+    assert estimate_differences({"a": ([1.0], [3.0]), "b": ([3.5], [3.0])}) == {
         "a": Difference(-2.0), "b": Difference(0.5)}
     assert estimate_differences({}) == {}
 
@@ -958,7 +961,7 @@ def test_intervals_and_verdicts_hold_what_they_promise():
         first = [x + rng.gauss(0, 0.1) for x in shared]
         samples = {}
         for name, mean in truth.items():
-            samples[name] = paired([x + mean + rng.gauss(0, 0.1) for x in shared], first)
+            samples[name] = ([x + mean + rng.gauss(0, 0.1) for x in shared], first)
         found = estimate_differences(samples)
         errors = {name: abs(found[name].mean - mean) for name, mean in truth.items()}
         single += errors["a"] <= found["a"].half
@@ -968,14 +971,53 @@ def test_intervals_and_verdicts_hold_what_they_promise():
             assert one.found or abs(one.mean) <= one.half_together
     assert single / n == pytest.approx(0.95, abs=0.015)
     assert 0.94 < together / n < 0.98
-    assert 0.03 < wrong / n < 0.055
+    assert 0.037 < wrong / n < 0.055, "with Bonferroni's factors of 3 it would be about 0.031"
+
+
+def test_ranks_are_tested_as_other_programs_do():
+    stats = pytest.importorskip("scipy.stats")
+    rng = random.Random(3)
+    for n in (2, 3, 6, 18):
+        for shift in (0.0, 0.5, 2.0):
+            values = [rng.gauss(shift, 1) for _ in range(n)]
+            reference = [rng.gauss(0, 1) for _ in range(n)]
+            expected = stats.mannwhitneyu(values, reference, method="exact")
+            p, lower = rank_test(values, reference)
+            assert p == pytest.approx(expected.pvalue) and lower == (expected.statistic < n * n / 2)
+    assert smallest_p(6) == rank_test([0.0] * 6, [1.0 + i for i in range(6)])[0] == 2 / 924
+
+
+def test_equal_losses_share_their_rank():
+    """All ways to choose 4 of these 8 losses, by hand."""
+    values, reference = [1.0, 2.0, 2.0, 5.0], [2.0, 3.0, 3.0, 4.0]
+    rank = {1.0: 1, 2.0: 3, 3.0: 5.5, 4.0: 7, 5.0: 8}
+    sums = [sum(map(rank.get, chosen)) for chosen in itertools.combinations(values + reference, 4)]
+    far = [total for total in sums if abs(total - 18) >= 3]  # 1 + 3 + 3 + 8 = 15, and the mean is 18
+    assert rank_test(values, reference) == (pytest.approx(len(far) / 70), True)
+
+
+def test_seeds_that_fall_into_two_groups_are_compared_by_ranks():
+    """All six losses of b are above all of the first variant, but vary so much that no t test finds that."""
+    first = [0.001, 0.002, 0.003, 0.004, 0.005, 0.006]
+    samples = {"a": ([0.0015, 2.3, 0.0025, 0.0005, 0.0035, 0.0045], first), "b": ([2.3, 0.03, 0.05, 0.04, 0.06, 2.4], first)}
+    by_t, by_ranks = estimate_differences(samples), estimate_differences(samples, by_ranks=True)
+    assert [one.found for one in by_t.values()] == [False, False]
+    assert [one.verdict for one in by_ranks.values()] == ["not distinguishable", "worse"]
+    assert by_ranks["b"].p == pytest.approx(2 / 924) and by_ranks["b"].p_holm == 2 * by_ranks["b"].p
+    assert by_ranks["b"].half == by_t["b"].half and by_ranks["b"].detectable is None
+    lower = estimate_differences({"a": ([0.1] * 9 + [90.0], [0.2 + i / 100 for i in range(10)])}, by_ranks=True)["a"]
+    assert lower.verdict == "better" and lower.mean > 0, "one seed of ten failed"
+    for seeds in (1, 2):
+        few = estimate_differences({"a": ([1.0] * seeds, [2.0] * seeds)}, by_ranks=True)["a"]
+        assert not few.found
 
 
 def test_a_detectable_difference_is_found_in_four_of_five_comparisons():
     rng = random.Random(0)
     true = detectable(3, 0.05) * 0.1 / 2  # four seeds: the true standard error is 0.1 / 2
     samples = [[rng.gauss(-true, 0.1) for _ in range(4)] for _ in range(2000)]
-    found = [estimate_differences({"a": sample})["a"].verdict for sample in samples]
+    zeros = [0.0] * 4
+    found = [estimate_differences({"a": (sample, zeros)})["a"].verdict for sample in samples]
     assert found.count("better") / 2000 == pytest.approx(0.8, abs=0.03)
     assert found.count("worse") == 0
 
@@ -1099,7 +1141,10 @@ def test_no_difference_is_given_in_percent_of_a_loss_of_nearly_nothing(compariso
         record["curve"][-1][1] = change.get("val_loss", record["val_loss"])
         record.update(change)
     text = report(results, [])
-    assert "found with 80 % power" in text and "in % of the loss" not in text and "published" not in text
+    assert "in % of the loss" not in text and "published" not in text
+    answers = "val_bpb" in change
+    assert ("exact test of ranks" in text) == ("for a test of ranks" in text) == answers
+    assert ("found with 80 % power" in text) == (not answers)
 
 
 # -- tables and pictures ---------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from test_repo import PROGRAMS
 
 from nanogqa.configurator import UserError, build, choices_of, parse
 from nanogqa.costs import LIBRARIES
+from nanogqa.estimates import estimate_differences
 from nanogqa.published import PUBLISHED
 from nanogqa.report import report
 
@@ -212,11 +213,11 @@ DEFINITIONS = {
     "docs/comparing.md": ("a confidence of 95 % by itself", "is at most 5 %",
                           "found with a power of 80 %, that is", "its 95 % interval",
                           "the 10 billion tokens of its config", "16 texts of 4,096 tokens",
-                          "a confidence of 95 % (Bonferroni)", "less than 0.010 nats", "agree within 0.5 %",
+                          "a confidence of 95 % (Bonferroni)", "less than 0.010 nats", "wider than ± 0.010", "a deviation of 0.02 nats over seeds", "agree within 0.5 %",
                           "0.02 to 0.05 nats worse",
                           "0.6 to 2.5 times the measured one, with a confidence of 95 %"),
     "docs/cache.md": ("chunks of at most 1,024 tokens (with torch.compile: 2,048 of all rows together)", "equal parameters (within 0.5 %)", "contexts of 256 tokens", "95 % interval",
-                      "16 texts of 4,096 tokens", "more than 0.05 nats worse", "a distance of 127", "a gap of 64 tokens",
+                      "16 texts of 4,096 tokens", "more than 0.05 nats worse", "a distance of 127", "a gap of 64 tokens", "300 steps",
                       "the last `window` tokens"),
     "docs/converting.md": ("after 5 % of the steps",),
     "docs/sampling.md": ("up to 4,096 tokens in one forward pass", "chunks have 2,048 tokens of all rows together",
@@ -286,11 +287,18 @@ def verdicts(name, match):
 
 
 def test_what_the_documents_say_of_recall_by_designs():
-    """README.md and docs/cache.md: mla alone is worse, and answers less than a guess with every seed; mha and gemma_like
-    answer with every seed, as gqa does; as many of share as of window."""
-    assert verdicts("cache_recall", "params") == {"worse": {"mla"}, "not distinguishable": {
-        "gqa", "mqa", "tied", "share", "window", "gemma_like", "deepseek_v4_like"}}
-    summaries = {summary.name: summary for summary in figures.summarize(figures.read("cache_recall/results.json"))}
+    """README.md and docs/cache.md: three are worse, with each seed; mla answers less than a guess with every seed; mha and
+    gemma_like answer with every seed, as gqa does; as many of share as of window. Student's test finds mla alone."""
+    worse = {"tied", "mla", "deepseek_v4_like"}
+    assert verdicts("cache_recall", "params") == {"worse": worse, "not distinguishable": {
+        "gqa", "mqa", "share", "window", "gemma_like"}}
+    results = figures.read("cache_recall/results.json")
+    summaries = {summary.name: summary for summary in figures.summarize(results)}
+    losses = {name: [record["val_loss"] for record in results["records"] if record["variant"] == name] for name in summaries}
+    for name in summaries:
+        assert (min(losses[name]) > max(losses["mha"])) == (name in worse)
+    students = estimate_differences({name: (losses[name], losses["mha"]) for name in summaries if name != "mha"})
+    assert {name for name, one in students.items() if one.found} == {"mla"}
     assert max(summaries["mla"].metrics["val_acc"]) < figures.guess_among_the_rest()
     learned = figures.of_designs_recall()
     assert learned["mha_learned"] == learned["gqa_learned"] == learned["gemma_like_learned"] == learned["designs_recall_seeds"]
@@ -337,7 +345,7 @@ def test_recall_of_one_field_is_worse_with_fewer_heads_too():
     """README.md and docs/comparing.md."""
     assert verdicts("recall_one_field", "shape") == {"worse": {"GQA-2", "MQA"}, "not distinguishable": {"GQA-4"}}
     summaries = figures.summarize(figures.read("recall_one_field/results.json"))
-    assert all(summary.difference.p_holm < 0.001 for summary in summaries[2:])
+    assert all(0.001 < summary.difference.p_holm < 0.01 for summary in summaries[2:])
     guess = figures.guess_among_the_rest()
     assert all(statistics.mean(summary.metrics["val_acc"]) < guess for summary in summaries[2:]), "no better than a guess"
 
@@ -418,6 +426,9 @@ def test_what_the_documents_say_of_larger_and_slower(values):
             assert shape["MLA"]["prefill_s"] > shape["MHA"]["prefill_s"]
             if batch_size == 1:
                 assert shape["MLA"]["peak_memory_bytes"] > shape["MHA"]["peak_memory_bytes"]
+            gqa, mha = (figures.timing(params[name].shape, batch_size, prompt_len) for name in ("GQA-2", "MHA"))
+            assert gqa["prefill_s"] > mha["prefill_s"]
+            assert batch_size > 1 or gqa["step_ms"] > mha["step_ms"]
 
 
 def test_a_changed_figure_is_found(values):
@@ -449,11 +460,11 @@ def test_the_picture_is_drawn_from_results():
     assert head.PICTURE.read_text(encoding="utf-8") != head.picture(results)
 
 
-@pytest.mark.parametrize("name", ["compare", "cache", "recall", "recall_one_field"])
+@pytest.mark.parametrize("name", ["compare", "cache", "recall", "recall_one_field", "cache_recall"])
 def test_reports_are_those_of_their_results(name):
     folder = ROOT / "results" / name
     parts = ["curves", "quality", "decode", "front"]
-    if name.startswith("recall"):
+    if "recall" in name:
         parts.insert(3, "metrics")
     pictures = [folder / f"{part}.png" for part in parts]
     text = report(figures.read(f"{name}/results.json"), pictures)
@@ -461,6 +472,16 @@ def test_reports_are_those_of_their_results(name):
     assert text == written, f"python compare.py --report_only=True --out_dir=results/{name}"
     for picture in pictures:
         assert picture.exists()
+
+
+def test_a_step_takes_less_time_if_it_reads_less():
+    """docs/cache.md: of the designs with key/value heads, in a model with a large cache."""
+    lines = (ROOT / "results/cache_decode.md").read_text(encoding="utf-8").splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:]
+    read = {name: (float(size.replace(",", "")), float(ms)) for name, _, size, ms, _ in cells}
+    assert len(read) == 9 and read.pop("mla")
+    in_order = sorted(read.values())
+    assert in_order == sorted(read.values(), key=lambda pair: pair[1]) and in_order[-1][1] > 5 * in_order[0][1]
 
 
 # -- docs/variant.md -------------------------------------------------------------------------------
