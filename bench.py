@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from model import GPT, SETTINGS_OF, SETTINGS_OF_ALL, GPTConfig
+from model import GPT, SETTINGS_OF, GPTConfig
 from nanogqa import checkpoint, costs
 from nanogqa.batches import MicroBatch, dropout_seeds
 from nanogqa.cache import KVCache
@@ -54,7 +54,8 @@ WARMUP_STEPS = 5  # training steps before the first timed one
 
 Mode = Literal["decode", "train", "scale"]
 
-HEADS = ("attention", *SETTINGS_OF["gqa"], *SETTINGS_OF["mla"], *SETTINGS_OF_ALL)
+SHARED_SETTINGS = ("window", "global_every")  # of attention, whatever its kind
+HEADS = ("attention", *SETTINGS_OF["gqa"], *SETTINGS_OF["mla"], *SHARED_SETTINGS)
 # what each mode prints of a row, beside HEADS, settings with several values, and batch_size
 SHOWN = {
     "decode": ("prompt_len", "prefill_s", "step_ms", "decode_tok_s", "kv_cache_bytes", "mbu"),
@@ -110,7 +111,7 @@ def heads_of(config):
                 value = None
             if is_size or value != defaults[name]:
                 row[name] = value
-    for name in SETTINGS_OF_ALL:
+    for name in SHARED_SETTINGS:
         if getattr(config, name) != defaults[name]:
             row[name] = getattr(config, name)
     return row

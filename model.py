@@ -28,7 +28,11 @@ SETTINGS_OF = {
     "gqa": ("n_kv_head", "qkv_bias", "rope_fraction", "kv_tied", "kv_share"),
     "mla": ("kv_lora_rank", "q_lora_rank", "rope_head_dim", "nope_head_dim", "v_head_dim"),
 }
-SETTINGS_OF_ALL = ("window", "global_every")  # settings of attention that both kinds have
+
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
 
 
 @dataclass
@@ -56,7 +60,7 @@ class GPTConfig:
     kv_share: int = 1  # layers of a kind (local, global) that share keys and values; 1: no sharing
     window: int | None = None  # tokens that a token attends to, itself included; None: all
     global_every: int = 0  # with a window: every n-th layer attends to all tokens; 0: none does
-    attention: Literal["gqa", "mla"] = "gqa"  # gqa: key/value heads; mla: latent attention
+    attention: Literal["gqa", "mla"] = "gqa"  # gqa: MHA, GQA or MQA, by n_kv_head; mla: latents
     kv_lora_rank: int | None = None  # MLA: width of the latent; None: min(4 head_dim, n_embd / 2)
     q_lora_rank: int | None = None  # MLA: width of the queries' latent; None: not compressed
     rope_head_dim: int | None = None  # MLA: rotary part; None: max(head_dim / 2, min(head_dim, 32))
@@ -103,6 +107,8 @@ class GPTConfig:
                 "rope_factor needs rope_original_block_size, the context before the extension")
         require(0 <= self.rope_fraction <= 1,
                 f"rope_fraction must be at least 0 and at most 1: {self.rope_fraction}")
+        require(self.rope_fraction == 0 or round(self.rope_fraction * self.head_dim / 2) > 0,
+                f"rope_fraction={self.rope_fraction} of a head is less than a pair: raise it")
         require(self.global_every >= 0, f"global_every must be at least 0, not {self.global_every}")
         require(self.window or not self.global_every, f"global_every={self.global_every} is for "
                 "models with a window: set window, or leave global_every out")
@@ -121,8 +127,8 @@ class GPTConfig:
         require(self.v_head_dim <= key_width, f"v_head_dim={self.v_head_dim} is more than "
                 f"nope_head_dim + rope_head_dim = {key_width}, the width of keys: lower it")
 
-    def layer_caches(self):
-        """The LayerCache of each layer, from which cache.py and costs.py of nanogqa/ take sizes."""
+    def cache_specs(self):
+        """The CacheSpec of each layer, from which cache.py and costs.py of nanogqa/ take sizes."""
         heads, widths = self.n_kv_head, (self.head_dim, self.head_dim)
         if self.kv_tied:
             widths = (self.head_dim,)
@@ -142,18 +148,13 @@ class GPTConfig:
                 source = owner[window]
                 layers[source].shared = True
             seen[window] += 1
-            layers.append(LayerCache(heads, widths, window, source))
+            layers.append(CacheSpec(heads, widths, window, source))
         return layers
 
 
-def require(condition, message):
-    if not condition:
-        raise ValueError(message)
-
-
 @dataclass
-class LayerCache:
-    """What a layer reads: tensors (B, heads, S, width), one for each entry of widths."""
+class CacheSpec:
+    """What a layer reads from a cache: tensors (B, heads, S, width), one for each of widths."""
     heads: int
     widths: tuple[int, ...]  # keys and values; kv_tied: keys; MLA: latents
     window: int | None = None  # the last tokens that it reads; None: all
@@ -207,15 +208,14 @@ def attention_mask(T, window, cache, device):
 
     A token attends to itself and those before it; with a window, to the last `window` of these.
     """
-    in_reach = window is None or T <= window  # the last of T tokens attends to the first
+    plain = cache is None or (not cache.static and cache.padding is None)
+    if plain and T == 1:
+        return None
+    if plain and (cache is None or cache.length == 0) and (window is None or T <= window):
+        return None  # the last of T tokens attends to the first
     if cache is None:
-        if in_reach:
-            return None
-        places = keys = torch.arange(T, device=device)
+        places = keys = torch.arange(T, device=device)                  # (T,), (S,) with S = T
     else:
-        plain = not cache.static and cache.padding is None
-        if plain and (T == 1 or (in_reach and cache.length == 0)):
-            return None
         places, keys = cache.places(T), cache.key_places(T, window)     # (T,), (S,)
     distance = places[:, None] - keys                                   # (T, S)
     mask = (distance >= 0) & (keys >= 0)
@@ -248,9 +248,9 @@ def attend(q, k, v, mask=None, scale=None):
     assert T == S or not causal, "is_causal is aligned to the top left: it needs T = S"
     half_on_cuda = q.device.type == "cuda" and q.dtype != torch.float32
     if T > 1 and (H == K or q.device.type == "cpu" or (causal and half_on_cuda)):
-        return F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, scale=scale,  # causal may be symbolic
-            enable_gqa=True if H != K else False)  # noqa: SIM210 (H != K may be symbolic)
+        return F.scaled_dot_product_attention(  # bools, where `causal` and `H != K` are symbolic
+            q, k, v, mask, is_causal=mask is None, scale=scale,
+            enable_gqa=True if H != K else False)  # noqa: SIM210
     if causal:
         mask = q.new_ones(1, 1, T, S, dtype=torch.bool).tril()
     if mask is not None:
@@ -265,19 +265,20 @@ def norm(width, eps, wanted=True):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer, layer_cache):
+    def __init__(self, config, layer, cache_spec):
         super().__init__()
         H, K, D, C = config.n_head, config.n_kv_head, config.head_dim, config.n_embd
-        self.layer, self.layer_cache = layer, layer_cache
+        self.layer, self.window = layer, cache_spec.window
+        self.has_kv, self.shares_kv = cache_spec.source is None, cache_spec.shared
         self.head_dim, self.kv_tied = D, config.kv_tied
         self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
-        if layer_cache.source is None:
+        if self.has_kv:
             self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
-        if layer_cache.source is None and not config.kv_tied:
+        if self.has_kv and not config.kv_tied:
             self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=False)
         self.q_norm = norm(D, config.norm_eps, config.qk_norm)
-        if layer_cache.source is None:
+        if self.has_kv:
             self.k_norm = norm(D, config.norm_eps, config.qk_norm)
 
     def forward(self, x, context, kv):
@@ -286,14 +287,14 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)                # (B, T, H, D)
         q = apply_rope(self.q_norm(q).transpose(1, 2), context.cos, context.sin)
-        if self.layer_cache.source is None:
+        if self.has_kv:
             kv = self.keys_and_values(x, context)
         k, v = kv[0], kv[-1]  # the same if they are tied
-        y = attend(q, k, v, context.masks[self.layer_cache.window])     # (B, H, T, D)
+        y = attend(q, k, v, context.masks[self.window])                 # (B, H, T, D)
         if self.kv_tied:  # the query's own rotation is undone: values depend on the distance alone
             y = apply_rope(y, context.cos, -context.sin)
         y = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))            # (B, T, C)
-        return y, kv if self.layer_cache.shared else None
+        return y, kv if self.shares_kv else None
 
     def keys_and_values(self, x, context):
         """[k, v], or [k] if they are tied: (B, K, S, D) each, from the cache if there is one."""
@@ -302,7 +303,7 @@ class Attention(nn.Module):
         kv = [apply_rope(self.k_norm(k).transpose(1, 2), context.cos, context.sin)]
         if not self.kv_tied:
             v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-            kv.append(v.contiguous() if self.layer_cache.shared else v)  # FSDP: no views
+            kv.append(v.contiguous() if self.shares_kv else v)  # FSDP: no views
         if context.cache is not None:
             kv = context.cache.append(self.layer, *kv)                  # (B, K, S, D)
         return kv
@@ -315,17 +316,17 @@ class LatentAttention(nn.Module):
     (d_c             d_h^R             d_h               d_h in the paper)
 
     Each token caches its latent c and one rotated key r for all heads. Head h has the key
-    (A_h c, r) and the value B_h c, where A_h and B_h are its rows of kv_b_proj. In training, at an
-    unmasked start of a prompt and for more than R new tokens, these keys and values are computed
-    (expanded). Otherwise they are not (absorbed): since q . A_h c = A_h^T q . c, and B_h can follow
-    the sum over tokens, queries attend to the (c, r), one head of width R + P as in MQA.
+    (A_h c, r) and the value B_h c, where A_h and B_h are its rows of kv_b_proj. expanded computes
+    them: in training, at an unmasked start of a prompt, and for more than R new tokens. absorbed
+    does not. As q . A_h c = (A_h^T q) . c, and B_h can be applied after the sum over tokens, it
+    attends to the pairs (c, r), which are one key/value head of width R + P, as in MQA.
     """
 
-    def __init__(self, config, layer, layer_cache):
+    def __init__(self, config, layer, cache_spec):
         super().__init__()
         H, C, R, P = config.n_head, config.n_embd, config.kv_lora_rank, config.rope_head_dim
         N, U = config.nope_head_dim, config.v_head_dim
-        self.layer, self.layer_cache = layer, layer_cache
+        self.layer, self.window = layer, cache_spec.window
         self.widths, self.q_lora_rank = (R, P, N, U), config.q_lora_rank
         if self.q_lora_rank is None:
             self.q_proj = nn.Linear(C, H * (N + P), bias=False)
@@ -339,6 +340,7 @@ class LatentAttention(nn.Module):
         self.o_proj = nn.Linear(H * U, C, bias=False)
 
     def forward(self, x, context, kv):
+        """As Attention.forward. Layers do not share latents: kv is unused, None is returned."""
         B, T, _ = x.shape
         R, P, N, U = self.widths
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.q_lora_rank else self.q_proj(x)
@@ -350,11 +352,11 @@ class LatentAttention(nn.Module):
         if context.cache is not None:
             [latent] = context.cache.append(self.layer, torch.cat((c, r), -1))  # (B, 1, S, R + P)
             c, r = latent.split((R, P), dim=-1)                         # (B, 1, S, R or P)
-        mask = context.masks[self.layer_cache.window]
-        if context.cache is None or T > R or (T > 1 and mask is None):
-            y = self.expanded(q_nope, q_rope, c, r, mask)
-        else:
+        mask = context.masks[self.window]
+        if context.cache is not None and T <= R and (T == 1 or mask is not None):
             y = self.absorbed(q_nope, q_rope, latent, mask)             # (B, H, T, U)
+        else:
+            y = self.expanded(q_nope, q_rope, c, r, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), None   # (B, T, C)
 
     def expanded(self, q_nope, q_rope, c, r, mask):
@@ -392,10 +394,10 @@ ATTENTION = {"gqa": Attention, "mla": LatentAttention}
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer, layer_cache):
+    def __init__(self, config, layer, cache_spec):
         super().__init__()
         self.attn_norm = norm(config.n_embd, config.norm_eps)
-        self.attn = ATTENTION[config.attention](config, layer, layer_cache)
+        self.attn = ATTENTION[config.attention](config, layer, cache_spec)
         self.mlp_norm = norm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
         self.attn_dropout, self.mlp_dropout = nn.Dropout(config.dropout), nn.Dropout(config.dropout)
@@ -419,8 +421,8 @@ class HeadLoss(nn.Module):
 def initial_weight(name, shape, seed, embed_std):
     """The parameter of that name before training, float32. Each matrix has a generator seeded by
     (seed, name), so it depends neither on other shapes nor on the number of ranks or the device."""
-    if len(shape) == 1:
-        return torch.full(shape, float(not name.endswith("bias")))  # biases are 0, norms 1
+    if len(shape) == 1:  # biases begin at 0, norms at 1
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     key = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
     std = embed_std if name == "embed.weight" else shape[1] ** -0.5
@@ -435,8 +437,8 @@ class GPT(nn.Module):
         self.recompute = False  # True: keep only the input of each block for the backward pass
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.layer_caches = config.layer_caches()
-        self.layers = nn.ModuleList(Block(config, i, c) for i, c in enumerate(self.layer_caches))
+        self.cache_specs = config.cache_specs()
+        self.layers = nn.ModuleList(Block(config, i, c) for i, c in enumerate(self.cache_specs))
         self.norm = norm(config.n_embd, config.norm_eps)
         untied = not config.tie_embeddings
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False) if untied else None
@@ -448,10 +450,10 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, n_targets=None, cache=None, logits="all"):
         """(B, T) token ids -> (logits, loss).
 
-        logits selects which to return: "all" (B, T, V), "last" (B, 1, V), "none", or "targets",
-        those of the n positions with a target, (n, V). loss is None without targets. Otherwise it
-        is the sum over targets other than -1, divided by n_targets. None stands for their number,
-        which gives the mean. With that of a whole step, the losses of its micro-steps add up.
+        logits selects which to return: "all" (B, T, V), "last" (B, 1, V; not with targets), "none",
+        or "targets" (n, V), those of the n positions with a target. loss is None without targets.
+        Otherwise it is the sum over targets other than -1, divided by n_targets, by default their
+        number. Micro-steps pass that of the whole step, so that their losses add up to its mean.
         With a cache, the ids continue what it holds. Raises ValueError if they do not fit (a static
         cache: see KVCache.write_indices).
         """
@@ -464,17 +466,19 @@ class GPT(nn.Module):
             positions = cache.positions(T)                              # (1 or B, T)
         cos, sin = rope_cos_sin(positions, rope_frequencies(self.config, idx.device))
         masks = {}
-        for window in dict.fromkeys(layer.window for layer in self.layer_caches):
+        for window in dict.fromkeys(layer.window for layer in self.cache_specs):
             masks[window] = attention_mask(T, window, cache, idx.device)
         context = Context(cos, sin, masks, cache)
-        shared = {None: None}  # keys and values of each layer so far; None: no other reads them
+        shared = {}  # {window: keys and values that layers above read}
         x = self.dropout(self.embed(idx))                               # (B, T, C)
-        for i, block in enumerate(self.layers):
-            kv = shared[self.layer_caches[i].source]
+        for block, layer in zip(self.layers, self.cache_specs, strict=True):
+            kv = None if layer.source is None else shared[layer.window]
             if self.recompute and self.training:
-                x, shared[i] = checkpoint(block, x, context, kv, use_reentrant=False)
+                x, kv = checkpoint(block, x, context, kv, use_reentrant=False)
             else:
-                x, shared[i] = block(x, context, kv)
+                x, kv = block(x, context, kv)
+            if layer.shared:
+                shared[layer.window] = kv
         if cache is not None:
             cache.length += T
         x = self.norm(x[:, -1:] if logits == "last" else x)
@@ -490,4 +494,4 @@ class GPT(nn.Module):
             x = x[targets >= 0]
         if self.lm_head is None:
             return F.linear(x, self.embed.weight), loss
-        return self.lm_head(x), loss  # a module, which nanogqa/fast.py may replace
+        return self.lm_head(x), loss  # not F.linear: nanogqa/fast.py may have packed its weight

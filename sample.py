@@ -52,9 +52,9 @@ class SampleConfig:
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Samples one id per row, (B, V) logits -> (B, 1), among the top_k most likely ids and, of
     these, the fewest whose probability reaches top_p. Temperature 0 takes the most likely id."""
-    if temperature < 1e-30:  # in float32 the inverse of 1e-39 is infinite
+    if temperature < 1e-30:  # as 0: a division by such a number could overflow to infinity
         return logits.argmax(dim=-1, keepdim=True)
-    temperature = min(temperature, 1e30)  # -inf, of ids that are never drawn, over inf is NaN
+    temperature = min(temperature, 1e30)  # -inf marks forbidden ids; -inf / inf would be NaN
     k = min(top_k or logits.size(-1), logits.size(-1))
     logits, ids = logits.float().topk(k)                                # (B, k), best first
     # the largest logit becomes 0, so that large logits over a low temperature stay finite
@@ -159,12 +159,12 @@ class TextBatch:
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, num_samples=1, known=None, **options):
+def generate(model, prompts, max_new_tokens, num_samples=1, allowed=None, **options):
     """Continues num_samples copies of each of the prompts, lists of at least one id, as one batch.
 
     Yields (rows, ids) for each new token, up to max_new_tokens or until every text has stopped:
     ids[i] is the next token of text rows[i], where text p * num_samples + s is sample s of prompt
-    p. known, (V,) bool, is False for ids that are never drawn. options are the fields of Options.
+    p. allowed, (V,) bool, is False for ids that are never drawn. options: the fields of Options.
     """
     options = Options(**options)
     batch = TextBatch(model, prompts, max_new_tokens, options)
@@ -179,7 +179,7 @@ def generate(model, prompts, max_new_tokens, num_samples=1, known=None, **option
         if step == 0:  # each prompt is read once for all its samples
             batch.select(copies)
             logits = logits[copies]
-        ids = sample_token(drawable(logits, known), options.temperature, options.top_k,
+        ids = sample_token(drawable(logits, allowed), options.temperature, options.top_k,
                            options.top_p, options.generator)[:, 0].tolist()
         for text, token in zip(batch.texts, ids, strict=True):
             text.append(token)
@@ -211,11 +211,11 @@ def main(argv):
         prepare_for_decoding(model, len(prompts) * config.num_samples)
     compiled = compile_for_decoding(model, runtime) if runtime.compile else None
     announce_sampling(config, gpt_config, runtime, step, ids)
-    known = known_ids(encoding, gpt_config.vocab_size).to(runtime.device)
+    allowed = known_ids(encoding, gpt_config.vocab_size).to(runtime.device)
     output = Output(prompts, config.num_samples, encoding, config.stop, config.output == "jsonl")
     generator = torch.Generator(runtime.device).manual_seed(config.seed)
     for rows, new in generate(
-            model, ids, config.max_new_tokens, config.num_samples, known,
+            model, ids, config.max_new_tokens, config.num_samples, allowed,
             temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
             generator=generator, kv_cache=config.kv_cache, compiled=compiled,
             stopped=output.stopped):

@@ -46,7 +46,7 @@ class TrainConfig(GPTConfig):
     tokens_per_step: int = 2**11  # tokens per optimizer step, over all devices and micro-steps
     batch_size: int | None = None  # sequences per forward pass and device; None: all at once
     # optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon for blocks' matrices, else AdamW
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on blocks' matrices, AdamW on the rest
     learning_rate: float = 3e-3  # peak, after the warm-up
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear over the cooldown
     cooldown: float = 0.2  # wsd: final share of max_steps, in which the rate falls
@@ -141,8 +141,8 @@ def make_optimizers(model, config):
 def backward(forward, batches, runtime):
     """Adds the gradient of the step's mean loss to .grad. Returns this rank's part of that loss.
 
-    Micro-steps and ranks may have different numbers of targets, so all divide by the number of the
-    whole step. DDP and FSDP average gradients over ranks; dividing by n_targets / ranks undoes it.
+    All divide by the number of targets of the whole step, as micro-steps and ranks may have
+    different ones. It is divided by ranks first, since DDP and FSDP average gradients over ranks.
     """
     n_targets = distributed.total(sum(int((batch.y >= 0).sum()) for batch in batches))
     divisor = (n_targets.clamp(min=1) / runtime.ranks).to(runtime.device)
@@ -156,7 +156,7 @@ def backward(forward, batches, runtime):
                 micro_loss = forward(x, y, divisor, logits="none")[1]
             micro_loss.backward()
         loss += micro_loss.detach()
-    return loss / runtime.ranks  # divisor is n_targets / ranks, for DDP and FSDP
+    return loss / runtime.ranks
 
 
 def update(model, optimizers, grad_clip):
@@ -174,7 +174,7 @@ def update(model, optimizers, grad_clip):
 
 @torch.no_grad()
 def evaluate(forward, batches, runtime):
-    """Metrics over the fixed validation windows, whatever the number of ranks: Dataset.metrics."""
+    """Metrics over the validation windows, equal on any number of ranks: see Dataset.metrics."""
     total = torch.zeros(3, dtype=torch.float64)  # sum of losses, right answers, targets
     forward.eval()
     for x, y in batches.validation():
@@ -203,25 +203,21 @@ def check_finite(finite, what, step, config, runtime):
 @program(remedy="lower batch_size (tokens_per_step may stay) or block_size")
 def main(argv):
     given = parse(TrainConfig, argv, __doc__)
-    with terminal.lasting(), distributed.explained(), distributed.joined(), ExitStack() as stack:
+    with terminal.tolerant_output(), distributed.process_group(), ExitStack() as stack:
         train(given, stack)
 
 
 def train(given, stack):
     """The whole run, in time order. What is entered on stack is closed when it ends."""
     # the folder is locked before its checkpoint is read: another run may be writing it
-    locked = folder.own_if_there(resume.per_call(given, TrainConfig), stack)
+    locked = folder.lock_existing(resume.call_settings(given, TrainConfig), stack)
 
     # settings, data, device: all is checked before anything is written
     config, state = resume.config_and_state(given, TrainConfig, GPTConfig)
-    resumed = config.init_from == "resume"
-    start = state["step"] if resumed else 0
     prepare_default(config.dataset, distributed.world().local_rank)
     dataset = Dataset(config.dataset)
     config.vocab_size = config.vocab_size or dataset.meta["vocab_size"]
-    resume.check_data(config, state, dataset.meta)
-    resume.check_ranks(config, start, dataset.meta)
-    resume.check_run(GPT, GPTConfig, config, dataset, distributed.world().ranks, start)
+    start = resume.check_start(GPT, GPTConfig, config, state, dataset)  # steps done before
     to_compile = False if config.eval_only else config.compile
     runtime = pick_runtime(config.device, config.dtype, to_compile)
     batches = Batches(dataset, config, runtime)
@@ -237,13 +233,13 @@ def train(given, stack):
     checkpoint.restore(config, state, model, optimizers)
     compiled = model
     if config.parallel != "fsdp":
-        first = batches.step(0)[:1]
+        first = batches.training(0)[:1]
         compiled = compile_model(model, runtime, lambda f: backward(f, first, runtime))
         model.zero_grad(set_to_none=True)  # compiling runs a backward pass
     forward = distributed.replicate(compiled, config)
     settings = resume.run_settings(config, GPTConfig)
     terminal.announce(config, model, batches, runtime)
-    if resumed:
+    if config.init_from == "resume":
         terminal.announce_resume(state, settings, runtime)
     if config.eval_only:
         terminal.say(terminal.result(evaluate(compiled, batches, runtime)))
@@ -281,7 +277,7 @@ def train(given, stack):
                 grad_norm=None if grad_norm is None else grad_norm.item(), skipped=skipped,
                 tokens_per_sec=tokens_per_sec, mfu=mfu(tokens_per_sec, model, runtime))
             skipped = 0
-        if evaluating or (stopping and new) or (logging and saver.failed):
+        if evaluating or (stopping and new) or (logging and saver.failed):  # failed: try again
             weights = map(distributed.local, model.parameters())
             check_finite(all(p.isfinite().all() for p in weights), "model", step, config, runtime)
             saver.save(dict(
@@ -298,7 +294,7 @@ def train(given, stack):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
-        micro_batches = batches.step(step)
+        micro_batches = batches.training(step)
         times.lap("data")
         loss = backward(forward, micro_batches, runtime)
         times.lap("forward and backward")
@@ -327,4 +323,4 @@ def train(given, stack):
 
 
 if __name__ == "__main__":
-    distributed.run(main)
+    distributed.run_and_exit(main)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nanogqa.configurator import UserError
-from nanogqa.dataloader import keyed, train_batch, val_batch, val_windows
+from nanogqa.dataloader import hashed, train_batch, val_batch, val_windows
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Batches:
         if dataset.answer_after is not None:
             self.eval_logits = "targets"
 
-    def step(self, step):
+    def training(self, step):
         """The MicroBatches of a training step."""
         config = self.config
         batches = []
@@ -50,9 +50,9 @@ class Batches:
         """(inputs, targets) of the fixed validation windows; past the end, targets are -1."""
         val, block_size = self.dataset.val, self.config.block_size
         starts = val_windows(val, block_size, self.config.eval_tokens)
-        # equally many on each rank: the ranks of an FSDP model must run forward together
-        for first in range(0, len(starts), self.ranks * self.batch_size):
-            first += self.rank * self.batch_size
+        # as many batches on each rank: the ranks of an FSDP model must run forward together
+        for start in range(0, len(starts), self.ranks * self.batch_size):
+            first = start + self.rank * self.batch_size
             chosen = starts[first:first + self.batch_size]
             yield val_batch(val, chosen, self.batch_size, block_size)
 
@@ -70,7 +70,7 @@ def dropout_seeds(config, first, count):
     int64; None where there is no dropout."""
     if config.dropout == 0:
         return None
-    return np.array([keyed(config.seed, first + i, "dropout") for i in range(count)])
+    return np.array([hashed(config.seed, first + i, "dropout") for i in range(count)])
 
 
 def batch_shape(config, ranks):

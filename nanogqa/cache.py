@@ -35,7 +35,7 @@ class KVCache:
         self.padding, self.static = None, static
         self.has_rings = False
         self.layers = []  # of each layer: a list of tensors (B, heads, room, width)
-        for layer in config.layer_caches():
+        for layer in config.cache_specs():
             tensors = []
             if layer.source is None:
                 room = self.room_for(layer.window)

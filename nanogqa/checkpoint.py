@@ -107,7 +107,7 @@ def read_tensors(path):
             raise ValueError(f"the checksum of {damaged} is wrong")
         return plain_dicts(torch.load(path, map_location="cpu", weights_only=True), {})
     except Exception as error:  # a damaged file fails in many ways: zip, pickle, storage sizes
-        # zipfile seeks to where the archive says, which the system calls an invalid argument
+        # EINVAL is no fault of the disk: in a damaged archive, zipfile may seek to before its start
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise UserError(f"cannot read {path} ({error.strerror}): check its permissions and the "
                             "disk") from None

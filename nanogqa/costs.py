@@ -1,6 +1,6 @@
 """Everything that is calculated: parameters, FLOPs, bytes, and the peaks of devices.
 
-Sizes of the cache follow from config.layer_caches(), what each layer caches, so that a change of
+Sizes of the cache follow from config.cache_specs(), what each layer caches, so that a change of
 the cache is made in model.py alone.
 """
 from dataclasses import dataclass
@@ -80,12 +80,12 @@ def flops_per_token(model, T=None):
     key_and_value = 2 * config.head_dim
     if config.attention == "mla":
         key_and_value = config.nope_head_dim + config.rope_head_dim + config.v_head_dim
-    read = sum(tokens_read(layer, T) for layer in config.layer_caches())
+    read = sum(tokens_read(layer, T) for layer in config.cache_specs())
     return 6 * products + 6 * config.n_head * key_and_value * read
 
 
 def tokens_read(layer, tokens):
-    """Tokens that a layer, given by its LayerCache, reads of a sequence: at most its window."""
+    """Tokens that a layer, given by its CacheSpec, reads of a sequence: at most its window."""
     return min(tokens, layer.window or tokens)
 
 
@@ -96,18 +96,18 @@ def numbers_read(layer, tokens):
 
 def kv_cache_bytes(config, tokens, dtype=torch.float32):
     """Bytes that the layers cache for one sequence of that many tokens."""
-    own = [layer for layer in config.layer_caches() if layer.source is None]
+    own = [layer for layer in config.cache_specs() if layer.source is None]
     return sum(numbers_read(layer, tokens) for layer in own) * dtype.itemsize
 
 
 def kv_bytes_per_token(config, dtype=torch.float32):
-    """Bytes that the cache holds for one token: see GPTConfig.layer_caches."""
+    """Bytes that the cache holds for one token: see GPTConfig.cache_specs."""
     return kv_cache_bytes(config, 1, dtype)
 
 
 def kv_bytes_beyond_windows(config, dtype=torch.float32):
     """Bytes by which the cache grows with a token once the layers with a window are full."""
-    full = max(layer.window or 0 for layer in config.layer_caches())
+    full = max(layer.window or 0 for layer in config.cache_specs())
     return kv_cache_bytes(config, full + 1, dtype) - kv_cache_bytes(config, full, dtype)
 
 
@@ -132,8 +132,8 @@ def cache_length(config, prompts, max_new_tokens):
 
 
 def caching_layer(config):
-    """The LayerCache of the layer with the most key/value numbers per token."""
-    return max(config.layer_caches(), key=lambda layer: layer.heads * sum(layer.widths))
+    """The CacheSpec of the layer with the most key/value numbers per token."""
+    return max(config.cache_specs(), key=lambda layer: layer.heads * sum(layer.widths))
 
 
 def prefill_chunk(batch_size, prompt_len, masked, static):
@@ -155,7 +155,7 @@ def bytes_per_step(model, batch_size, tokens, dtype):
     weights = num_params(model)
     if model.lm_head is not None:
         weights -= model.embed.weight.numel()  # each row reads one line of the table
-    numbers = sum(numbers_read(layer, tokens) for layer in model.config.layer_caches())
+    numbers = sum(numbers_read(layer, tokens) for layer in model.config.cache_specs())
     return (weights + batch_size * numbers) * dtype.itemsize
 
 
@@ -173,7 +173,7 @@ def decoding_bytes(model, decoding):
     if decoding.packed and model.lm_head is None:
         weights += model.embed.weight.numel()  # a tied table is held in both layouts
     cache = kv_cache_bytes(config, decoding.max_length, decoding.dtype)
-    masked = decoding.padded or any(in_ring(layer, decoding) for layer in config.layer_caches())
+    masked = decoding.padded or any(in_ring(layer, decoding) for layer in config.cache_specs())
     rows, tokens = prefill_chunk(
         decoding.batch_size, decoding.prompt_len, masked, decoding.static)
     at_once = max(rows * tokens, decoding.batch_size)  # of a part of the prompt, or a step
@@ -230,7 +230,7 @@ def copied_numbers(config, decoding, tokens):
     """Numbers for each row that layers copy from rings to attend to a part of a prompt: of a layer,
     and of the one below, whose copy is still there."""
     copied = [0]
-    for layer in config.layer_caches():
+    for layer in config.cache_specs():
         if in_ring(layer, decoding):
             read = masked_keys(layer, decoding, tokens)
             copied.append(2 * layer.heads * sum(layer.widths) * read)
@@ -242,7 +242,7 @@ def expanded_numbers(config, decoding, tokens):
     if config.attention != "mla" or tokens <= config.kv_lora_rank:
         return 0
     key = config.nope_head_dim + config.rope_head_dim
-    read = max(masked_keys(layer, decoding, tokens) for layer in config.layer_caches())
+    read = max(masked_keys(layer, decoding, tokens) for layer in config.cache_specs())
     return read * config.n_head * 4 * key
 
 
@@ -254,7 +254,7 @@ def mask_bytes(config, decoding, rows, tokens):
     one of numbers. Padded rows each have their own. model.attend repeats a mask H / K times where
     queries that share a head become rows of one matrix: in steps, and in prompts on a GPU.
     """
-    windows = {layer.window: layer for layer in config.layer_caches()}
+    windows = {layer.window: layer for layer in config.cache_specs()}
     entry = 2 + decoding.dtype.itemsize  # bytes in attention: two bools and a number
     step, prompt = 0, 0
     for layer in windows.values():

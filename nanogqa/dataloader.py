@@ -115,7 +115,7 @@ class Split:
             self.check_size(i)
             start = self.start_of(i)
             if start < SCANNED:
-                self.check(self.read(i, 0, SCANNED - start))
+                self.check_ids(self.read(i, 0, SCANNED - start))
 
     def start_of(self, i):
         """Position in the split of the first token of file i."""
@@ -146,7 +146,7 @@ class Split:
             raise UserError(f"{path} has become shorter: {remedy(self.folder)}")
         return ids
 
-    def check(self, ids):
+    def check_ids(self, ids):
         """Returns ids. Raises UserError if one is outside the vocabulary."""
         if ids.size and ids.max() >= self.vocab_size:
             raise UserError(
@@ -169,7 +169,7 @@ class Split:
                 part = self.read(i, position - self.start_of(i), length - filled)
                 row[filled:filled + len(part)] = part
                 filled += len(part)
-        return self.check(out)
+        return self.check_ids(out)
 
     def answer_place(self):
         """Where answers are, for messages."""
@@ -205,7 +205,7 @@ class Dataset:
         self.train = Split(self.folder, "train", self.meta)
         self.val = Split(self.folder, "val", self.meta)
 
-    def check(self, config):
+    def check_config(self, config):
         """Raises UserError if config's vocab_size or block_size does not fit this data set."""
         if self.meta["vocab_size"] > config.vocab_size:
             raise UserError(
@@ -330,7 +330,7 @@ def prepare_default(name, local_rank=0):
 
 # -- training windows ------------------------------------------------------------------------------
 
-def keyed(*key):
+def hashed(*key):
     """A pseudo-random 63-bit number that depends on the key alone, on every machine."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
@@ -372,8 +372,8 @@ def train_batch(split, seed, first, count, block_size):
     starts = []
     for sequence in range(first, first + count):
         epoch, index = divmod(sequence, n_blocks)
-        offset = keyed(seed, epoch, "offset") % n_offsets
-        block = shuffled(index, n_blocks, keyed(seed, epoch, "order"))
+        offset = hashed(seed, epoch, "offset") % n_offsets
+        block = shuffled(index, n_blocks, hashed(seed, epoch, "order"))
         starts.append(offset + block * block_size)
     return split.inputs_and_targets(split.windows(starts, block_size + 1))
 

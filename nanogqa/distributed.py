@@ -48,17 +48,16 @@ def first_rank():
 # -- the process group -----------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def joined():
-    """Holds the process group while it is open; does nothing with one rank.
-
-    After an error the group stays as it is, for run() to end the process.
+def process_group():
+    """Joins the ranks, if there are several, while it is open. Errors of lost ranks and of
+    torch.compile become UserErrors; after one the group stays, and run_and_exit ends the process.
     """
-    if world().ranks == 1:
+    with readable_errors():
+        if world().ranks > 1:
+            join_ranks()
         yield
-        return
-    join_ranks()
-    yield
-    dist.destroy_process_group()
+        if world().ranks > 1:
+            dist.destroy_process_group()
 
 
 def join_ranks():
@@ -114,7 +113,7 @@ def lost(error):
 
 
 @contextlib.contextmanager
-def explained():
+def readable_errors():
     """Turns errors of lost ranks and of torch.compile into UserErrors."""
     try:
         yield
@@ -130,7 +129,7 @@ def explained():
         raise
 
 
-def run(main):
+def run_and_exit(main):
     """Runs a program's main(), then ends the process with its exit code."""
     try:
         main()

@@ -172,12 +172,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, n_targets, gradients):
-        of_weight = gradients and ctx.needs_input_grad[1]  # unless trainable leaves it out
+        wants_grad_weight = gradients and ctx.needs_input_grad[1]  # unless trainable leaves it out
         total = x.new_zeros((), dtype=torch.float32)
         grad_x, grad_weight = None, None
         if gradients:
             grad_x = torch.empty_like(x)
-        if of_weight:
+        if wants_grad_weight:
             grad_weight = torch.zeros_like(weight)
         share = (targets >= 0) / n_targets                              # (N,), a row's part
         logits_at_once = 2**23 if x.device.type == "cpu" else 2**28
@@ -191,13 +191,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             below = top.float() - logits.gather(1, target).float()      # target's logit below top
             p = logits.float().softmax(dim=-1)
             del logits
-            # -log p(target) = below - log p(likeliest); p(likeliest) never underflows
+            # -log p(target) = below - log p(likeliest): p(target) may underflow to 0, but the
+            # largest of V probabilities is at least 1 / V
             # not +=: compiled by torch 2.11, an output written in place has no gradient
             total = total + ((below - p.gather(1, likeliest).log()) * part).sum()
             if gradients:
                 p = p.scatter_add_(1, target, torch.full_like(below, -1.0)).to(top.dtype)
                 grad_x[chunk] = linear(p, weight.t()) * part
-            if of_weight:
+            if wants_grad_weight:
                 grad_weight += linear(p.t(), (x[chunk] * part.to(x.dtype)).t())
         ctx.save_for_backward(grad_x, grad_weight)
         return total

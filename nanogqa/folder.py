@@ -31,7 +31,7 @@ def numbered(out_dir, before, after=""):
     return sorted(found)
 
 
-def own(out_dir, stack):
+def lock_folder(out_dir, stack):
     """Locks out_dir until stack closes: rank 0 does, the others wait for it."""
     if first_rank():
         stack.enter_context(lock(out_dir, f"another run writes to {out_dir}: wait until it has "
@@ -39,13 +39,13 @@ def own(out_dir, stack):
     barrier()
 
 
-def own_if_there(call, stack):
-    """Locks out_dir of the settings in call, as own does, if rank 0 sees such a folder. Returns
-    whether it is locked. An evaluation writes nothing, and locks nothing."""
+def lock_existing(call, stack):
+    """Locks out_dir of the settings in call, as lock_folder does, if rank 0 sees such a folder.
+    Returns whether it is locked. An evaluation writes nothing, and locks nothing."""
     there = bool(total(float(first_rank() and Path(call.out_dir).is_dir())))
     locked = there and not call.eval_only
     if locked:
-        own(call.out_dir, stack)
+        lock_folder(call.out_dir, stack)
     return locked
 
 
@@ -54,7 +54,7 @@ def open_folder(out_dir, locked, stack):
     if first_rank():
         stack.enter_context(created(out_dir))
     if not locked:
-        own(out_dir, stack)
+        lock_folder(out_dir, stack)
         if exists(out_dir):  # there was no folder when this run looked for a checkpoint
             raise UserError(f"another run has written to {out_dir} meanwhile: continue that one "
                             "with --init_from=resume, or choose another --out_dir")

@@ -84,7 +84,7 @@ READABLE = ("llama", "mistral", "qwen2", "qwen3")
 
 def windows_of(config):
     """In which layers of a GPTConfig attention has a window: no, all or some."""
-    windows = {layer.window for layer in config.layer_caches()}
+    windows = {layer.window for layer in config.cache_specs()}
     if windows == {None}:
         return "no"
     if None in windows:

@@ -69,15 +69,15 @@ def encode_prompts(encoding, prompts, vocab_size):
     return ids
 
 
-def drawable(logits, known):
-    """(B, V) logits with -inf where known, (V,) bool or None, is False. Raises UserError if they
+def drawable(logits, allowed):
+    """(B, V) logits with -inf where allowed, (V,) bool or None, is False. Raises UserError if they
     are not finite, as then nothing can be drawn."""
     if not logits.amax().isfinite():
         raise UserError("the model's logits are not finite: its weights or settings are damaged, "
                         "so go back to another checkpoint")
-    if known is None:
+    if allowed is None:
         return logits
-    return logits.masked_fill(~known, -torch.inf)
+    return logits.masked_fill(~allowed, -torch.inf)
 
 
 class Output:

@@ -18,7 +18,7 @@ from nanogqa.tokenizer import HF_TOKENIZER, name_beside
 PER_CALL = {"out_dir", "init_from", "overwrite", "eval_only", "profile"}
 
 
-def per_call(given, cls):
+def call_settings(given, cls):
     """Builds cls from the settings that apply to this call only (PER_CALL)."""
     return build(cls, {key: value for key, value in given.items() if key in PER_CALL})
 
@@ -29,7 +29,7 @@ def config_and_state(given, cls, GPTConfig):
     A resumed run takes unspecified settings from its checkpoint; a run from another run's weights
     takes only the model's. cls extends GPTConfig.
     """
-    call = per_call(given, cls)
+    call = call_settings(given, cls)
     out_dir, init_from = call.out_dir, call.init_from
     if out_dir.endswith(".pt") and not (call.eval_only or Path(out_dir).is_dir()):
         raise UserError(f"out_dir={out_dir} ends in .pt like a checkpoint file, but a run needs a "
@@ -107,6 +107,18 @@ def check_resume(config, state):
                         f"max_steps={config.max_steps}: raise it")
 
 
+def check_start(GPT, GPTConfig, config, state, dataset):
+    """Returns the number of steps that a run has behind it. Raises UserError if it cannot start:
+    its data is not that of its checkpoint, ranks disagree, or its settings cannot work."""
+    step = 0
+    if config.init_from == "resume":
+        step = state["step"]
+    check_data(config, state, dataset.meta)
+    check_ranks(config, step, dataset.meta)
+    check_run(GPT, GPTConfig, config, dataset, world().ranks, step)
+    return step
+
+
 def check_data(config, state, meta):
     """Raises UserError if the data set's meta does not fit the state that a run starts from."""
     if state is None:
@@ -128,7 +140,8 @@ def check_data(config, state, meta):
 
 def check_ranks(config, step, meta):
     """Raises UserError unless all ranks start from the same step, with the same data."""
-    if not agree(2 * step + (config.init_from == "resume")):  # a run may resume at step 0
+    resumed = int(config.init_from == "resume")  # a run at step 0 may be new or resumed
+    if not (agree(step) and agree(resumed)):
         raise UserError(f"ranks find different checkpoints in {config.out_dir}: choose an "
                         "--out_dir on a disk that all machines share")
     if not agree(int(meta["sha256"][:12], 16)):
@@ -150,7 +163,7 @@ def check_run(GPT, GPTConfig, config, dataset, ranks, step=0):
     train.py calls it before it writes anything, compare.py before the first of its runs.
     """
     check_parallel(config, ranks)
-    dataset.check(config)
+    dataset.check_config(config)
     batch_size = batch_shape(config, ranks)[0]
     check_training(GPT, config, batch_size, ranks, step)
     if config.trainable:

@@ -246,11 +246,11 @@ def cgroup_limits():
     """The limits of this process's control groups and of their parents, as text."""
     for group in lines_of("/proc/self/cgroup"):
         kinds, path = group.split(":", 2)[1:]
-        files = Path("/sys/fs/cgroup", path.lstrip("/"), "memory.max")  # version 2
+        limit = Path("/sys/fs/cgroup", path.lstrip("/"), "memory.max")  # version 2
         if "memory" in kinds.split(","):  # version 1
-            files = Path("/sys/fs/cgroup/memory", path.lstrip("/"), "memory.limit_in_bytes")
-        for folder in files.parents:
-            yield from lines_of(folder / files.name)
+            limit = Path("/sys/fs/cgroup/memory", path.lstrip("/"), "memory.limit_in_bytes")
+        for folder in limit.parents:  # of this group, and of those above it
+            yield from lines_of(folder / limit.name)
 
 
 def swap_bytes():
@@ -283,9 +283,9 @@ def gigabytes(n):
 
 
 def check_training(GPT, config, batch_size, ranks, step):
-    """Raises UserError if a run from that step on cannot fit into the machine's memory. For a GPU,
-    only the weights and the data count, which are in that memory first. Every rank on the machine
-    needs that much."""
+    """Raises UserError if a run from that step on cannot fit into the machine's memory, with all of
+    the machine's ranks. A GPU's own memory is not checked: such a run needs the machine's for its
+    weights and data alone, which pass through it."""
     steps = config.max_steps - step
     if config.eval_only or kind_of(config.device) != "cpu":
         steps = 0

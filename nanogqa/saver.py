@@ -219,6 +219,9 @@ def make_saver(config, state, dataset, rank):
     resumed = config.init_from == "resume"
     if resumed:
         kept, best = state["kept"], state["best_val_loss"]
+        before = state["settings"].get("eval_tokens", config.eval_tokens)
+        if before != config.eval_tokens:
+            best = None  # losses over other windows cannot be compared
         sharded = find_sharded(config.out_dir)
     if kept is None:  # an older checkpoint does not say
         kept = [n for n in numbered(config.out_dir, "ckpt_", ".pt") if n <= state["step"]]

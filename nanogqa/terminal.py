@@ -56,7 +56,7 @@ class Lasting:
 
 
 @contextlib.contextmanager
-def lasting():
+def tolerant_output():
     """While it is open, standard output and error are Lasting."""
     out, err = Lasting(sys.stdout), Lasting(sys.stderr)
     try:

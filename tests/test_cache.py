@@ -27,6 +27,7 @@ ALONE = {
 def combinations(n):
     """n models with several of the settings each, drawn once for all."""
     rng, found = random.Random(4), {}
+    plain = dict(window=None, kv_share=1, kv_tied=False, rope_fraction=1.0)
     while len(found) < n:
         changes = dict(
             n_layer=rng.choice([3, 4, 6]), n_kv_head=rng.choice([4, 2, 1]), window=rng.choice([None, 3, 5, 8, 11]),
@@ -34,12 +35,14 @@ def combinations(n):
             qk_norm=rng.choice([True, True, False]))
         if changes["window"]:
             changes["global_every"] = rng.choice([0, 2, 3])
-        found[f"random-{len(found)}"] = changes
+        combined = [key for key, value in plain.items() if changes[key] != value]
+        if len(combined) >= 2 and changes not in found.values():
+            found[f"random-{len(found)}"] = changes
     return found
 
 
 MODELS = ALONE | combinations(10)
-SOME = {name: MODELS[name] for name in ("window", "share-in-windows", "not-rotated", "random-0", "random-9")}
+SOME = {name: MODELS[name] for name in ("window", "share-in-windows", "tied", "not-rotated", "random-0", "random-9")}
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS)
@@ -86,6 +89,20 @@ def test_cached_logits_equal_full_logits_far_beyond_the_window(changes, static):
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+@pytest.mark.parametrize("room", [11, 12, 13])
+def test_a_cache_as_long_as_the_window(static, room):
+    """One place less, the same, and one more, which alone makes a ring."""
+    model, ids = model_of(dict(n_layer=3, n_kv_head=2, window=12)), toy_ids(2, room)
+    assert KVCache(model.config, 2, room, static=static).has_rings == (room == 13)
+    with torch.inference_mode():
+        full = model(ids)[0]
+        for parts in ([room], [room - 1, 1], [5, 3, room - 8], [1] * room):
+            cache = KVCache(model.config, 2, room, static=static)
+            out = torch.cat([model(part, cache=cache)[0] for part in ids.split(parts, dim=1)], dim=1)
+            torch.testing.assert_close(out, full, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 @pytest.mark.parametrize("chunks", [[12, 1, 1, 1], [5, 4, 3, 2, 1], [1] * 15], ids=str)
 def test_rows_of_unequal_length_equal_themselves_alone(some_changes, chunks, static):
     check_ragged(model_of(some_changes), chunks, static)
@@ -93,7 +110,8 @@ def test_rows_of_unequal_length_equal_themselves_alone(some_changes, chunks, sta
 
 @pytest.mark.parametrize("kind", [dict(n_kv_head=2), dict(n_kv_head=1, kv_tied=True), dict(attention="mla")], ids=str)
 @pytest.mark.parametrize("cached", [None, [128, 1, 1, 1, 1], [1] * 132, [60, 72], [132]], ids=["full", "prompt", "steps", "parts", "one-shot"])
-def test_a_window_of_128_is_128_tokens(kind, cached):
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+def test_a_window_of_128_is_128_tokens(kind, cached, static):
     """The token itself and 127 before it: one layer that sees 129, or 127, differs."""
     model = model_of(dict(n_layer=1, block_size=140, window=128, **kind))
     ids = toy_ids(1, 132)
@@ -105,7 +123,7 @@ def test_a_window_of_128_is_128_tokens(kind, cached):
             if cached is None:
                 outs.append(model(text)[0][0])
                 continue
-            cache = KVCache(model.config, 1, 132)
+            cache = KVCache(model.config, 1, 132, static=static)
             outs.append(torch.cat([model(part, cache=cache)[0][0] for part in text.split(cached, dim=1)]))
     moved = (outs[0] - outs[1]).abs().amax(dim=1) > 1e-6
     assert moved[2:130].sum() > 100 and moved[129], "tokens 2 to 129 see token 2"
@@ -124,7 +142,7 @@ def test_the_ring_holds_the_window_alone():
         assert KVCache(toy_config(block_size=1000, n_kv_head=2, kv_tied=True), 3, 1000).nbytes == 3 * 4 * 2 * 2 * 8 * 1000
         mla = toy_config(block_size=1000, attention="mla", window=10)
         assert KVCache(mla, 1, 1000).nbytes == 2 * 10 * 24 * 4 == kv_cache_bytes(mla, 1000)
-    assert [layer.source for layer in config.layer_caches()] == [None, 0, None, None, 3, 2]
+    assert [layer.source for layer in config.cache_specs()] == [None, 0, None, None, 3, 2]
     short = toy_config(window=40)
     assert KVCache(short, 1, 30).nbytes == kv_cache_bytes(short, 30) == 2 * 2 * 4 * 8 * 30 * 4
 
@@ -209,7 +227,25 @@ def test_windows_of_latents(window):
                 cache = KVCache(model.config, 2, 48, static=static)
                 out = torch.cat([model(part, cache=cache)[0] for part in ids.split(parts, dim=1)], dim=1)
                 torch.testing.assert_close(out, full, atol=1e-4, rtol=1e-4)
-    check_ragged(model, [5, 4, 3, 2, 1], static=False)
+    for static in (False, True):
+        check_ragged(model, [5, 4, 3, 2, 1], static)
+
+
+def test_a_long_prompt_is_read_in_parts_of_1024_tokens():
+    """Through sample.prefill, as sample.py reads it: three parts, and windows of which 20 fit into the prompt."""
+    model = model_of(dict(n_layer=4, n_kv_head=2, window=100, global_every=2, kv_share=2), block_size=2300)
+    ids, calls = toy_ids(2, 2110), []
+
+    def watched(idx, **options):
+        calls.append(tuple(idx.shape))
+        return model(idx, **options)
+    with torch.inference_mode():
+        full = model(ids)[0]
+        cache = KVCache(model.config, 2, 2300)
+        torch.testing.assert_close(sample.prefill(watched, ids[:, :2100], cache), full[:, 2099:2100], atol=1e-4, rtol=1e-4)
+        assert calls == [(2, 1024), (2, 1024), (2, 52)]
+        for i in range(2100, 2110):
+            torch.testing.assert_close(model(ids[:, i:i + 1], cache=cache)[0], full[:, i:i + 1], atol=1e-4, rtol=1e-4)
 
 
 COMBINED = dict(n_layer=4, n_kv_head=2, window=8, global_every=2, kv_share=2, kv_tied=True, rope_fraction=0.5)
@@ -217,15 +253,16 @@ COMBINED = dict(n_layer=4, n_kv_head=2, window=8, global_every=2, kv_share=2, kv
 
 @pytest.mark.parametrize("lengths", [[25], [25, 6]], ids=["one", "ragged"])
 def test_compiled_decoding_has_rings_too(graphs, lengths):
-    """Rings and shared tensors need no graph beyond those of other models: one for prompts, one for single tokens."""
+    """Rings and shared tensors need no graph beyond those of other models, one for prompts and one for single tokens, for
+    prompts longer than the window. Shorter ones need one more."""
     model = toy_model(**COMBINED, block_size=80, tie_embeddings=False)
     compiled = compile_for_decoding(model, pick_runtime("cpu", "float32", True))
-    for more in (0, 9):
-        prompts = [toy_ids(1, n + more, seed=n)[0].tolist() for n in lengths]
+    for more, wanted in ((0, 2), (9, 2), (-20, 3), (-21, 3)):
+        prompts = [toy_ids(1, max(2, n + more), seed=n)[0].tolist() for n in lengths]
         texts = []
         for options in (dict(kv_cache=False), dict(compiled=compiled)):
             texts.append([ids for _, ids in generate(model, prompts, 40 - more, temperature=0, **options)])
-        assert texts[0] == texts[1] and len(graphs) == 2
+        assert texts[0] == texts[1] and len(graphs) == wanted
 
 
 def test_gradients_with_recomputing_are_those_without():
@@ -291,6 +328,7 @@ def test_programs_know_the_settings(toy_run, tmp_path, capsys):
     (dict(window=0), "window must be at least 1"), (dict(kv_share=0), "kv_share must be at least 1"),
     (dict(global_every=-1, window=4), "global_every must be at least 0"),
     (dict(global_every=2), "global_every=2 is for models with a window: set window, or leave global_every out"),
+    (dict(rope_fraction=0.1), "rope_fraction=0.1 of a head is less than a pair: raise it"),
     (dict(rope_fraction=1.5), "rope_fraction must be at least 0 and at most 1"),
     (dict(attention="mla", kv_tied=True), "kv_tied=True is for attention=gqa: leave kv_tied out, or set attention=gqa"),
     (dict(attention="mla", kv_share=2), "kv_share=2 is for attention=gqa"),

@@ -494,6 +494,29 @@ def test_windows_are_named_by_the_layers_that_have_them(changes, layers):
     assert windows_of(config) == layers
 
 
+@pytest.mark.parametrize("changes,window,global_every", [
+    (dict(use_sliding_window=True, max_window_layers=0, sliding_window=9), 9, 0),
+    (dict(use_sliding_window=True, max_window_layers=4, sliding_window=9), None, 0),
+    (dict(use_sliding_window=True, sliding_window=9), None, 0), (dict(use_sliding_window=True, max_window_layers=0), 4096, 0),
+    (dict(sliding_window=9, max_window_layers=0), None, 0)], ids=str)
+def test_windows_of_qwen_without_layer_types(changes, window, global_every):
+    """The rule of transformers' Qwen2Config, whose defaults are 4,096 tokens and 28 layers without a window."""
+    found = nanogqa.hf_model.window_settings(dict(model_type="qwen2", **changes), 4, "config.json")
+    expected = {} if window is None else {"window": window, "global_every": global_every}
+    assert found == expected
+    configuration = pytest.importorskip("transformers").Qwen2Config(num_hidden_layers=4, **changes)
+    assert (configuration.layer_types == ["sliding_attention"] * 4) == (window is not None)
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(kv_tied=True), "kv_tied=True"), (dict(kv_share=2), "kv_share=2"), (dict(rope_fraction=0.5), "rope_fraction=0.5")], ids=str)
+def test_pool_refuses_other_designs_of_the_cache(tmp_path, capsys, changes, words):
+    source = save(toy_model(n_kv_head=4, **changes), tmp_path / "ours")
+    arguments = command("pool", out_dir=source, new_dir=tmp_path / "new", n_kv_head=2)
+    assert f"{words} cannot be pooled" in fails(convert.main, arguments, capsys)
+    assert not list(tmp_path.glob("new*"))
+
+
 def test_pool_refuses_a_setting_without_a_rule(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(convert, "GPTConfig", ConfigWithMore)
     source = save_with(toy_model(n_kv_head=4), tmp_path / "ours", attn_gate=True)

@@ -295,11 +295,11 @@ def test_offline_without_the_tokenizer_says_what_to_set(monkeypatch, tmp_path):
 
 def test_a_data_set_checks_what_a_model_needs(counting):
     for vocab_size, block_size in ((257, 129), (300, 16)):
-        counting.check(SimpleNamespace(vocab_size=vocab_size, block_size=block_size))
+        counting.check_config(SimpleNamespace(vocab_size=vocab_size, block_size=block_size))
     with pytest.raises(UserError, match="has 257 token ids, more than vocab_size=256: raise"):
-        counting.check(SimpleNamespace(vocab_size=256, block_size=16))
+        counting.check_config(SimpleNamespace(vocab_size=256, block_size=16))
     with pytest.raises(UserError, match="needs 131 tokens in each split, .* has one of 130: lower"):
-        counting.check(SimpleNamespace(vocab_size=257, block_size=130))
+        counting.check_config(SimpleNamespace(vocab_size=257, block_size=130))
 
 
 def test_a_failed_run_leaves_the_data_set_as_it_was(tmp_path):

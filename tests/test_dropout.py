@@ -58,7 +58,7 @@ def test_every_sequence_of_every_run_has_its_own_mask(toy_data):
         config = TrainConfig(dropout=0.1, seed=seed, block_size=32, tokens_per_step=256, batch_size=2)
         batches = Batches(Dataset(toy_data), config, runtime)
         for step in range(3):
-            for batch in batches.step(step):
+            for batch in batches.training(step):
                 seeds += batch.seeds.tolist()
     assert len(set(seeds)) == len(seeds) == 2 * 3 * 8
 

@@ -174,6 +174,26 @@ def test_fsdp_has_the_losses_of_ddp_and_moves_between_numbers_of_ranks(toy_run, 
     run("moved", 2, "--init_from=resume", "--parallel=ddp", "--max_steps=52")  # and an ordinary run takes it over
 
 
+def test_fsdp_passes_shared_keys_and_values_between_layers(toy_run, tmp_path):
+    """With every setting of the cache at once: the losses of DDP on 2 ranks, and of a single process that was resumed."""
+    settings = ["--n_layer=6", "--n_kv_head=2", "--window=8", "--global_every=2", "--kv_share=2", "--kv_tied=True", "--rope_fraction=0.5"]
+    toy_run = [arg for arg in toy_run if not arg.startswith("--batch_size")]
+    args = [*toy_run, *FSDP, *settings, "--max_steps=12", "--eval_interval=6"]
+    for name, more in (("ddp", "--parallel=ddp"), ("fsdp", "--recompute=False"), ("recompute", "--recompute=True")):
+        finish(torchrun(out([*args, more], tmp_path / name), 2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    alone = out([*args, "--parallel=ddp"], tmp_path / "alone")
+    train.main([*alone, "--max_steps=6", "--schedule=constant"])
+    train.main([*alone, "--init_from=resume", "--schedule=constant"])
+    whole = out([*args, "--parallel=ddp"], tmp_path / "whole")
+    train.main([*whole, "--schedule=constant"])
+    for a, b in (("ddp", "fsdp"), ("ddp", "recompute")):
+        for one, other in zip(rows(tmp_path / a), rows(tmp_path / b), strict=True):
+            for key in ("train_loss", "val_loss", "grad_norm"):
+                assert one[key] == other[key] or one[key] == pytest.approx(other[key], abs=1e-5), (b, one["step"], key)
+    for name, x in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "alone")[name], x)
+
+
 def evil(folder):
     """A pickle that runs a command when it is loaded without limits."""
     import pickle

@@ -8,7 +8,7 @@ from conftest import check_ragged, toy_config, toy_ids, toy_model
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPT, GPTConfig, LayerCache, apply_rope, attend, rope_cos_sin, rope_frequencies
+from model import GPT, GPTConfig, CacheSpec, apply_rope, attend, rope_cos_sin, rope_frequencies
 from nanogqa.cache import KVCache
 from nanogqa.costs import flops_per_token, kv_bytes_per_token, kv_cache_bytes, num_params, numbers_read
 from nanogqa.fast import ChunkedCrossEntropy, FastRMSNorm, RMSNormFunction, linear
@@ -251,11 +251,11 @@ def test_keys_and_values_are_never_expanded(n_kv_head, T):
 def test_bytes_follow_from_what_layers_cache():
     """A layer may keep a number of tokens, or nothing at all, as it reads what another one keeps."""
     class Config:
-        def layer_caches(self):
-            return [LayerCache(2, (8, 8)), LayerCache(1, (24,), window=10), LayerCache(2, (8, 8), source=0)]
+        def cache_specs(self):
+            return [CacheSpec(2, (8, 8)), CacheSpec(1, (24,), window=10), CacheSpec(2, (8, 8), source=0)]
     assert kv_cache_bytes(Config(), 30) == 4 * (2 * 16 * 30 + 24 * 10)
     assert kv_bytes_per_token(Config(), torch.bfloat16) == 2 * (2 * 16 + 24)
-    assert sum(numbers_read(layer, 30) for layer in Config().layer_caches()) == 2 * 2 * 16 * 30 + 24 * 10
+    assert sum(numbers_read(layer, 30) for layer in Config().cache_specs()) == 2 * 2 * 16 * 30 + 24 * 10
 
 
 def test_rope_depends_on_distance_only_and_turns():

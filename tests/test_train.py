@@ -209,7 +209,7 @@ def test_the_seed_decides_the_weights_and_the_order(toy_run, tmp_path):
         assert equal(state["model"], GPT(GPTConfig(**state["config"]), seed=seed).state_dict())
         config = TrainConfig(seed=seed, block_size=32, tokens_per_step=256)
         data = Dataset(toy_run[0].partition("=")[2])
-        first.append(Batches(data, config, pick_runtime("cpu", "float32", False)).step(0)[0].x)
+        first.append(Batches(data, config, pick_runtime("cpu", "float32", False)).training(0)[0].x)
     assert (first[0] != first[1]).any()
 
 
@@ -464,6 +464,16 @@ def test_newest_best_and_kept_checkpoints(toy_run, tmp_path, monkeypatch):
     assert load(tmp_path / "run/ckpt_16.pt")["step"] == 16 and load(tmp_path / "run")["step"] == 20
     assert load(tmp_path / "run/ckpt_best.pt")["step"] == 20, "as good as the best, and newer"
     train.main([f"--init_from={tmp_path / 'run/ckpt_16.pt'}", toy_run[0], f"--out_dir={tmp_path / 'on'}", "--max_steps=0", "--tokens_per_step=256"])
+
+
+@pytest.mark.parametrize("more,best", [([], 4), (["--eval_tokens=64"], 8)], ids=["same", "other"])
+def test_losses_over_other_windows_are_not_compared(toy_run, tmp_path, monkeypatch, more, best):
+    """A resumed run with another eval_tokens kept the best loss of before, and so perhaps a worse checkpoint for ever."""
+    losses = iter([5.0, 1.0, 2.0])
+    monkeypatch.setattr(train, "evaluate", lambda *args: dict(val_loss=next(losses), val_bpb=0.0))
+    train.main([*toy_run, "--max_steps=4", "--eval_interval=4"])
+    train.main([toy_run[0], f"--out_dir={tmp_path / 'run'}", "--init_from=resume", "--max_steps=8", *more])
+    assert load(tmp_path / "run/ckpt_best.pt")["step"] == best
 
 
 def test_writing_does_not_hold_up_training(toy_run, tmp_path, monkeypatch):
