@@ -99,8 +99,9 @@ class BenchConfig(GPTConfig):
 
 
 def heads_of(config):
-    """The kind of attention and its settings, for a row of results. Settings whose default is None
-    are always there, as None for another kind; others only if they are off their defaults."""
+    """The kind of attention and its settings, for a row of results. Every row has the sizes, whose
+    default is None, as None if they belong to another kind. Other settings are there only if they
+    are off their defaults."""
     row = {"attention": config.attention}
     defaults = {f.name: f.default for f in fields(config)}
     for kind, names in SETTINGS_OF.items():
@@ -155,9 +156,9 @@ def reset_peak(runtime):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     elif os.path.exists("/proc/self/clear_refs"):
-        keep_freed_memory(False)
+        keep_freed_memory(False)  # so that malloc_trim returns what the previous row has freed
         libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):  # glibc: returns what the previous row has freed
+        if hasattr(libc, "malloc_trim"):  # glibc
             libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
@@ -188,30 +189,31 @@ AFTER_IMPORTS = resident("VmRSS")
 # -- --mode=decode ---------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def decode(config, runtime, peak):
+def decode(config, runtime, peak_bandwidth):
     """A row of results: a prompt is read once, and each run continues it by new_tokens tokens.
 
-    peak is the bandwidth of the machine in bytes/s; None where it is unknown.
+    peak_bandwidth is that of the machine in bytes/s; None where it is unknown.
     """
     reset_peak(runtime)
     model = load_model(config, runtime.dtype).to(runtime.device, runtime.dtype).eval()
-    shape, B = model.config, config.batch_size
+    gpt_config, B = model.config, config.batch_size
     tokens = config.prompt_len + config.new_tokens // 2  # in the cache, the mean over a run
     bytes_per_step = costs.bytes_per_step(model, B, tokens, runtime.dtype)
     decoding = decoding_of(config, runtime)
     bound = costs.decoding_bytes(model, decoding)
     if runtime.device.type == "cpu":
-        lower = "batch_size, prompt_len or new_tokens"
-        check_memory(costs.decoding_floor(shape, costs.num_params(model), decoding, lower))
+        settings = "batch_size, prompt_len or new_tokens"
+        floor = costs.decoding_floor(gpt_config, costs.num_params(model), decoding, settings)
+        check_memory(floor)
     if config.fast:
         prepare_for_decoding(model, B)
 
     began = clock(runtime)
-    cache = KVCache(shape, B, config.block_size, model.embed.weight, static=runtime.compile)
+    cache = KVCache(gpt_config, B, config.block_size, model.embed.weight, static=runtime.compile)
     forward = model
     if runtime.compile:
         forward = compile_for_decoding(model, runtime)
-    token, prefill_s = fill_cache(forward, cache, shape, config, runtime)
+    token, prefill_s = fill_cache(forward, cache, gpt_config, config, runtime)
     cache.set_length(config.prompt_len)
     time_run(forward, token, cache, min(WARMUP_TOKENS, config.new_tokens), runtime)
     warmup_s = clock(runtime) - began
@@ -221,10 +223,10 @@ def decode(config, runtime, peak):
         medians.append(time_run(forward, token, cache, config.new_tokens, runtime))
     step = min(medians)
 
-    mbu = None  # model bandwidth utilization: the share of peak that the step reads
-    if peak:
-        mbu = bytes_per_step / step / peak
-    row = start_row("decode", shape)
+    mbu = None  # model bandwidth utilization: the share of the bandwidth that the step reads
+    if peak_bandwidth:
+        mbu = bytes_per_step / step / peak_bandwidth
+    row = start_row("decode", gpt_config)
     row.update(
         batch_size=B, prompt_len=config.prompt_len, new_tokens=config.new_tokens,
         warmup_s=warmup_s, prefill_s=prefill_s, step_ms=step * 1e3, decode_tok_s=B / step,
@@ -260,7 +262,7 @@ def decoding_of(config, runtime):
         static=runtime.compile, folded=runtime.device.type != "cpu")
 
 
-def fill_cache(forward, cache, shape, config, runtime):
+def fill_cache(forward, cache, gpt_config, config, runtime):
     """Fills prompt_len places of cache.
 
     Returns the next token of each row, (B, 1), and the seconds that reading the prompt took: None
@@ -268,7 +270,7 @@ def fill_cache(forward, cache, shape, config, runtime):
     """
     generator = torch.Generator().manual_seed(config.seed)
     size = (config.batch_size, config.prompt_len)
-    idx = torch.randint(shape.vocab_size, size, generator=generator).to(runtime.device)
+    idx = torch.randint(gpt_config.vocab_size, size, generator=generator).to(runtime.device)
     if not config.prefill:
         for tensors in cache.layers:
             for x in tensors:
@@ -531,7 +533,7 @@ def check(configs, given):
         if config.mode == "scale" and (len(given) > 1 or len(configs) > 1):
             raise UserError("--mode=scale takes its shapes from config/ and no other setting: "
                             "leave the rest out")
-    shape = [field.name for field in fields(GPTConfig) if field.name in given]
+    sizes = [field.name for field in fields(GPTConfig) if field.name in given]
     for config in configs:
         if config.mode == "decode" and isinstance(given.get("block_size"), list):
             raise UserError("block_size is prompt_len + new_tokens in --mode=decode: leave it out, "
@@ -539,8 +541,8 @@ def check(configs, given):
         if config.out_dir is not None and config.mode == "train":
             raise UserError("out_dir is for --mode=decode: leave it out, train.py reports the "
                             "speed of a run")
-        if config.out_dir is not None and shape:
-            raise UserError(f"{', '.join(shape)} and out_dir exclude each other: the checkpoint "
+        if config.out_dir is not None and sizes:
+            raise UserError(f"{', '.join(sizes)} and out_dir exclude each other: the checkpoint "
                             "has its own shape, so leave out one or the other")
 
 
@@ -550,7 +552,7 @@ def time_all(configs, axes=()):
     axes are the settings of which several values are timed: a row has them all.
     """
     rows = []
-    peaks = {}  # the bandwidth of each device
+    bandwidths = {}  # the bandwidth of each device
     for config in configs:
         decoding_steps = None
         if config.mode == "decode":
@@ -559,9 +561,9 @@ def time_all(configs, axes=()):
         if config.mode == "train":
             row = train(config, runtime)
         else:
-            if runtime.device not in peaks:
-                peaks[runtime.device] = bandwidth(runtime)
-            row = decode(config, runtime, peaks[runtime.device])
+            if runtime.device not in bandwidths:
+                bandwidths[runtime.device] = bandwidth(runtime)
+            row = decode(config, runtime, bandwidths[runtime.device])
         now = runtime.describe()
         row.update(device=now["device"], dtype=now["dtype"], compile=now["compile"],
                    torch=torch.__version__)

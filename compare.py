@@ -25,7 +25,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from bench import BenchConfig, heads_of
-from model import GPT, SETTINGS_OF, GPTConfig
+from model import GPT, GPTConfig
 from nanogqa import costs, resume
 from nanogqa.batches import batch_shape
 from nanogqa.configurator import (
@@ -37,6 +37,7 @@ from nanogqa.configurator import (
     one_line,
     parse,
     program,
+    settings_of_others,
     subset,
 )
 from nanogqa.dataloader import Dataset, prepare_default
@@ -85,7 +86,7 @@ class CompareConfig(TrainConfig):
 # These do not affect results: a comparison may be resumed with other values of them.
 NO_EFFECT = ("out_dir", "report_only", "overwrite", "log_interval", "profile", "keep_checkpoints",
              "wandb_log", "wandb_project", "wandb_run_name")
-# The files that training and its result depend on, beside settings and data.
+# The files that the result of training mostly depends on, beside settings and data.
 CODE = ("model.py", "train.py", "nanogqa/batches.py", "nanogqa/dataloader.py",
         "nanogqa/distributed.py", "nanogqa/dropout.py", "nanogqa/fast.py", "nanogqa/runtime.py")
 # All runs share these settings, so they take no list.
@@ -127,7 +128,7 @@ def plan(given):
     """(CompareConfig, Runtime, variants) of the given settings.
 
     The others of a matching are compared to its first variant. Raises UserError if one of the runs
-    or timings cannot work; nothing is written.
+    or timings cannot work; nothing is written to out_dir.
     """
     for key in SHARED:
         if isinstance(given.get(key), list):
@@ -149,10 +150,11 @@ def plan(given):
 def check_plan(config, variants, given):
     """Raises UserError if one of the runs or timings cannot work."""
     dataset = Dataset(config.dataset)
-    names = [(variant.match, variant.name) for variant in variants]
-    if len(set(names)) < len(names):
-        raise UserError("two different models have one name: leave out one of the axes, or compare "
-                        "them with two commands")
+    names = {(variant.match, variant.name) for variant in variants}
+    folders = {(variant.match, variant.shape) for variant in variants}
+    if min(len(names), len(folders)) < len(variants):
+        raise UserError("two different models have one name, or names that differ in punctuation "
+                        "alone: leave out one of the axes, or compare them with two commands")
     for variant in variants:
         resume.check_run(GPT, GPTConfig, variant.config, dataset, ranks_of(config))
     for timing in plan_timings(variants, config, given):
@@ -221,8 +223,8 @@ def wants_head_counts(config, settings):
     axes = axes_of(settings)
     if not axes:
         return config.attention == "gqa" and config.design is None
-    of_others = [name for kind in SETTINGS_OF if kind != "gqa" for name in SETTINGS_OF[kind]]
-    kinds_only = "attention" in axes and set(axes) <= {"attention", *of_others}
+    others = settings_of_others(GPTConfig, "gqa")
+    kinds_only = "attention" in axes and set(axes) <= {"attention", *others}
     return kinds_only and "n_kv_head" not in settings
 
 
@@ -244,28 +246,30 @@ def plan_choices(config, settings):
     """A Choice for every combination of values on the axes, each followed by its controls."""
     axes = axes_of(settings)
     other_axes = [key for key in axes if key not in KIND_SETTINGS]
-    show_kind = not axes or other_axes != axes  # otherwise all have the same kind of attention
+    # where other settings alone are listed, all variants have the same kind of attention
+    show_kind = not axes or len(other_axes) < len(axes)
     points = choices_of(settings, TrainConfig)
     configs = []
     for values in points:
-        values = with_design(values)
-        values.pop("design", None)
-        configs.append(build(TrainConfig, values))
+        complete = dict(with_design(values))
+        complete.pop("design", None)
+        configs.append(build(TrainConfig, complete))
     differing = {}
     if config.design is None:
         differing = differing_settings(configs, axes)
     choices = []
-    for values, run in zip(points, configs, strict=True):
+    for values, variant_config in zip(points, configs, strict=True):
         details = [f"{key}={values[key]}" for key in other_axes if key in values]
-        details += changed_from(differing, run)
-        if "design" in values:
-            details.insert(0, values["design"])
+        details += changed_from(differing, variant_config)
+        design = values.get("design")
+        if design is not None:
+            details.insert(0, design)
         words = details
-        if show_kind and "design" not in values:
-            words = [attention_kind(run), *details]
-        choices.append(Choice(" ".join(words), run))
+        if show_kind and design is None:
+            words = [attention_kind(variant_config), *details]
+        choices.append(Choice(" ".join(words), variant_config))
         if config.controls:
-            choices += controls_of(run, details)
+            choices += controls_of(variant_config, details)
     return without_duplicates(choices)
 
 

@@ -20,13 +20,14 @@ import torch
 from model import GPT, GPTConfig
 from nanogqa import checkpoint, costs, saver
 from nanogqa import pool as pooling
-from nanogqa.configurator import UserError, build, check_known, help_text, one_line, parse, program
+from nanogqa.configurator import UserError, build, help_text, one_line, parse, program
 from nanogqa.dataloader import Dataset, train_batch
 from nanogqa.files import write_json
 from nanogqa.folder import path_of
 from nanogqa.hf_model import (
+    CONFIG_SCHEMA,
     FAMILIES,
-    HF_CONFIG,
+    check_known,
     hf_name,
     interleave_rope,
     model_config,
@@ -96,7 +97,7 @@ def new_folder(folder, key):
 
 
 @contextlib.contextmanager
-def whole(folder, key):
+def replacing_folder(folder, key):
     """A temporary folder, renamed to folder on success and deleted on error: see new_folder."""
     folder = new_folder(folder, key)
     part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
@@ -105,9 +106,11 @@ def whole(folder, key):
         yield part
         os.replace(part, folder)
     except OSError as error:
-        named = Path(error.filename or part)
-        if not (named.is_relative_to(part) or part.is_relative_to(named)):
-            raise  # a file that cannot be read
+        failed = Path(error.filename or part)
+        # a file in part, or a parent of part that cannot be created
+        is_output = failed.is_relative_to(part) or part.is_relative_to(failed)
+        if not is_output:
+            raise  # an input that cannot be read
         raise UserError(
             f"cannot write {folder} ({error.strerror or error}): make room, or name another --{key}"
         ) from None
@@ -125,7 +128,7 @@ def load_checkpoint(out_dir):
     return state, model.eval(), path_of(out_dir).parent
 
 
-def write(folder, state):
+def write_checkpoint(folder, state):
     """Writes weights without a run as a checkpoint at step 0; returns their model.
 
     state holds model, config and tokenizer, as in checkpoint.KEYS.
@@ -156,7 +159,7 @@ def to_hf(config):
     tokenizer = None
     if state["tokenizer"] != "none":
         tokenizer = get_tokenizer(state["tokenizer"], source)
-    with whole(config.hf_dir, "hf_dir") as folder:
+    with replacing_folder(config.hf_dir, "hf_dir") as folder:
         write_hf_weights(model, folder, config.dtype)
         write_hf_config(model_type, model.config, folder, config.dtype, tokenizer)
         if tokenizer is not None:
@@ -273,20 +276,20 @@ def from_hf(config):
         )
     new_folder(config.out_dir, "out_dir")
     hf_dir = Path(config.hf_dir)
-    hf = read_json(hf_dir / "config.json", HF_CONFIG)
+    hf = read_json(hf_dir / "config.json", CONFIG_SCHEMA)
     gpt_config = model_config(hf, hf_dir / "config.json", GPTConfig)
     state = {
         "model": read_weights(hf_dir, gpt_config, GPT),
         "config": asdict(gpt_config),
         "tokenizer": "none",
     }
-    with whole(config.out_dir, "out_dir") as folder:
+    with replacing_folder(config.out_dir, "out_dir") as folder:
         warning = f"{hf_dir} has no {HF_TOKENIZER}, so {config.out_dir} has no tokenizer"
         if (hf_dir / HF_TOKENIZER).exists():
             tokenizer = read_tokenizer(hf_dir, hf, folder)
             state["tokenizer"] = tokenizer.name
             warning = compare_import(tokenizer, hf_dir)
-        model = write(folder, state)
+        model = write_checkpoint(folder, state)
         del state["model"]  # the comparison loads the weights once more
         compared = compare_logits(model, hf_dir, changes=rope_for_version_4(hf, gpt_config))
     print(
@@ -352,10 +355,10 @@ def pool(config):
             heads = pooling.Heads(heads.q, drawn.k, drawn.v, heads.o)
         weights |= pooling.join_heads(heads, prefix, before)
 
-    with whole(config.new_dir, "new_dir") as folder:
+    with replacing_folder(config.new_dir, "new_dir") as folder:
         copy_tokenizer(state["tokenizer"], source, folder)
         new_state = {"model": weights, "config": asdict(after), "tokenizer": state["tokenizer"]}
-        model = write(folder, new_state)
+        model = write_checkpoint(folder, new_state)
     print_pooled(before, config, model)
 
 

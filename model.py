@@ -107,7 +107,7 @@ class GPTConfig:
                 "rope_factor needs rope_original_block_size, the context before the extension")
         require(0 <= self.rope_fraction <= 1,
                 f"rope_fraction must be at least 0 and at most 1: {self.rope_fraction}")
-        require(self.rope_fraction == 0 or round(self.rope_fraction * self.head_dim / 2) > 0,
+        require(not self.rope_fraction or round(self.rope_fraction * getattr(self, rotary) / 2) > 0,
                 f"rope_fraction={self.rope_fraction} of a head is less than a pair: raise it")
         require(self.global_every >= 0, f"global_every must be at least 0, not {self.global_every}")
         require(self.window or not self.global_every, f"global_every={self.global_every} is for "

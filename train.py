@@ -141,8 +141,8 @@ def make_optimizers(model, config):
 def backward(forward, batches, runtime):
     """Adds the gradient of the step's mean loss to .grad. Returns this rank's part of that loss.
 
-    All divide by the number of targets of the whole step, as micro-steps and ranks may have
-    different ones. It is divided by ranks first, since DDP and FSDP average gradients over ranks.
+    Each micro-step divides its sum by the number of targets of the whole step, as micro-steps may
+    have different numbers; and that is divided by ranks, as DDP and FSDP average gradients.
     """
     n_targets = distributed.total(sum(int((batch.y >= 0).sum()) for batch in batches))
     divisor = (n_targets.clamp(min=1) / runtime.ranks).to(runtime.device)
@@ -319,7 +319,7 @@ def train(given, stack):
         metrics = dataset.metrics(state["val_loss"])
     logger.print(f"done in {rate.elapsed()}: {terminal.result(metrics)}")
     logger.print(f"time: {times}")
-    logger.print(terminal.sampling_command(config, dataset))
+    logger.print(terminal.next_command(config, dataset))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 
 from nanogqa import schema
 from nanogqa.configurator import UserError, build, convert, one_line, out_of_memory
-from nanogqa.costs import SHAPE, NoInit, count_params, meta_model, num_params
+from nanogqa.costs import SIZE_SETTINGS, NoInit, count_params, meta_model, num_params
 from nanogqa.distributed import cause, local, lost, placed
 from nanogqa.folder import find_sharded, path_of
 from nanogqa.runtime import check_memory
@@ -188,12 +188,12 @@ def typed(cls, values, path):
 def new_model(GPT, config, seed=1337):
     """GPT(config, seed). Raises UserError if the machine cannot hold it."""
     try:
-        check_memory({SHAPE: 4 * count_params(GPT, config)})
+        check_memory({SIZE_SETTINGS: 4 * count_params(GPT, config)})
         with NoInit():
             return GPT(config, seed)
     except (RuntimeError, TypeError, MemoryError, OverflowError) as error:
         raise UserError(f"a model of this size cannot be created here ({one_line(error, 100)}): "
-                        f"lower {SHAPE}") from None
+                        f"lower {SIZE_SETTINGS}") from None
 
 
 def is_sharded(state):
@@ -213,7 +213,7 @@ def load_model(GPT, config, state):
     check_whole(state)
     model = meta_model(GPT, config)  # config may ask for more than fits into memory
     check_weights(model, state["model"])
-    check_memory({SHAPE: 4 * num_params(model)})
+    check_memory({SIZE_SETTINGS: 4 * num_params(model)})
     model = model.to_empty(device="cpu")
     model.load_state_dict(state["model"])
     return model

@@ -36,13 +36,13 @@ def one_line(error, length=200):
 UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
+def plural(n, noun):
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 # torch reports a failed allocation on a CPU, and sizes beyond 64 bits, as an ordinary RuntimeError
 NO_MEMORY = re.compile("allocate memory|not enough memory|out of memory|bad_alloc|Invalid buffer "
                        "size|[Ss]torage size calculation overflowed|multiplication overflow")
-
-
-def plural(n, noun):
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def out_of_memory(error):
@@ -100,7 +100,7 @@ def open_output():
 
 
 def drop_output():
-    """Discards what standard output and error do not accept, on which Python would fail at exit."""
+    """Discards buffered output that cannot be written: Python would fail on it at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -113,10 +113,11 @@ def report(error, name):
     """Prints an error of the program called name as one line."""
     text = str(error)
     if isinstance(error, OSError):  # those with a better remedy became UserErrors earlier
-        text = (f"cannot use {str(error.filename)[:100]!r} ({error.strerror}): check the path, its "
-                "permissions and the disk")
-        if error.filename is None:
-            text = f"cannot write ({error.strerror}): check the disk, and where the output goes"
+        why = error.strerror or error
+        text = f"cannot write ({why}): check the disk, and where the output goes"
+        if error.filename is not None:
+            text = (f"cannot use {str(error.filename)[:100]!r} ({why}): check the path, its "
+                    "permissions and the disk")
     # torchrun ends every rank as soon as one exits. The others wait, so that rank 0 prints the
     # error, once; a rank with an error of its own (a missing disk) prints it after the wait.
     if os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -179,12 +180,20 @@ def choices_of(given, cls):
     chosen = []
     for values in combinations(given):
         if isinstance(given.get("attention"), list):
-            for kind, names in cls.settings_of.items():
-                if kind != values["attention"]:
-                    values = {key: value for key, value in values.items() if key not in names}
+            others = settings_of_others(cls, values["attention"])
+            values = {key: value for key, value in values.items() if key not in others}
         if values not in chosen:
             chosen.append(values)
     return chosen
+
+
+def settings_of_others(cls, kind):
+    """The settings that belong to other kinds of attention than kind: see cls.settings_of."""
+    names = []
+    for other, settings in cls.settings_of.items():
+        if other != kind:
+            names += settings
+    return names
 
 
 def build(cls, values):
@@ -206,10 +215,7 @@ def off_default(settings, always=()):
     Where settings.settings_of says which belong to one kind of attention, those of other kinds are
     left out.
     """
-    foreign = []
-    for kind, names in settings.settings_of.items():
-        if kind != settings.attention:
-            foreign += names
+    foreign = settings_of_others(settings, settings.attention)
     shown = []
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
@@ -218,15 +224,6 @@ def off_default(settings, always=()):
         if value != field.default or field.name in always:
             shown.append(f"{field.name} {value}")
     return ", ".join(shown)
-
-
-def check_known(settings, known, action):
-    """Raises UserError that names a setting which is off its default and not in known."""
-    for field in dataclasses.fields(settings):
-        value, default = getattr(settings, field.name), field.default
-        if field.name not in known and value != default:
-            raise UserError(f"{field.name}={value} cannot be {action}, since convert.py has no "
-                            f"rule for it: add one, or choose a model with {field.name}={default}")
 
 
 def in_range(settings, names, low, high=math.inf, below=math.inf):

@@ -23,7 +23,7 @@ GPU_MEMORY = {"H100": 80e9, "H200": 141e9}  # bytes (NVIDIA's data sheets)
 LIBRARIES = 96 * 2**20  # bytes of the buffers of PyTorch, MKL and oneDNN, and gaps in the heap
 CONTEXT = 4096  # tokens for which compare.py gives the size of a cache
 # the settings that a model's number of parameters comes from
-SHAPE = "n_layer, n_embd, n_ff, vocab_size or the widths of heads and latents"
+SIZE_SETTINGS = "n_layer, n_embd, n_ff, vocab_size or the widths of heads and latents"
 
 
 # -- one model -------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def meta_model(GPT, config):
             return GPT(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         raise UserError(f"a model of this size cannot be created anywhere ({one_line(error, 100)}):"
-                        f" lower {SHAPE}") from None
+                        f" lower {SIZE_SETTINGS}") from None
 
 
 def count_params(GPT, config):
@@ -131,11 +131,6 @@ def cache_length(config, prompts, max_new_tokens):
     return min(config.block_size, max(map(len, prompts)) + max_new_tokens)
 
 
-def caching_layer(config):
-    """The CacheSpec of the layer with the most key/value numbers per token."""
-    return max(config.cache_specs(), key=lambda layer: layer.heads * sum(layer.widths))
-
-
 def prefill_chunk(batch_size, prompt_len, masked, static):
     """(rows, tokens) of a prompt that one forward pass reads: 2,048 tokens of all rows together,
     unless one row has more. A prompt of up to 4,096 tokens is read at once, since its start needs
@@ -197,11 +192,12 @@ def numbers_per_token(config):
     the letters of LatentAttention: 2 (R + P) of latents, and 8 H (N + P) where they are expanded,
     H (3 (R + P) + 2 (N + P)) where they are absorbed.
     """
-    layer, H = caching_layer(config), config.n_head
-    heads = 7 * H * config.head_dim + 2 * layer.heads * sum(layer.widths)
+    H = config.n_head
+    cached = max(layer.heads * sum(layer.widths) for layer in config.cache_specs())
+    heads = 7 * H * config.head_dim + 2 * cached
     if config.attention == "mla":
         key = config.nope_head_dim + config.rope_head_dim
-        latent = layer.widths[0]
+        latent = config.kv_lora_rank + config.rope_head_dim
         heads = 2 * latent + H * max(8 * key, 3 * latent + 2 * key)
     return 3 * config.n_embd + max(4 * config.n_ff, heads)
 
@@ -227,8 +223,8 @@ def masked_keys(layer, decoding, tokens):
 
 
 def copied_numbers(config, decoding, tokens):
-    """Numbers for each row that layers copy from rings to attend to a part of a prompt: of a layer,
-    and of the one below, whose copy is still there."""
+    """Most numbers for each row that copies from rings hold at once, for a part of a prompt: the
+    copy of a layer, and that of the one below, which is not freed yet."""
     copied = [0]
     for layer in config.cache_specs():
         if in_ring(layer, decoding):
@@ -271,12 +267,12 @@ def mask_bytes(config, decoding, rows, tokens):
     return max(step, prompt)
 
 
-def decoding_floor(config, params, decoding, lower):
-    """A lower bound of the bytes that decoding holds at once, as check_memory of runtime.py takes
-    it. lower names the settings that its number of rows and tokens come from."""
+def decoding_floor(config, params, decoding, settings):
+    """{settings to lower: bytes} for check_memory of runtime.py: what decoding holds at least.
+    settings names those that its numbers of rows and tokens come from."""
     row = kv_cache_bytes(config, decoding.max_length, decoding.dtype)
     row += config.vocab_size * decoding.dtype.itemsize
-    return {SHAPE: params * decoding.dtype.itemsize, lower: decoding.batch_size * row}
+    return {SIZE_SETTINGS: params * decoding.dtype.itemsize, settings: decoding.batch_size * row}
 
 
 def peak_of(table, device):
@@ -310,14 +306,14 @@ def training_floor(config, params, tokens, ranks, steps):
     """
     if config.parallel == "fsdp":
         params = params / ranks
-    floor = {SHAPE: 4 * params, "tokens_per_step": 8 * config.tokens_per_step / ranks}
+    floor = {SIZE_SETTINGS: 4 * params, "tokens_per_step": 8 * config.tokens_per_step / ranks}
     if steps > 0 and not config.trainable:
         inputs = 2 * config.n_layer * config.n_embd * tokens
         states = 12 * params
         if config.optimizer == "muon":
             states = 8 * params
         if inputs < states:
-            floor[SHAPE] += states
+            floor[SIZE_SETTINGS] += states
         elif config.batch_size is None:
             floor["tokens_per_step, or set batch_size"] = inputs
         else:

@@ -23,21 +23,30 @@ class World(NamedTuple):
     local_rank: int               # of this process among those of its machine
 
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 def world():
     """The World of this process, as torchrun sets it; World(0, 1, 0) without torchrun."""
-    numbers = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    names = (*numbers, "MASTER_ADDR", "MASTER_PORT")
-    values = [os.environ.get(name, default) for name, default in numbers.items()]
-    if all(value.isdecimal() for value in values):
-        place = World(*map(int, values))
-        port = os.environ.get("MASTER_PORT", "")
-        complete = (set(names) <= os.environ.keys() and os.environ["MASTER_ADDR"] != ""
-                    and port.isdecimal() and len(port) < 6 and int(port) < 2**16)
-        if max(place.rank, place.local_rank) < place.ranks and (place.ranks == 1 or complete):
+    rank = os.environ.get("RANK", "0")
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    if rank.isdecimal() and ranks.isdecimal() and local_rank.isdecimal():
+        place = World(int(rank), int(ranks), int(local_rank))
+        possible = max(place.rank, place.local_rank) < place.ranks
+        if possible and (place.ranks == 1 or can_meet()):
             return place
-    found = ", ".join(f"{name}={os.environ.get(name)!s:.40}" for name in names)
+    found = ", ".join(f"{name}={os.environ.get(name)!s:.40}" for name in TORCHRUN)
     raise UserError(
         f"{found} is not what torchrun sets: unset these variables, or start with torchrun")
+
+
+def can_meet():
+    """Whether all variables of torchrun are set, with an address and a port to meet at."""
+    if not set(TORCHRUN) <= os.environ.keys() or os.environ["MASTER_ADDR"] == "":
+        return False
+    port = os.environ["MASTER_PORT"]
+    return port.isdecimal() and len(port) < 6 and int(port) < 2**16
 
 
 def first_rank():
@@ -50,7 +59,7 @@ def first_rank():
 @contextlib.contextmanager
 def process_group():
     """Joins the ranks, if there are several, while it is open. Errors of lost ranks and of
-    torch.compile become UserErrors; after one the group stays, and run_and_exit ends the process.
+    torch.compile become UserErrors. After any error the group stays: run_and_exit ends the process.
     """
     with readable_errors():
         if world().ranks > 1:

@@ -9,7 +9,8 @@ the comparisons depend on each other, as they do since they share the first vari
   of at least 95 %, no difference is found where there is none.
 - Bonferroni's intervals hold all together with at least 95 %. Holm's test has no two-sided
   intervals of its own; these are the usual ones beside it. Where one of them excludes zero, Holm's
-  test finds the difference; it may also find one whose interval still contains zero.
+  test of Student's p values finds the difference; it may also find one whose interval contains
+  zero.
 
 The p values are those of Student's t test. Where the loss counts answers, seeds may form groups,
 those that learn the task and those that do not: then they are those of an exact test of ranks.
@@ -206,8 +207,9 @@ def rank_test(values, reference):
     """(p, lower): the exact two-sided p value of the test of Wilcoxon, Mann and Whitney, and
     whether values are lower (Mann and Whitney 1947, Annals of Mathematical Statistics 18).
 
-    Pairs do not matter. p is the share of all ways to choose len(values) of the joined losses whose
-    sum of ranks is at least as far from the mean sum. Equal losses share the mean of their ranks.
+    p is the share of all ways to choose len(values) of all losses together whose sum of ranks is at
+    least as far from the mean sum. Equal losses share the mean of their ranks. Pairs do not matter:
+    runs with the same seed that resemble each other make the test cautious.
     """
     ranks = doubled_ranks([*values, *reference])
     n = len(values)

@@ -61,7 +61,7 @@ def lock(folder, busy, patience=60, key="out_dir"):
     """Holds the lock of folder while open. Raises UserError(busy) if another process still holds it
     after patience seconds. key is the setting that names the folder.
 
-    At the end, removes .lock if the folder was given it here and has no other new file.
+    At the end, .lock is removed if it was created here and no other file was.
     """
     before = set(os.listdir(folder))
     held = filelock.FileLock(Path(folder) / ".lock")  # released with the process, however it ends

@@ -8,17 +8,16 @@ from nanogqa.configurator import UserError
 from nanogqa.distributed import barrier, first_rank, total
 from nanogqa.files import check_writable, created, lock
 
-NAME = "ckpt.pt"      # the newest checkpoint
+NEWEST = "ckpt.pt"  # the newest checkpoint
 BEST = "ckpt_best.pt"  # the one with the lowest validation loss
-# sharded_STEP is a folder of safetensors; state.json in it is written last
-SHARDED = "sharded_"
+SHARDED = "sharded_"  # sharded_STEP is a folder of safetensors, whose state.json is written last
 # what a killed run may leave
 LEFT = re.compile(r"(ckpt(_best|_\d+)?\.pt|metrics\.jsonl|trace\.json|wandb\.json|"
                   r"tokenizer(_config)?\.json)\.part|\.probe\d+")
 
 
 def numbered(out_dir, before, after=""):
-    """The numbers N of the files and folders BEFORE N AFTER in out_dir, in order.
+    """The numbers N, in order, for which out_dir holds a file or folder BEFORE + N + AFTER.
 
     Other names, such as ckpt_007.pt or sharded_backup, are not of a run.
     """
@@ -40,13 +39,13 @@ def lock_folder(out_dir, stack):
 
 
 def lock_existing(call, stack):
-    """Locks out_dir of the settings in call, as lock_folder does, if rank 0 sees such a folder.
-    Returns whether it is locked. An evaluation writes nothing, and locks nothing."""
-    there = bool(total(float(first_rank() and Path(call.out_dir).is_dir())))
-    locked = there and not call.eval_only
-    if locked:
-        lock_folder(call.out_dir, stack)
-    return locked
+    """Locks the out_dir of call, the settings of resume.call_settings, as lock_folder does, if rank
+    0 finds it. Returns whether it is locked. An evaluation writes nothing, and locks nothing."""
+    found = first_rank() and Path(call.out_dir).is_dir()
+    if call.eval_only or not total(float(found)):  # all ranks act as rank 0 does
+        return False
+    lock_folder(call.out_dir, stack)
+    return True
 
 
 def open_folder(out_dir, locked, stack):
@@ -75,7 +74,7 @@ def path_of(out_dir):
     path = Path(out_dir)
     if path.is_file() or (path.suffix == ".pt" and not path.is_dir()):
         return path
-    return path / NAME
+    return path / NEWEST
 
 
 def find_sharded(out_dir):

@@ -3,12 +3,12 @@
 convert.py uses it. It needs the optional package safetensors.
 """
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from nanogqa import checkpoint, costs, schema
-from nanogqa.configurator import UserError, build, check_known, one_line, out_of_memory
+from nanogqa.configurator import UserError, build, one_line, out_of_memory
 from nanogqa.hf_tokenizer import SPECIAL_IDS, import_extra, read_json
 from nanogqa.runtime import check_memory
 from nanogqa.schema import base_name
@@ -90,6 +90,15 @@ def windows_of(config):
     if None in windows:
         return "some"
     return "all"
+
+
+def check_known(config, known, action):
+    """Raises UserError that names a setting which is off its default and not in known."""
+    for field in fields(config):
+        value, default = getattr(config, field.name), field.default
+        if field.name not in known and value != default:
+            raise UserError(f"{field.name}={value} cannot be {action}, since convert.py has no "
+                            f"rule for it: add one, or choose a model with {field.name}={default}")
 
 
 def model_type_of(config):
@@ -222,7 +231,7 @@ def window_size(value):
 
 
 # the part of config.json that is not checked as settings of GPTConfig are
-HF_CONFIG = SPECIAL_IDS | {
+CONFIG_SCHEMA = SPECIAL_IDS | {
     "layer_types?": list_of_text,
     "sliding_window?": window_size,
     "max_window_layers?": schema.count,

@@ -13,7 +13,7 @@ from nanogqa import schema
 from nanogqa.configurator import UserError, one_line, plural
 from nanogqa.distributed import first_rank
 from nanogqa.files import append, replacing, write_json
-from nanogqa.terminal import reason, warn
+from nanogqa.terminal import reason, warn, without_none
 from nanogqa.timing import profiler
 
 # formats of numbers on the terminal; others have four digits
@@ -178,11 +178,7 @@ class Log:
                 warn(f"wandb did not finish ({reason(error)})")
 
 
-def without_none(row):
-    return {key: value for key, value in row.items() if value is not None}
-
-
-# -- wandb and the profiler ------------------------------------------------------------------------
+# -- wandb -----------------------------------------------------------------------------------------
 
 def wandb_id(value):
     """An id of a run on wandb."""

@@ -1,8 +1,9 @@
 """The tables of a comparison as report.md, from the content of its results.json."""
 import re
 
+from nanogqa.configurator import plural
 from nanogqa.costs import CONTEXT
-from nanogqa.estimates import mean_over_seeds, smallest_p
+from nanogqa.estimates import ALPHA, mean_over_seeds, smallest_p
 from nanogqa.files import replacing
 from nanogqa.pictures import draw
 from nanogqa.published import PUBLISHED, VARIANTS, relative_differences
@@ -21,7 +22,7 @@ ABOUT_DIFFERENCES = (
     "Differences are between runs with the same seed, which share the order of the data and the "
     "initial value of every weight of equal name and shape. Their intervals are Student's: each "
     "one has a confidence of 95 % by itself. The wider ones of the next column all contain the "
-    "true difference with a confidence of at least 95 % (Bonferroni). All this assumes that the "
+    "true difference with a confidence of at least 95 % (Bonferroni). They assume that the "
     "differences of seeds are about normally distributed."
 )
 ABOUT_VERDICTS = (
@@ -29,11 +30,15 @@ ABOUT_VERDICTS = (
     "The chance that a report finds any difference where there is none is then at most 5 %. Holm's "
     "test may find a difference whose wider interval contains zero."
 )
+ABOUT_STUDENT = (
+    "The p values are those of Student's t test, which assumes the same as the intervals."
+)
 ABOUT_RANKS = (
-    "On such data, seeds may form groups, those that have learned the task and those that have "
-    "not, and the intervals are rough. So the p values are those of an exact test of ranks (Mann "
-    "and Whitney), which assumes nothing of that kind and does not use the pairs. With {seeds} "
-    "seeds they are at least {smallest:.2g} before Holm's correction."
+    "Where answers alone count, seeds may form groups, those that have learned the task and those "
+    "that have not. So the intervals are rough, and the p values are those of an exact test of "
+    "ranks (Mann and Whitney). It assumes no distribution, does not use the pairs, and may "
+    "disagree with an interval or with the sign of a mean. With {seeds} seeds, p is at least "
+    "{smallest:.2g} before Holm's correction."
 )
 ABOUT_STEPS = (
     "Steps are read off the mean curve by linear interpolation, and their time counts training "
@@ -110,6 +115,8 @@ def about_quality(summaries):
         if unit_of(summaries[0]) == "answer":
             seeds = len(summaries[0].curves)
             texts.append(ABOUT_RANKS.format(seeds=seeds, smallest=smallest_p(seeds)))
+        else:
+            texts.append(ABOUT_STUDENT)
         texts.append(ABOUT_STEPS)
     return " ".join(texts)
 
@@ -217,6 +224,10 @@ def resolution(summaries):
     if others[0].difference.half is None:
         return ["One seed gives no error bar: any difference above may be due to chance."]
     if others[0].difference.detectable is None:
+        seeds = len(first.curves)
+        if len(others) * smallest_p(seeds) >= ALPHA:
+            return [f"With {seeds} seeds and {plural(len(others), 'comparison')}, a test of ranks "
+                    "may find no difference, however large: use more seeds."]
         return ["This is not estimated for a test of ranks: it depends on how seeds form groups."]
     # the loss of an answer may be nearly 0, and differences many times that
     relative = unit_of(first) == "token" and first.loss.mean > 0

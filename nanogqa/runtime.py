@@ -304,9 +304,9 @@ def check_sampling(model, config, ids, runtime):
     texts, length = len(ids) * config.num_samples, 0
     if config.kv_cache:
         length = cache_length(model.config, ids, config.max_new_tokens)
-    lower = "num_samples, max_new_tokens or the number of prompts"
-    floor = {lower: TEXT * texts}
+    settings = "num_samples, max_new_tokens or the number of prompts"
+    floor = {settings: TEXT * texts}
     if runtime.device.type == "cpu" and config.max_new_tokens:
         decoding = Decoding(texts, 1, length, runtime.dtype)
-        floor = decoding_floor(model.config, num_params(model), decoding, lower)
+        floor = decoding_floor(model.config, num_params(model), decoding, settings)
     check_memory(floor)

@@ -12,7 +12,7 @@ import torch
 from nanogqa.configurator import UserError, one_line
 from nanogqa.distributed import cause, total, whole
 from nanogqa.files import replacing, sync, write_json
-from nanogqa.folder import BEST, NAME, SHARDED, clear_sharded, find_sharded, numbered
+from nanogqa.folder import BEST, NEWEST, SHARDED, clear_sharded, find_sharded, numbered
 from nanogqa.terminal import warn
 from nanogqa.tokenizer import copy_tokenizer
 
@@ -25,7 +25,7 @@ def save(out_dir, state, also=()):
     out_dir = Path(out_dir)
     parts = {}
     try:
-        with replacing(out_dir / NAME, "wb") as file:
+        with replacing(out_dir / NEWEST, "wb") as file:
             torch.save(state, file)
             sync(file)  # the links share its content, so that must be on the disk before they are
             for name in also:
@@ -56,7 +56,7 @@ class Saver:
 
     ckpt.pt is the newest, ckpt_best.pt that of the lowest validation loss among those written,
     ckpt_STEP.pt are the last keep ones. A failed write prints a warning; .failed holds it until one
-    succeeds.
+    succeeds. A resumed run with another eval_tokens forgets the lowest loss: see make_saver.
     """
 
     def __init__(self, config, kept=(), best=None, rank=0):
@@ -108,7 +108,7 @@ class Saver:
 
     def previous(self):
         """What is left after a failed write, as text."""
-        if (self.out_dir / NAME).exists():
+        if (self.out_dir / NEWEST).exists():
             return "the previous checkpoint is whole"
         return "nothing is saved yet"
 

@@ -35,7 +35,8 @@ def summarize(results):
     for record in results["records"]:
         groups.setdefault((record["match"], record["variant"]), []).append(record)
     first = {}  # {matching: records of its first variant}
-    samples = {}  # {shape: paired differences}: one model in both matchings is one comparison
+    samples = {}  # {shape: its losses and those of the first variant}: one model in both matchings
+    # is one comparison
     for (match, _), records in groups.items():
         first.setdefault(match, records)
         if records is not first[match]:
@@ -53,7 +54,7 @@ def summarize(results):
 
 def counts_answers(records):
     """Whether the losses are those of answers alone: then there are no bits per byte of a text."""
-    return all(record["val_bpb"] is None for record in records)
+    return records[0]["val_bpb"] is None
 
 
 def summarize_variant(records, first, difference):

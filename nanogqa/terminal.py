@@ -35,7 +35,7 @@ def reason(error):
 
 # -- terminals that are full or gone ---------------------------------------------------------------
 
-class Lasting:
+class TolerantStream:
     """A text stream that drops what it cannot write: a full disk or a closed terminal does not end
     a run."""
 
@@ -57,8 +57,8 @@ class Lasting:
 
 @contextlib.contextmanager
 def tolerant_output():
-    """While it is open, standard output and error are Lasting."""
-    out, err = Lasting(sys.stdout), Lasting(sys.stderr)
+    """While it is open, standard output and error are TolerantStreams."""
+    out, err = TolerantStream(sys.stdout), TolerantStream(sys.stderr)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             yield
@@ -112,8 +112,8 @@ def announce_resume(state, settings, runtime):
     say(one_line(text, 1000))  # a checkpoint may hold any text
 
 
-def sampling_command(config, dataset):
-    """The command that samples from the run, as text; eval_only where ids stand for no text."""
+def next_command(config, dataset):
+    """What to run next, as text: sample.py, or an evaluation where ids stand for no text."""
     if dataset.meta["tokenizer"] == "none":
         return (f"evaluate it again: python train.py --out_dir={shlex.quote(config.out_dir)} "
                 "--init_from=resume --eval_only=True")
@@ -141,6 +141,10 @@ def announce_sampling(config, gpt_config, runtime, step, ids):
 
 
 def result(metrics):
-    """The metrics of an evaluation as text, those that are known."""
-    known = {key: value for key, value in metrics.items() if value is not None}
-    return ", ".join(f"{key} {value:.4f}" for key, value in known.items())
+    """The known metrics of an evaluation, as text."""
+    return ", ".join(f"{key} {value:.4f}" for key, value in without_none(metrics).items())
+
+
+def without_none(row):
+    """The entries of a row that have a value."""
+    return {key: value for key, value in row.items() if value is not None}

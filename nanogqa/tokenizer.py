@@ -25,9 +25,11 @@ def unicode_of_bytes():
     table = {}
     for byte in visible:
         table[byte] = chr(byte)
+    code = 256
     for byte in range(256):
         if byte not in table:
-            table[byte] = chr(256 + len(table) - len(visible))
+            table[byte] = chr(code)
+            code += 1
     return table
 
 

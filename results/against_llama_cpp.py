@@ -62,7 +62,7 @@ def to_gguf(model, folder, llama_cpp, tokenizer="gpt2"):
     source = folder / "run"
     source.mkdir(parents=True)
     state = {"model": model.state_dict(), "config": vars(model.config), "tokenizer": tokenizer}
-    convert.write(source, state)
+    convert.write_checkpoint(source, state)
     convert.main(["to_hf", f"--out_dir={source}", f"--hf_dir={folder / 'hf'}"])
     path = folder / "model.gguf"
     script = Path(llama_cpp) / "convert_hf_to_gguf.py"

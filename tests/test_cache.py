@@ -232,7 +232,7 @@ def test_windows_of_latents(window):
 
 
 def test_a_long_prompt_is_read_in_parts_of_1024_tokens():
-    """Through sample.prefill, as sample.py reads it: three parts, and windows of which 20 fit into the prompt."""
+    """Through sample.prefill, as sample.py reads it: three parts, and windows of which 21 fit into the prompt."""
     model = model_of(dict(n_layer=4, n_kv_head=2, window=100, global_every=2, kv_share=2), block_size=2300)
     ids, calls = toy_ids(2, 2110), []
 

@@ -853,6 +853,12 @@ def test_what_is_no_design_is_refused(toy_data, design, words):
     assert words in str(error.value)
 
 
+def test_models_whose_folders_would_be_one_are_refused(toy_data):
+    """Both runs went to one folder, and one of them was reported as both."""
+    with pytest.raises(UserError, match="names that differ in punctuation alone"):
+        planned(toy_data, "--n_kv_head=1", "--trainable=attn.*,attn.+")
+
+
 def test_controls_have_the_cache_of_what_they_control_for(toy_data):
     variants = planned(toy_data, "--controls=True", "--match=shape")[2]
     assert [v.name for v in variants] == [
@@ -1143,7 +1149,8 @@ def test_no_difference_is_given_in_percent_of_a_loss_of_nearly_nothing(compariso
     text = report(results, [])
     assert "in % of the loss" not in text and "published" not in text
     answers = "val_bpb" in change
-    assert ("exact test of ranks" in text) == ("for a test of ranks" in text) == answers
+    assert ("exact test of ranks" in text) == ("With 2 seeds and 1 comparison, a test of ranks may find no difference" in text) == answers
+    assert ("those of Student's t test" in text) == (not answers)
     assert ("found with 80 % power" in text) == (not answers)
 
 

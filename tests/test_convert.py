@@ -357,7 +357,7 @@ def test_a_link_to_an_empty_folder_is_filled(tmp_path):
     """It passed the first check, and could not be replaced after all the work."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "new").symlink_to(tmp_path / "disk")
-    with convert.whole(tmp_path / "new", "new_dir") as folder:
+    with convert.replacing_folder(tmp_path / "new", "new_dir") as folder:
         (folder / "file").touch()
     assert (tmp_path / "disk/file").exists() and (tmp_path / "new").is_symlink()
 

@@ -175,17 +175,18 @@ def test_fsdp_has_the_losses_of_ddp_and_moves_between_numbers_of_ranks(toy_run, 
 
 
 def test_fsdp_passes_shared_keys_and_values_between_layers(toy_run, tmp_path):
-    """With every setting of the cache at once: the losses of DDP on 2 ranks, and of a single process that was resumed."""
+    """With every setting of the cache at once: FSDP has the losses of DDP, and a resumed process the weights of a whole one."""
+    pytest.importorskip("safetensors")
     settings = ["--n_layer=6", "--n_kv_head=2", "--window=8", "--global_every=2", "--kv_share=2", "--kv_tied=True", "--rope_fraction=0.5"]
     toy_run = [arg for arg in toy_run if not arg.startswith("--batch_size")]
     args = [*toy_run, *FSDP, *settings, "--max_steps=12", "--eval_interval=6"]
     for name, more in (("ddp", "--parallel=ddp"), ("fsdp", "--recompute=False"), ("recompute", "--recompute=True")):
         finish(torchrun(out([*args, more], tmp_path / name), 2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    alone = out([*args, "--parallel=ddp"], tmp_path / "alone")
-    train.main([*alone, "--max_steps=6", "--schedule=constant"])
-    train.main([*alone, "--init_from=resume", "--schedule=constant"])
-    whole = out([*args, "--parallel=ddp"], tmp_path / "whole")
-    train.main([*whole, "--schedule=constant"])
+    args += ["--parallel=ddp", "--schedule=wsd", "--cooldown=0"]
+    alone = out(args, tmp_path / "alone")
+    train.main([*alone, "--max_steps=6"])
+    train.main([*alone, "--init_from=resume"])
+    train.main(out(args, tmp_path / "whole"))
     for a, b in (("ddp", "fsdp"), ("ddp", "recompute")):
         for one, other in zip(rows(tmp_path / a), rows(tmp_path / b), strict=True):
             for key in ("train_loss", "val_loss", "grad_norm"):

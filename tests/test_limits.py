@@ -111,7 +111,7 @@ def test_the_floor_of_a_step_is_what_certainly_comes_with_the_weights():
     """4 bytes of weight, 4 of gradient, and 8 or (Muon) 4 of moments. An evaluation has weights alone; with trainable, the rest
     is not certain. Ranks of FSDP share all of it."""
     def floor(ranks=1, steps=1, **changes):
-        return costs.training_floor(TrainConfig(n_layer=1, n_embd=32, **changes), 10**6, 1, ranks, steps)[costs.SHAPE]
+        return costs.training_floor(TrainConfig(n_layer=1, n_embd=32, **changes), 10**6, 1, ranks, steps)[costs.SIZE_SETTINGS]
     assert floor() == 16e6 and floor(optimizer="muon") == 12e6
     assert floor(steps=0) == floor(trainable="q_proj") == 4e6
     assert floor(ranks=4) == 16e6 and floor(ranks=4, parallel="fsdp") == 4e6

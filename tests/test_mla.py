@@ -357,7 +357,7 @@ def test_a_comparison_has_it_as_a_row(toy_data, args, names):
 
 def save(model, folder):
     folder.mkdir()
-    convert.write(folder, dict(model=model.state_dict(), config=vars(model.config), tokenizer="none"))
+    convert.write_checkpoint(folder, dict(model=model.state_dict(), config=vars(model.config), tokenizer="none"))
     return folder
 
 
