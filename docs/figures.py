@@ -270,6 +270,11 @@ def recall_one_field():
     return recall_table("recall_one_field")
 
 
+def recall_wide():
+    """The same for heads that cache as much as those of MHA (docs/comparing.md)."""
+    return recall_table("recall_wide")
+
+
 def recall_table(folder):
     rows = []
     for summary in summarize(read(f"{folder}/results.json")):
@@ -338,8 +343,8 @@ def of_designs_recall():
 
 def of_recall(folder, fields, prefix=""):
     """Seeds, tokens and answers of training, and of each variant: the mean of right answers, how
-    many seeds reach 0.9, and by how many % the model is smaller than that of MHA. Names of texts
-    begin with prefix."""
+    many seeds reach 0.9, by how many % the model is smaller than that of MHA, and how many times as
+    large it is. Names of texts begin with prefix."""
     results = read(f"{folder}/results.json")
     tokens = results["settings"]["max_steps"] * results["settings"]["tokens_per_step"]
     answers = tokens / LENGTH * mean_answers(fields)
@@ -352,6 +357,7 @@ def of_recall(folder, fields, prefix=""):
         runs = recall_runs(folder, summary.name)
         size = summary.facts["params"] / summaries[0].facts["params"]
         texts[f"{prefix}{key}_smaller"] = f"{100 * (1 - size):.0f}"
+        texts[f"{prefix}{key}_as_large"] = f"{size:.1f}"
         right = statistics.mean(points[-1][1] for points in runs)
         texts[f"{prefix}recall_{key}"] = f"{right:.2f}"
         reached = 0
@@ -513,9 +519,9 @@ def llama():
 
 TABLES = {function.__name__: function for function in (
     attention, findings, comparison, decoding_times, prefill_times, peak_memory, noise,
-    noise_sources, published_table, designs, designs_recall, recall, recall_one_field, shakespeare,
-    against_nanogpt, bench_decode, bench_train, transformers_train, transformers_decode, ablation,
-    uptraining)}
+    noise_sources, published_table, designs, designs_recall, recall, recall_one_field, recall_wide,
+    shakespeare, against_nanogpt, bench_decode, bench_train, transformers_train,
+    transformers_decode, ablation, uptraining)}
 
 
 def values():
@@ -530,7 +536,8 @@ def values():
         seeds=str(settings["seeds"]),
         mha_cache=f"{sizes[0]:,}",
         **first_run(), **llama(), **ratios(), **found(), **of_mqa(), **ranges(), **of_designs(),
-        **of_recall("recall", 3), **of_recall("recall_one_field", 1, "one_"), **of_noise(),
+        **of_recall("recall", 3), **of_recall("recall_one_field", 1, "one_"),
+        **of_recall("recall_wide", 1, "wide_"), **of_noise(),
         **of_designs_recall(), **timed_twice(), one_guess=f"{guess_among_the_rest():.2f}",
         guess=f"{1 / RECORDS:.3f}")
 
@@ -650,7 +657,7 @@ SENTENCES = {
     "docs/bench.md": (
         "transformers takes {decode_low} to {decode_high} times as long per decoding step, and "
         "{train_low} to {train_high} times as long per training step in the same process",
-        "a training step takes {older_low} to {older_high} times as long as in transformers",
+        "here a training step takes {older_low} to {older_high} times as long as in transformers",
         "a decoding step of an exported model takes {llama_cpp_low} to {llama_cpp_high} times as "
         "long here",
     ),
@@ -669,6 +676,10 @@ SENTENCES = {
         "MHA {one_recall_mha}, GQA-4 {one_recall_gqa4}, GQA-2 {one_recall_gqa2}, MQA "
         "{one_recall_mqa}. Of {one_recall_seeds} seeds, MHA reaches 0.9 in {one_reach_mha}, GQA-4 "
         "in {one_reach_gqa4}, GQA-2 in {one_reach_gqa2} and MQA in {one_reach_mqa}",
+        "Of {wide_recall_seeds} seeds, wide MQA reaches 0.9 with {wide_reach_wide_mqa}, MHA with "
+        "{wide_reach_mha}, wide MLA with {wide_reach_wide_mla} and MQA with {wide_reach_mqa}",
+        "Wide MQA has {wide_wide_mqa_as_large} times the parameters of MHA",
+        "Wide MLA has {wide_wide_mla_as_large} times",
         "trains six models with {seeds} seeds each",
         "after these {tokens} tokens",
         "{seeds} seeds were planned on 2026-11-28",
@@ -692,7 +703,7 @@ SENTENCES = {
         "missed at most one time in five",
         "train on {designs_recall_tokens} tokens with {designs_recall_answers} answers",
         "not asked for yet is right {one_guess} of the time",
-        "`mla` ({mla_recall_minus} nats per answer)",
+        "`mla` ({mla_recall_minus} nats per answer) has fewer right answers",
         "Of {designs_recall_seeds} seeds, {mha_learned} of `mha`, `gqa` and `gemma_like` reach "
         "0.9, {share_learned} of `share` and `window`, {mqa_learned} of `mqa`, "
         "{deepseek_v4_like_learned} of `deepseek_v4_like`, {tied_learned} of `tied` and "

@@ -14,6 +14,7 @@ from nanogqa.summary import (
     metric_names,
     shown_name,
     summarize,
+    unit_of,
     with_match,
 )
 
@@ -246,7 +247,8 @@ def draw_fronts(summaries, colors, results):
     panels = []
     for match in matches_of(summaries):
         matched = with_match(summaries, match)
-        panels.append(Panel(f"validation loss, {equal(match)}", loss_points(matched), True))
+        label = f"loss, nats per {unit_of(matched[0])}, {equal(match)}"
+        panels.append(Panel(label, loss_points(matched), True))
         for name in metric_names(matched):
             label = f"{shown_name(name)}, {equal(match)}"
             panels.append(Panel(label, metric_points(matched, name), name != "val_acc"))

@@ -14,6 +14,7 @@ from nanogqa.summary import (
     metric_names,
     shown_name,
     summarize,
+    unit_of,
     with_match,
 )
 
@@ -270,13 +271,6 @@ def kind_of(summary):
     if re.fullmatch(r"GQA(-\d+)?", words[0]):
         return "GQA-4"
     return words[0]
-
-
-def unit_of(summary):
-    """What its losses are a mean over: tokens, or answers where they alone count."""
-    if summary.bits_per_byte is None:
-        return "answer"
-    return "token"
 
 
 def published_table():

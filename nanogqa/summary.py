@@ -107,6 +107,13 @@ def mean_curve(curves):
     return mean
 
 
+def unit_of(summary):
+    """What its losses are a mean over: tokens, or answers where they alone count."""
+    if summary.bits_per_byte is None:
+        return "answer"
+    return "token"
+
+
 def cache_bytes(summary):
     """Bytes that a variant caches for CONTEXT tokens; older results have no windows."""
     return summary.facts.get("kv_bytes_of_context", CONTEXT * summary.facts["kv_bytes_per_token"])

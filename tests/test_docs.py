@@ -214,7 +214,7 @@ DEFINITIONS = {
                           "found with a power of 80 %, that is", "its 95 % interval",
                           "the 10 billion tokens of its config", "16 texts of 4,096 tokens",
                           "a confidence of 95 % (Bonferroni)", "less than 0.010 nats", "wider than ± 0.010", "a deviation of 0.02 nats over seeds", "agree within 0.5 %",
-                          "0.02 to 0.05 nats worse",
+                          "0.02 to 0.05 nats worse", "within 200 steps",
                           "0.6 to 2.5 times the measured one, with a confidence of 95 %"),
     "docs/cache.md": ("chunks of at most 1,024 tokens (with torch.compile: 2,048 of all rows together)", "equal parameters (within 0.5 %)", "contexts of 256 tokens", "95 % interval",
                       "16 texts of 4,096 tokens", "more than 0.05 nats worse", "a distance of 127", "a gap of 64 tokens", "300 steps",
@@ -350,6 +350,17 @@ def test_recall_of_one_field_is_worse_with_fewer_heads_too():
     assert all(statistics.mean(summary.metrics["val_acc"]) < guess for summary in summaries[2:]), "no better than a guess"
 
 
+def test_a_wide_head_learns_what_a_narrow_one_does_not():
+    """README.md and docs/comparing.md: wide MQA learns within 200 steps, MHA in 350 to 450."""
+    assert verdicts("recall_wide", "shape") == {"better": {"wide_mqa"}, "worse": {"mqa"}, "not distinguishable": {"wide_mla"}}
+    steps = {name: [figures.steps_to_nine_tenths(run) for run in figures.recall_runs("recall_wide", name)]
+             for name in ("mha", "wide_mqa")}
+    assert set(steps["wide_mqa"]) == {"150", "200"} and set(steps["mha"]) == {"350", "400", "450", "never"}
+    facts = {summary.name: summary.facts for summary in figures.summarize(figures.read("recall_wide/results.json"))}
+    sizes = {name: facts[name]["kv_bytes_per_token"] for name in facts}
+    assert sizes["mha"] == sizes["wide_mqa"] == sizes["wide_mla"] == 8 * sizes["mqa"]
+
+
 def test_the_answers_of_a_sequence():
     """docs/comparing.md: counted in sequences of data/recall. About a quarter of the questions with three fields are the
     inverse of an earlier one."""
@@ -460,7 +471,7 @@ def test_the_picture_is_drawn_from_results():
     assert head.PICTURE.read_text(encoding="utf-8") != head.picture(results)
 
 
-@pytest.mark.parametrize("name", ["compare", "cache", "recall", "recall_one_field", "cache_recall"])
+@pytest.mark.parametrize("name", ["compare", "cache", "recall", "recall_one_field", "recall_wide", "cache_recall"])
 def test_reports_are_those_of_their_results(name):
     folder = ROOT / "results" / name
     parts = ["curves", "quality", "decode", "front"]

@@ -584,6 +584,21 @@ def test_local_files_of_the_same_names_with_other_content(server, tmp_path, caps
     assert content(tmp_path / "out") != before
 
 
+def test_a_finished_data_set_with_other_bytes_is_prepared_again(server, tmp_path, capsys):
+    """It was called the same data set, although train.py said to run this program."""
+    main(arguments(server, tmp_path / "out"))
+    before = content(tmp_path / "out")
+    path = next((tmp_path / "out").glob("train*.bin"))
+    ids = bytearray(path.read_bytes())
+    ids[0] ^= 1
+    path.write_bytes(ids)
+    capsys.readouterr()
+    main(arguments(server, tmp_path / "out"))
+    assert "already holds" not in capsys.readouterr().out and content(tmp_path / "out") == before
+    main(arguments(server, tmp_path / "out"))
+    assert "already holds" in capsys.readouterr().out
+
+
 def test_two_processes_do_not_prepare_one_folder(server, tmp_path, capsys):
     """Both wrote to the same files, and zeros were left where neither had written."""
     (tmp_path / "out").mkdir()

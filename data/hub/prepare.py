@@ -29,6 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # data/ may be a link
 from nanogqa import schema
 from nanogqa.configurator import UserError, build, in_range, one_line, parse, program
+from nanogqa.dataloader import Dataset
 from nanogqa.files import created, lock
 from nanogqa.tokenizer import encode_text
 from nanogqa.writer import (
@@ -544,6 +545,15 @@ def describe(config, tokenizer):
     return about
 
 
+def damaged(data_dir):
+    """Whether a finished data set has other bytes than its meta.json says. Reads all of them."""
+    try:
+        Dataset(data_dir.resolve()).verify()
+    except UserError:
+        return True
+    return False
+
+
 @program
 def main(argv):
     config = build(HubConfig, parse(HubConfig, argv, __doc__))
@@ -559,6 +569,8 @@ def main(argv):
     meta = None
     if config.input is None or not config.overwrite:  # files of equal names may have other content
         meta = find_finished(data_dir, about, config.overwrite)
+    if meta is not None and damaged(data_dir):
+        meta = None
     if meta is not None:
         print(f"{data_dir} already holds this data set")
     else:
