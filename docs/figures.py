@@ -639,7 +639,7 @@ SENTENCES = {
         "trained with {seeds} seeds each on {tokens} tokens",
         "true differences of {gqa_found} and {mqa_found} nats would have been missed at "
         "most one time in five",
-        "After all {seeds} planned seeds",
+        "After {seeds} seeds, MLA has",
         "MQA's loss is {mqa_share} % higher, barely significant",
         "with 8 query heads and {recall_seeds} seeds, MHA answered {recall_mha} of the questions, "
         "GQA-4 {recall_gqa4}, GQA-2 {recall_gqa2} and MQA {recall_mqa}; guessing gives {guess}. "

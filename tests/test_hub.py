@@ -1201,7 +1201,7 @@ def test_opening_checks_a_bounded_number_of_tokens(tmp_path, monkeypatch):
     for i in range(10):
         np.full(30, 7, "<u2").tofile(tmp_path / f"train_{i:05d}.bin")
     seen = []
-    monkeypatch.setattr(dataloader.Split, "check", lambda self, ids: seen.append(len(ids)) or ids)
+    monkeypatch.setattr(dataloader.Split, "check_ids", lambda self, ids: seen.append(len(ids)) or ids)
     make(tmp_path, [30] * 10)
     assert seen == [30, 30, 30, 10, 30]
 

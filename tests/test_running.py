@@ -648,7 +648,7 @@ def test_a_run_that_ended_meanwhile_is_not_replaced(toy_run, tmp_path, trained_o
     """Of two runs that started in a new folder, the second replaced the checkpoint of the first."""
     def wait_for_the_other_run(out_dir, stack):
         shutil.copytree(trained_once, out_dir, dirs_exist_ok=True)
-    monkeypatch.setattr(folder, "own", wait_for_the_other_run)
+    monkeypatch.setattr(folder, "lock_folder", wait_for_the_other_run)
     for args in ([], ["--init_from=auto"], ["--overwrite=True"]):
         assert "another run has written to" in fails(train.main, [*toy_run, *args], capsys)
         shutil.rmtree(tmp_path / "run")
