@@ -342,7 +342,7 @@ def test_parts_of_a_prompt():
     dict(n_kv_head=2), dict(n_kv_head=1), dict(n_kv_head=1, n_ff=192, qk_norm=False),
     dict(attention="mla"), dict(attention="mla", q_lora_rank=24),
     dict(n_kv_head=8, window=40, qk_norm=False, n_ff=8), dict(n_kv_head=1, window=500, global_every=2),
-    dict(attention="mla", window=100), dict(n_kv_head=8, n_layer=8, kv_share=2, window=500, n_ff=8)], ids=str)
+    dict(attention="mla", window=100), dict(n_kv_head=8, n_layer=24, kv_share=2, window=500, n_ff=8)], ids=str)
 @pytest.mark.parametrize("batch,length,static,padded", [
     (1, 64, False, False), (16, 256, False, False), (3, 700, False, False),
     (1, 2000, False, False), (1, 64, True, False), (2, 256, True, True), (2, 256, False, True)])
