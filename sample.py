@@ -40,7 +40,7 @@ class SampleConfig:
     # where it runs
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and cache
-    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: from 30,000 tokens on
+    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: from 30,000 new tokens on
     fast: bool = True  # nanogqa/fast.py; False: the plain modules of model.py
 
     def __post_init__(self):

@@ -369,6 +369,17 @@ def of_recall(folder, fields, prefix=""):
     return texts
 
 
+def of_wide_mqa():
+    """How many times the FLOPs and the time of a training step wide MQA takes beside MHA
+    (docs/comparing.md)."""
+    results = read("recall_wide/results.json")
+    facts = {summary.name: summary.facts for summary in summarize(results)}
+    step = {name: results["speed"][facts[name]["shape"]]["train"][0]["step_ms"] for name in facts}
+    flops = facts["wide_mqa"]["flops_per_token"] / facts["mha"]["flops_per_token"]
+    return {"wide_mqa_flops": f"{flops:.1f}",
+            "wide_mqa_step": f"{step['wide_mqa'] / step['mha']:.1f}"}
+
+
 # -- results/*.json --------------------------------------------------------------------------------
 
 def shakespeare():
@@ -537,7 +548,7 @@ def values():
         mha_cache=f"{sizes[0]:,}",
         **first_run(), **llama(), **ratios(), **found(), **of_mqa(), **ranges(), **of_designs(),
         **of_recall("recall", 3), **of_recall("recall_one_field", 1, "one_"),
-        **of_recall("recall_wide", 1, "wide_"), **of_noise(),
+        **of_recall("recall_wide", 1, "wide_"), **of_wide_mqa(), **of_noise(),
         **of_designs_recall(), **timed_twice(), one_guess=f"{guess_among_the_rest():.2f}",
         guess=f"{1 / RECORDS:.3f}")
 
@@ -678,8 +689,10 @@ SENTENCES = {
         "in {one_reach_gqa4}, GQA-2 in {one_reach_gqa2} and MQA in {one_reach_mqa}",
         "Of {wide_recall_seeds} seeds, wide MQA reaches 0.9 with {wide_reach_wide_mqa}, MHA with "
         "{wide_reach_mha}, wide MLA with {wide_reach_wide_mla} and MQA with {wide_reach_mqa}",
-        "Wide MQA has {wide_wide_mqa_as_large} times the parameters of MHA",
-        "Wide MLA has {wide_wide_mla_as_large} times",
+        "Wide MQA has {wide_wide_mqa_as_large} times the parameters of MHA and {wide_mqa_flops} "
+        "times the training FLOPs",
+        "Wide MLA has {wide_wide_mla_as_large} times the parameters",
+        "a step of wide MQA takes {wide_mqa_step} times as long",
         "trains six models with {seeds} seeds each",
         "after these {tokens} tokens",
         "{seeds} seeds were planned on 2026-11-28",

@@ -23,7 +23,7 @@ ABOUT_DIFFERENCES = (
     "Differences are between runs with the same seed, which share the order of the data and the "
     "initial value of every weight of equal name and shape. Their intervals are Student's: each "
     "one has a confidence of 95 % by itself. The wider ones of the next column all contain the "
-    "true difference with a confidence of at least 95 % (Bonferroni). They assume that the "
+    "true difference with a confidence of at least 95 % (Bonferroni). Both assume that the "
     "differences of seeds are about normally distributed."
 )
 ABOUT_VERDICTS = (
@@ -228,7 +228,7 @@ def resolution(summaries):
         seeds = len(first.curves)
         if len(others) * smallest_p(seeds) >= ALPHA:
             return [f"With {seeds} seeds and {plural(len(others), 'comparison')}, a test of ranks "
-                    "may find no difference, however large: use more seeds."]
+                    "cannot find a difference, however large: use more seeds."]
         return ["This is not estimated for a test of ranks: it depends on how seeds form groups."]
     # the loss of an answer may be nearly 0, and differences many times that
     relative = unit_of(first) == "token" and first.loss.mean > 0

@@ -585,8 +585,9 @@ def test_local_files_of_the_same_names_with_other_content(server, tmp_path, caps
 
 
 def test_a_finished_data_set_with_other_bytes_is_prepared_again(server, tmp_path, capsys):
-    """It was called the same data set, although train.py said to run this program."""
+    """It was called the same data set, although train.py said to run this program. A newer commit changes nothing."""
     main(arguments(server, tmp_path / "out"))
+    server.files[REVISION] = json.dumps(dict(id="some/text", sha="1" * 40)).encode()
     before = content(tmp_path / "out")
     path = next((tmp_path / "out").glob("train*.bin"))
     ids = bytearray(path.read_bytes())

@@ -570,6 +570,10 @@ def main(argv):
     if config.input is None or not config.overwrite:  # files of equal names may have other content
         meta = find_finished(data_dir, about, config.overwrite)
     if meta is not None and damaged(data_dir):
+        print(f"{data_dir} is damaged: preparing it again", flush=True)
+        if config.input is None and config.revision is None:
+            config.revision = meta.get("commit")  # the same text, not the newest
+            about = describe(config, tokenizer)
         meta = None
     if meta is not None:
         print(f"{data_dir} already holds this data set")
