@@ -204,7 +204,7 @@ FIGURE = re.compile(rf"[-+]?\d[\d.,e-]*(?: ±| to| x)*(?: [\d.,]+)*[ -](?:{UNIT}
 
 # what is not measured: settings of the commands beside them, definitions, and what tests assert
 DEFINITIONS = {
-    "README.md": ("16 texts of 4,096 tokens", "from 124 million to 8 billion parameters",
+    "README.md": ("16 texts of 4,096 tokens", "up to 8 billion parameters",
                   "GQA takes 2 x 4 x 2 x 32 x 4 bytes", "see only 64 tokens",
                   "At 4,096 tokens, quality was not measured"),
     "docs/training.md": ("a trace of 5 steps",),
