@@ -651,7 +651,7 @@ SENTENCES = {
         "true differences of {gqa_found} and {mqa_found} nats would have been missed at "
         "most one time in five",
         "After {seeds} seeds, MLA has",
-        "MQA's loss is {mqa_share} % higher, barely significant",
+        "MQA is smaller, and its loss {mqa_share} % higher",
         "with 8 query heads and {recall_seeds} seeds, MHA answered {recall_mha} of the questions, "
         "GQA-4 {recall_gqa4}, GQA-2 {recall_gqa2} and MQA {recall_mqa}; guessing gives {guess}. "
         "MQA's loss alone is significantly higher ({recall_mqa_minus} nats)",
@@ -695,9 +695,8 @@ SENTENCES = {
         "a step of wide MQA takes {wide_mqa_step} times as long",
         "trains six models with {seeds} seeds each",
         "after these {tokens} tokens",
-        "{seeds} seeds were planned on 2026-11-28",
         "with {mqa_fewer} % fewer parameters, has one too, by {mqa_share} % (published in equal "
-        "shape: {mqa_published} %). That is barely found: the adjusted p value is {mqa_p}",
+        "shape: {mqa_published} %; adjusted p value: {mqa_p})",
         "would have found {found_low} to {found_high} nats with a power of 80 %",
         "reads the same {noise_windows} windows. As an estimate for the whole text, the difference "
         "of two of these runs has a standard error of about {noise_error} nats",

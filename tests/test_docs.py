@@ -394,8 +394,16 @@ def test_the_variants_that_differ_are_those_that_the_documents_name():
         gqa, mqa, mla = (summary.difference.mean for summary in figures.variants(match)[1:])
         assert abs(gqa) < 0.010 and 0.02 < mla < 0.05, "as expected"
         assert (abs(mqa) < 0.010) == (match == "params")
-    barely = figures.variants("shape")[2].difference
-    assert barely.half < barely.mean < barely.half_together, "the wider interval of MQA contains zero"
+    results = figures.read("compare/results.json")
+    widths = {}
+    for seeds in (18, 22, 23):
+        records = [record for record in results["records"] if record["seed"] <= seeds]
+        found = [summary for summary in figures.summarize(dict(results, records=records)) if summary.difference]
+        widths[seeds] = sorted(summary.difference.half for summary in found if (summary.match, summary.name) != ("params", "MLA"))
+        [mqa] = [summary.difference for summary in found if (summary.match, summary.name) == ("shape", "MQA")]
+        assert mqa.verdict == "worse"
+        assert seeds != 18 or f"{mqa.p_holm:.3f}" == "0.049"
+    assert [sum(width > 0.010 for width in widths[seeds]) for seeds in (18, 22, 23)] == [3, 1, 0]
 
 
 def test_what_the_documents_say_of_the_noise():
@@ -404,12 +412,12 @@ def test_what_the_documents_say_of_the_noise():
     paired = {}
     for name, *cells in rows:
         at_200, _, _, at_800, unpaired, last_two = (float(cell) if cell.strip() else None for cell in cells)
-        assert at_800 < 0.7 * at_200 and abs(last_two - at_800) < 0.0015
+        assert at_800 < 0.75 * at_200 and abs(last_two - at_800) < 0.0015
         if unpaired:
             paired[name.strip()] = at_800 / unpaired
     best = paired.pop("GQA, 2 heads, equal shape")
     sixth = paired.pop("MQA, equal parameters")
-    assert 0.7 < best < 0.8 < sixth < 0.86 < 0.88 < min(paired.values()) and len(paired) == 3
+    assert 0.77 < best < 0.82 and 0.81 < sixth < 0.86 < min(paired.values()) and len(paired) == 3
 
 
 def test_what_the_documents_say_of_its_sources():
