@@ -35,8 +35,8 @@ def summarize(results):
     for record in results["records"]:
         groups.setdefault((record["match"], record["variant"]), []).append(record)
     first = {}  # {matching: records of its first variant}
-    samples = {}  # {shape: its losses and those of the first variant}: one model in both matchings
-    # is one comparison
+    # {shape: (losses, losses of the first variant)}: one model in both matchings is one comparison
+    samples = {}
     for (match, _), records in groups.items():
         first.setdefault(match, records)
         if records is not first[match]:
