@@ -261,17 +261,17 @@ def recall_runs(folder, variant):
 
 
 def recall():
-    """Right answers of every run on associative recall (docs/comparing.md)."""
+    """Right answers of every run on associative recall (docs/recall.md)."""
     return recall_table("recall")
 
 
 def recall_one_field():
-    """The same where a record is a key and a value (docs/comparing.md)."""
+    """The same where a record is a key and a value (docs/recall.md)."""
     return recall_table("recall_one_field")
 
 
 def recall_wide():
-    """The same for heads that cache as much as those of MHA (docs/comparing.md)."""
+    """The same for heads that cache as much as those of MHA (docs/recall.md)."""
     return recall_table("recall_wide")
 
 
@@ -305,7 +305,7 @@ def mean_answers(fields):
 
 def guess_among_the_rest():
     """The share of right answers of guesses among the records that were not asked for yet, where
-    each is asked for once (docs/comparing.md)."""
+    each is asked for once (docs/recall.md)."""
     return statistics.mean(1 / left for left in range(1, RECORDS + 1))
 
 
@@ -371,7 +371,7 @@ def of_recall(folder, fields, prefix=""):
 
 def of_wide_mqa():
     """How many times the FLOPs and the time of a training step wide MQA takes beside MHA
-    (docs/comparing.md)."""
+    (docs/recall.md)."""
     results = read("recall_wide/results.json")
     facts = {summary.name: summary.facts for summary in summarize(results)}
     step = {name: results["speed"][facts[name]["shape"]]["train"][0]["step_ms"] for name in facts}
@@ -672,7 +672,7 @@ SENTENCES = {
         "a decoding step of an exported model takes {llama_cpp_low} to {llama_cpp_high} times as "
         "long here",
     ),
-    "docs/comparing.md": (
+    "docs/recall.md": (
         "--match=shape --seeds={recall_seeds} --seed=1` trains two layers with 8 heads of width 8 "
         "on {recall_tokens} tokens",
         "MQA's loss is higher than MHA's, by {recall_mqa_minus} nats per answer",
@@ -693,6 +693,8 @@ SENTENCES = {
         "times the training FLOPs",
         "Wide MLA has {wide_wide_mla_as_large} times the parameters",
         "a step of wide MQA takes {wide_mqa_step} times as long",
+    ),
+    "docs/comparing.md": (
         "trains six models with {seeds} seeds each",
         "after these {tokens} tokens",
         "with {mqa_fewer} % fewer parameters, has one too, by {mqa_share} % (published in equal "

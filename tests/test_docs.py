@@ -214,8 +214,9 @@ DEFINITIONS = {
                           "found with a power of 80 %, that is", "its 95 % interval",
                           "the 10 billion tokens of its config", "16 texts of 4,096 tokens",
                           "a confidence of 95 % (Bonferroni)", "less than 0.010 nats", "wider than ± 0.010", "a deviation of 0.02 nats over seeds", "agree within 0.5 %",
-                          "0.02 to 0.05 nats worse", "within 200 steps",
+                          "0.02 to 0.05 nats worse",
                           "0.6 to 2.5 times the measured one, with a confidence of 95 %"),
+    "docs/recall.md": ("within 200 steps",),
     "docs/cache.md": ("chunks of at most 1,024 tokens (with torch.compile: 2,048 of all rows together)", "equal parameters (within 0.5 %)", "contexts of 256 tokens", "95 % interval",
                       "16 texts of 4,096 tokens", "more than 0.05 nats worse", "a distance of 127", "a gap of 64 tokens", "300 steps",
                       "the last `window` tokens"),
@@ -331,7 +332,7 @@ def test_the_designs_that_differ_are_those_that_the_documents_name():
 
 
 def test_recall_is_worse_with_one_key_value_head_alone():
-    """README.md and docs/comparing.md. They also say that the mean of right answers falls with the heads."""
+    """README.md and docs/recall.md. They also say that the mean of right answers falls with the heads."""
     assert verdicts("recall", "shape") == {"worse": {"MQA"}, "not distinguishable": {"GQA-4", "GQA-2"}}
     means = [figures.of_recall("recall", 3)[f"recall_{name}"] for name in ("mha", "gqa4", "gqa2", "mqa")]
     assert means == sorted(means, reverse=True)
@@ -342,7 +343,7 @@ def test_recall_is_worse_with_one_key_value_head_alone():
 
 
 def test_recall_of_one_field_is_worse_with_fewer_heads_too():
-    """README.md and docs/comparing.md."""
+    """README.md and docs/recall.md."""
     assert verdicts("recall_one_field", "shape") == {"worse": {"GQA-2", "MQA"}, "not distinguishable": {"GQA-4"}}
     summaries = figures.summarize(figures.read("recall_one_field/results.json"))
     assert all(0.001 < summary.difference.p_holm < 0.01 for summary in summaries[2:])
@@ -351,7 +352,7 @@ def test_recall_of_one_field_is_worse_with_fewer_heads_too():
 
 
 def test_a_wide_head_learns_what_a_narrow_one_does_not():
-    """docs/comparing.md: wide MQA learns within 200 steps, five seeds of MHA in 350 to 450. README.md: with every seed."""
+    """docs/recall.md: wide MQA learns within 200 steps, five seeds of MHA in 350 to 450. README.md: with every seed."""
     assert verdicts("recall_wide", "shape") == {"better": {"wide_mqa"}, "worse": {"mqa"}, "not distinguishable": {"wide_mla"}}
     steps = {name: [figures.steps_to_nine_tenths(run) for run in figures.recall_runs("recall_wide", name)]
              for name in ("mha", "wide_mqa")}
@@ -367,7 +368,7 @@ def test_a_wide_head_learns_what_a_narrow_one_does_not():
 
 
 def test_the_answers_of_a_sequence():
-    """docs/comparing.md: counted in sequences of data/recall. About a quarter of the questions with three fields are the
+    """docs/recall.md: counted in sequences of data/recall. About a quarter of the questions with three fields are the
     inverse of an earlier one."""
     program("recall")
     prepare = sys.modules["prepare_recall"]
