@@ -12,11 +12,10 @@ import datetime
 import shutil
 import statistics
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-
-import torch
+from dataclasses import asdict, dataclass
 
 from noise import AT_A_TIME, ROOT, train, window_losses  # adds the root to sys.path
+
 from model import GPTConfig
 from nanogqa import checkpoint, folder
 from nanogqa.configurator import parse, program
@@ -72,10 +71,13 @@ def measure(seed):
 
 def loss_of_mean(paths):
     """The loss of a model whose weights are the mean of those of some checkpoints."""
-    states = [checkpoint.load(path, GPTConfig) for path in paths]
-    mean = states[-1]
-    for name in mean["model"]:
-        mean["model"][name] = torch.stack([state["model"][name] for state in states]).mean(0)
+    first, *others = paths
+    mean = checkpoint.load(first, GPTConfig)
+    for path in others:
+        for name, weight in checkpoint.load(path, GPTConfig)["model"].items():
+            mean["model"][name] += weight
+    for weight in mean["model"].values():
+        weight /= len(paths)
     return window_losses(mean).mean().item()
 
 
@@ -88,12 +90,11 @@ def main(argv):
         command="python results/noise_schedule.py",
         date=datetime.date.today().isoformat(),
         machine=describe_machine(pick_runtime("cpu", "float32", False), ranks=1),
-        constant=[run.constant for run in runs],
-        cooldown=[run.cooldown for run in runs],
-        mean_of_weights=[run.mean_of_weights for run in runs],
+        runs=[asdict(run) for run in runs],
     )
     for name in ("cooldown", "mean_of_weights"):
-        print(name, f"{statistics.stdev(results[name]):.4f} nats, standard deviation")
+        deviation = statistics.stdev(run[name] for run in results["runs"])
+        print(name, f"{deviation:.4f} nats, standard deviation")
     write_json(ROOT / "results/noise_schedule.json", results)
 
 
