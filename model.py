@@ -109,7 +109,7 @@ class GPTConfig:
                 f"rope_fraction must be at least 0 and at most 1: {self.rope_fraction}")
         require(not self.rope_fraction or round(self.rope_fraction * getattr(self, rotary) / 2) > 0,
                 f"rope_fraction={self.rope_fraction} of a head is less than a pair: raise it")
-        require(self.global_every >= 0, f"global_every must be at least 0, not {self.global_every}")
+        require(0 <= self.global_every <= self.n_layer, "global_every must be from 0 to n_layer")
         require(self.window or not self.global_every, f"global_every={self.global_every} is for "
                 "models with a window: set window, or leave global_every out")
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1: {self.dropout}")
@@ -248,7 +248,7 @@ def attend(q, k, v, mask=None, scale=None):
     assert T == S or not causal, "is_causal is aligned to the top left: it needs T = S"
     half_on_cuda = q.device.type == "cuda" and q.dtype != torch.float32
     if T > 1 and (H == K or q.device.type == "cpu" or (causal and half_on_cuda)):
-        return F.scaled_dot_product_attention(  # bools, where `causal` and `H != K` are symbolic
+        return F.scaled_dot_product_attention(  # plain bools: T and H may be symbolic
             q, k, v, mask, is_causal=mask is None, scale=scale,
             enable_gqa=True if H != K else False)  # noqa: SIM210
     if causal:

@@ -128,7 +128,7 @@ class TextBatch:
             # a CUDA graph writes its next logits where the last ones were
             rows = [self.model(self.tensor([c]), logits="last")[0].clone() for c in contexts]
             return torch.cat(rows)[:, -1].float()
-        # padding counts too: the cache may be full before a text reaches max_length
+        # the longest text may have left: its padding can fill the cache before any text does
         if starts == self.starts and self.cache.length < self.cache.max_length:
             last = self.tensor([text[-1:] for text in self.texts])  # the cache has all others
             logits = self.model(last, cache=self.cache, logits="last")[0]

@@ -35,7 +35,7 @@ class TrainConfig(GPTConfig):
     eval_interval: int = 400  # steps between evaluations; each one saves a checkpoint
     eval_tokens: int | None = 2**16  # validation tokens, always the same; None: the whole split
     keep_checkpoints: int = 0  # number of ckpt_STEP.pt to keep beside ckpt.pt and ckpt_best.pt
-    eval_only: bool = False  # evaluate the checkpoint in out_dir (or of init_from) and stop
+    eval_only: bool = False  # evaluate the checkpoint of init_from (resume: out_dir's) and stop
     log_interval: int = 20  # steps between log lines
     profile: bool = False  # write out_dir/trace.json, a torch.profiler trace of 5 steps
     trainable: str = ""  # train only parameters that match this regular expression; empty: all
@@ -144,7 +144,7 @@ def backward(forward, batches, runtime):
     Each micro-step divides its sum by the number of targets of the whole step, as micro-steps may
     have different numbers; and that is divided by ranks, as DDP and FSDP average gradients.
     """
-    n_targets = distributed.total(sum(int((batch.y >= 0).sum()) for batch in batches))
+    n_targets = distributed.sum_over_ranks(sum(int((batch.y >= 0).sum()) for batch in batches))
     divisor = (n_targets.clamp(min=1) / runtime.ranks).to(runtime.device)
     loss = torch.zeros((), device=runtime.device)
     for batch in batches:
@@ -185,7 +185,7 @@ def evaluate(forward, batches, runtime):
         sums = [loss.item() * n_targets, n_right(logits, y), n_targets]
         total += torch.tensor(sums, dtype=torch.float64)
     forward.train()
-    total = distributed.total(total)
+    total = distributed.sum_over_ranks(total)
     val_loss, val_acc, _ = (total / total[2]).tolist()
     return batches.dataset.metrics(val_loss, val_acc)
 
@@ -217,7 +217,7 @@ def train(given, stack):
     prepare_default(config.dataset, distributed.world().local_rank)
     dataset = Dataset(config.dataset)
     config.vocab_size = config.vocab_size or dataset.meta["vocab_size"]
-    start = resume.check_start(GPT, GPTConfig, config, state, dataset)  # steps done before
+    start = resume.checked_start(GPT, GPTConfig, config, state, dataset)  # steps done before
     to_compile = False if config.eval_only else config.compile
     runtime = pick_runtime(config.device, config.dtype, to_compile)
     batches = Batches(dataset, config, runtime)
@@ -247,10 +247,10 @@ def train(given, stack):
 
     # what the loop keeps
     first_new = resume.first_new_step(config, state)
-    saver = make_saver(config, state, dataset, runtime.rank)
     stop = stack.enter_context(distributed.StopSignal())
-    stack.callback(saver.wait)  # if the run ends in an error, what is being written is finished
     logger = stack.enter_context(log.Log(config, first_new - 1))
+    saver = make_saver(config, state, dataset, runtime.rank)  # after wandb, which may refuse
+    stack.callback(saver.wait)  # if the run ends in an error, what is being written is finished
     times, rate = timing.Times(runtime), timing.Rate(config.tokens_per_step, start)
     loss = grad_norm = None  # of the last step of this run
     skipped = 0  # steps since the last log line whose gradient was not finite
@@ -265,7 +265,7 @@ def train(given, stack):
 
         metrics = dict.fromkeys(dataset.metric_names)  # None in rows without an evaluation
         if logging:
-            train_loss = None if loss is None else distributed.total(loss).item()
+            train_loss = None if loss is None else distributed.sum_over_ranks(loss).item()
             tokens_per_sec = rate.at(step)  # after .item(), which waits for the device
             if evaluating:
                 metrics = evaluate(compiled, batches, runtime)

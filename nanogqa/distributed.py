@@ -99,7 +99,7 @@ def barrier():
         dist.all_reduce(torch.zeros(()))
 
 
-def total(value):
+def sum_over_ranks(value):
     """The sum over ranks of a tensor or number, as a new tensor."""
     value = torch.as_tensor(value).clone()
     if world().ranks > 1:

@@ -46,7 +46,7 @@ class Difference(NamedTuple):
     half_together: float | None = None  # of one that holds together with all others
     p: float | None = None              # of the two-sided t test, or of the test of ranks
     p_holm: float | None = None         # the same, adjusted for the number of comparisons
-    detectable: float | None = None     # t: a true difference found with 80 % power at least
+    detectable: float | None = None     # t: estimated true difference found with 80 % power
     lower: bool | None = None           # ranks: whether its losses are the lower ones
 
     def text(self, digits=4):
@@ -141,7 +141,8 @@ def detectable(df, alpha):
     """The true difference, in standard errors, that a two-sided t test at level alpha finds with a
     chance of POWER.
 
-    It is exact if the standard error is that of the sample. The usual sum of the quantiles
+    The unit is the true standard error, and the test's use of the sample's is taken into account.
+    So a multiple of the sample's is an estimate. The usual sum of the quantiles
     1 - alpha / 2 and POWER of Student's t is 2 % less with four seeds, and 14 % less with two.
     """
     threshold = student_t(df, 1 - alpha / 2)

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from nanogqa.configurator import UserError
-from nanogqa.distributed import barrier, first_rank, total
+from nanogqa.distributed import barrier, first_rank, sum_over_ranks
 from nanogqa.files import check_writable, created, lock
 
 NEWEST = "ckpt.pt"  # the newest checkpoint
@@ -42,7 +42,7 @@ def lock_existing(call, stack):
     """Locks the out_dir of call, the settings of resume.call_settings, as lock_folder does, if rank
     0 finds it. Returns whether it is locked. An evaluation writes nothing, and locks nothing."""
     found = first_rank() and Path(call.out_dir).is_dir()
-    if call.eval_only or not total(float(found)):  # all ranks act as rank 0 does
+    if call.eval_only or not sum_over_ranks(float(found)):  # all ranks act as rank 0 does
         return False
     lock_folder(call.out_dir, stack)
     return True

@@ -42,7 +42,7 @@ def read_rows(path):
     return rows
 
 
-def finite(value):
+def finite_or_none(value):
     """value for JSON: NaN and inf become None."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -134,7 +134,7 @@ class Log:
         """Logs one row: a dict of numbers, None where there is none at this step."""
         if self.bar is None:
             return
-        row = {key: finite(value) for key, value in row.items()}
+        row = {key: finite_or_none(value) for key, value in row.items()}
         for backlog in self.backlogs:
             backlog.add(row)
         known = without_none(row)

@@ -10,7 +10,7 @@ from nanogqa.checkpoint import check_whole, freeze, load, typed
 from nanogqa.configurator import UserError, build, subset
 from nanogqa.costs import meta_model
 from nanogqa.distributed import agree, barrier, check_parallel, world
-from nanogqa.folder import exists, path_of
+from nanogqa.folder import exists, find_sharded, path_of
 from nanogqa.runtime import check_training
 from nanogqa.tokenizer import HF_TOKENIZER, name_beside
 
@@ -76,10 +76,16 @@ def config_and_state(given, cls, GPTConfig):
 
 def first_new_step(config, state):
     """The first step that a run logs and saves: in a resumed run the one after the saved step. It
-    is the saved step itself if that is the last one and was saved without an evaluation."""
+    is the saved step itself if that is the last one and lacks something: an evaluation, one over
+    the windows of this run, or an ordinary ckpt.pt beside parts of ranks."""
     if config.init_from != "resume":
         return 0
-    if state["step"] == config.max_steps and state["val_loss"] is None:
+    lacking = (
+        state["val_loss"] is None
+        or state["settings"].get("eval_tokens", config.eval_tokens) != config.eval_tokens
+        or find_sharded(config.out_dir) is not None
+    )
+    if lacking and state["step"] == config.max_steps:
         return state["step"]
     return state["step"] + 1
 
@@ -107,7 +113,7 @@ def check_resume(config, state):
                         f"max_steps={config.max_steps}: raise it")
 
 
-def check_start(GPT, GPTConfig, config, state, dataset):
+def checked_start(GPT, GPTConfig, config, state, dataset):
     """Returns the number of steps that a run has behind it. Raises UserError if it cannot start:
     its data is not that of its checkpoint, ranks disagree, or its settings cannot work."""
     step = 0

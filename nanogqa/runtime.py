@@ -190,6 +190,7 @@ def warn_eager(error, runtime):
     """Warns that compiling has failed and why; goes on in eager mode."""
     warn(f"torch.compile does not work here ({one_line(error)}): going on in eager mode")
     runtime.compile = False
+    runtime.why = f"{runtime.why.partition(', compiled')[0]}, eager (torch.compile failed)"
 
 
 # -- the machine -----------------------------------------------------------------------------------

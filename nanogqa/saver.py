@@ -1,5 +1,6 @@
 """Writes checkpoints: whole files by a thread of rank 0, or a part by each rank."""
 import contextlib
+import errno
 import math
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from nanogqa.configurator import UserError, one_line
-from nanogqa.distributed import cause, total, whole
+from nanogqa.distributed import cause, sum_over_ranks, whole
 from nanogqa.files import replacing, sync, write_json
 from nanogqa.folder import BEST, NEWEST, SHARDED, clear_sharded, find_sharded, numbered
 from nanogqa.terminal import warn
@@ -99,9 +100,12 @@ class Saver:
             self.best = state["best_val_loss"]
             self.remove_old()
         except OSError as error:
-            size = math.ceil(sum(x.nbytes for x in tensors(state)) / 2**20)
+            remedy = "check its disk and permissions"
+            if error.errno in (0, errno.ENOSPC, errno.EDQUOT):  # 0: torch's own error, see save
+                size = math.ceil(sum(x.nbytes for x in tensors(state)) / 2**20)
+                remedy = f"free {size:,} MiB"
             self.fail(f"cannot save step {state['step']} to {self.out_dir} ({error.strerror}): "
-                      f"free {size:,} MiB; {self.previous()}")
+                      f"{remedy}; {self.previous()}")
         except Exception as error:  # the thread would end unnoticed, and the run as if it had saved
             self.fail(f"cannot save step {state['step']} to {self.out_dir} ({one_line(error)}): "
                       f"{self.previous()}")
@@ -122,7 +126,7 @@ class Saver:
 
     def fail(self, message):
         self.failed = message
-        warn(f"{message}, and the next log line tries again")
+        warn(f"{message}; while the run goes on, each log line tries again")
 
     def wait(self):
         """Returns once nothing is being written."""
@@ -185,9 +189,9 @@ class ShardedSaver(Saver):
             failed = None
         except (dcp.api.CheckpointException, OSError) as error:
             failed = (f"cannot save step {state['step']} to {folder} ({one_line(cause(error))}): "
-                      "free some space")
+                      "free some space, and check the disk")
         # a rank may fail alone, but the next attempt is one of all ranks
-        if total(float(failed is not None)):
+        if sum_over_ranks(float(failed is not None)):
             if self.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)  # the next attempt needs its room
             self.fail(failed or "another rank cannot save its part")

@@ -33,7 +33,7 @@ from nanogqa.batches import Batches, MicroBatch
 from nanogqa.cache import KVCache
 from nanogqa.dataloader import Dataset
 from nanogqa.fast import accelerate, prepare_for_decoding
-from nanogqa.log import finite, read_rows
+from nanogqa.log import finite_or_none, read_rows
 from nanogqa.runtime import compile_for_decoding, compile_model, pick_runtime
 from nanogqa.writer import write_dataset
 
@@ -51,7 +51,7 @@ CLOSE = {"float32": 1e-4, "bfloat16": 5e-2}
 def check(what, figure, limit):
     """One comparison: passed if figure is at most limit. A figure that is not finite is None."""
     figure = float(figure)
-    return dict(what=what, figure=finite(figure), limit=limit, passed=figure <= limit)
+    return dict(what=what, figure=finite_or_none(figure), limit=limit, passed=figure <= limit)
 
 
 def result(checks, note=""):

@@ -326,7 +326,8 @@ def test_programs_know_the_settings(toy_run, tmp_path, capsys):
 
 @pytest.mark.parametrize("changes,words", [
     (dict(window=0), "window must be at least 1"), (dict(kv_share=0), "kv_share must be at least 1"),
-    (dict(global_every=-1, window=4), "global_every must be at least 0"),
+    (dict(global_every=3, window=4, n_layer=2), "global_every must be from 0 to n_layer"),
+    (dict(global_every=-1, window=4), "global_every must be from 0 to n_layer"),
     (dict(global_every=2), "global_every=2 is for models with a window: set window, or leave global_every out"),
     (dict(rope_fraction=0.1), "rope_fraction=0.1 of a head is less than a pair: raise it"),
     (dict(rope_fraction=1.5), "rope_fraction must be at least 0 and at most 1"),

@@ -15,7 +15,7 @@ from conftest import load, load_model
 from test_inputs import fails
 from test_train import ROOT, equal, out, rows, torchrun, weights
 
-from nanogqa import files
+from nanogqa import files, resume
 import train
 
 
@@ -208,6 +208,19 @@ def evil(folder):
 @pytest.mark.parametrize("args,words", [(["--optimizer=muon"], "splits the matrices, but Muon needs whole ones"), ([], "start with torchrun")])
 def test_what_fsdp_cannot_do(toy_run, capsys, args, words):
     assert words in fails(train.main, [*toy_run, "--parallel=fsdp", *args], capsys)
+
+
+@pytest.mark.parametrize("val_loss,sharded,step", [(2.0, False, 21), (2.0, True, 20), (None, False, 20)])
+def test_the_last_step_is_saved_again_where_something_is_missing(tmp_path, val_loss, sharded, step):
+    """A run whose parts of ranks were saved at its new last step, with an evaluation, never wrote an ordinary ckpt.pt."""
+    if sharded:
+        (tmp_path / "sharded_20").mkdir()
+        (tmp_path / "sharded_20/state.json").write_text("{}")
+    config = train.TrainConfig(out_dir=str(tmp_path), init_from="resume", max_steps=20)
+    state = dict(step=20, val_loss=val_loss, settings=dict(eval_tokens=config.eval_tokens))
+    assert resume.first_new_step(config, state) == step
+    config.max_steps = 30
+    assert resume.first_new_step(config, state) == 21
 
 
 def test_a_sharded_checkpoint_is_read_by_its_run_alone(toy_run, tmp_path, capsys):

@@ -109,13 +109,27 @@ def test_a_rank_that_has_saved_tries_again_with_one_that_has_not(tmp_path, monke
     monkeypatch.setattr("torch.distributed.checkpoint.save", lambda *args, **kwargs: None)
     state = dict(step=1, val_loss=None, model={}, optimizer=dict(state={}))
     for failed in (1.0, 0.0):
-        monkeypatch.setattr(writes, "total", lambda mine, failed=failed: mine + failed)
+        monkeypatch.setattr(writes, "sum_over_ranks", lambda mine, failed=failed: mine + failed)
         saver.save(state)
         assert bool(saver.failed) == bool(failed)
 
 
 def full(*args):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("number,remedy", [
+    (errno.ENOSPC, "free 1 MiB"), (errno.EACCES, "check its disk and permissions"), (errno.EROFS, "check its disk and permissions")])
+def test_a_failed_save_names_the_remedy_of_its_error(tmp_path, monkeypatch, capsys, number, remedy):
+    """It asked for room whatever the error was."""
+    def fails_to_save(*args):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(writes, "save", fails_to_save)
+    saver = writes.Saver(train.TrainConfig(out_dir=str(tmp_path)))
+    saver.save(dict(step=8, val_loss=None, model=dict(x=torch.zeros(9)), optimizer={}))
+    saver.wait()
+    assert f"({os.strerror(number)}): {remedy}; nothing is saved yet" in saver.failed
+    assert "while the run goes on, each log line tries again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["append", "replacing"])
@@ -705,10 +719,10 @@ def test_a_sharded_run_that_replaces_another_has_not_its_best_checkpoint(tmp_pat
     saver = writes.ShardedSaver(train.TrainConfig(out_dir=str(tmp_path), init_from=init_from))
     monkeypatch.setattr("torch.distributed.checkpoint.save", lambda *args, **kwargs: (tmp_path / "sharded_0").mkdir())
     (tmp_path / "ckpt_best.pt").write_bytes(b"of another run")
-    monkeypatch.setattr(writes, "total", lambda mine: 1.0)
+    monkeypatch.setattr(writes, "sum_over_ranks", lambda mine: 1.0)
     saver.save(dict(step=0, val_loss=3.0, model={}, optimizer=dict(state={})))
     assert (tmp_path / "ckpt_best.pt").exists(), "nothing could be saved"
-    monkeypatch.setattr(writes, "total", lambda mine: mine)
+    monkeypatch.setattr(writes, "sum_over_ranks", lambda mine: mine)
     saver.save(dict(step=0, val_loss=3.0, model={}, optimizer=dict(state={})))
     assert (tmp_path / "ckpt_best.pt").exists() == resumed
 

@@ -568,7 +568,9 @@ def test_compile_falls_back_to_eager_with_one_warning(toy_run, tmp_path, monkeyp
         return fail
     monkeypatch.setattr(torch, "compile", broken)
     train.main([*toy_run, "--compile=True"])
-    assert capsys.readouterr().err.count("torch.compile does not work here (no compiler here)") == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("torch.compile does not work here (no compiler here)") == 1
+    assert ", eager (torch.compile failed); 1 rank" in printed.out and "compiled" not in printed.out
     train.main(out([*toy_run, "--compile=False"], tmp_path / "eager"))
     assert equal(weights(tmp_path / "run"), weights(tmp_path / "eager"))
     assert not any("_orig_mod" in name or "module." in name for name in weights(tmp_path / "run"))
@@ -602,6 +604,22 @@ def test_wandb_that_does_not_start_is_a_sentence(toy_run, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         train.main([*toy_run, "--wandb_log=True"])
     assert exit.value.code == 2 and "WANDB_MODE=offline" in capsys.readouterr().err
+
+
+def test_a_run_that_wandb_refuses_leaves_what_it_was_to_replace(toy_run, tmp_path, monkeypatch):
+    """Sharded checkpoints of the earlier run were deleted first."""
+    import wandb
+
+    def refuse(**kwargs):
+        raise wandb.errors.UsageError("No API key configured.")
+    monkeypatch.setattr(wandb, "init", refuse)
+    train.main(toy_run)
+    (tmp_path / "run/sharded_20").mkdir()
+    (tmp_path / "run/sharded_20/state.json").write_text("{}")
+    before = sorted((path, path.read_bytes()) for path in (tmp_path / "run").rglob("*") if path.is_file())
+    with pytest.raises(SystemExit):
+        train.main([*toy_run, "--overwrite=True", "--wandb_log=True"])
+    assert before == sorted((path, path.read_bytes()) for path in (tmp_path / "run").rglob("*") if path.is_file())
 
 
 def test_weight_decay_is_on_matrices_only(toy_run):
@@ -649,6 +667,19 @@ def test_a_run_that_was_stopped_at_its_new_last_step_is_evaluated(toy_run, tmp_p
     last = rows(tmp_path / "run")[-1]
     assert [row["step"] for row in rows(tmp_path / "run")].count(7) == 1
     assert (last["step"], load(tmp_path / "run")["val_loss"]) == (7, last["val_loss"]) and last["val_loss"] > 0
+
+
+@pytest.mark.parametrize("more", [[], ["--eval_tokens=64"]], ids=["same", "other"])
+def test_a_finished_run_is_evaluated_again_over_other_windows(toy_run, tmp_path, monkeypatch, capsys, more):
+    """It printed the loss over the windows of before as that of its new eval_tokens."""
+    losses = iter([5.0, 1.0, 2.0])
+    monkeypatch.setattr(train, "evaluate", lambda *args: dict(val_loss=next(losses), val_bpb=0.0))
+    train.main([*toy_run, "--max_steps=4", "--eval_interval=4"])
+    train.main([toy_run[0], f"--out_dir={tmp_path / 'run'}", "--init_from=resume", *more])
+    last = 2.0 if more else 1.0
+    assert f"val_loss {last:.4f}" in capsys.readouterr().out.split("done in")[-1]
+    assert load(tmp_path / "run")["val_loss"] == last == rows(tmp_path / "run")[-1]["val_loss"]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 4]
 
 
 def test_a_run_says_where_its_time_went_and_writes_a_trace(toy_run, tmp_path, capsys):
