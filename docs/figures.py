@@ -207,6 +207,32 @@ def noise_sources():
     return table(["what differs", "runs", "deviation of the loss"], rows)
 
 
+def noise_schedules():
+    """Means and standard deviations over seeds of MHA's loss, with other schedules and for a mean
+    of weights (docs/comparing.md)."""
+    runs = read("noise_schedule.json")["runs"]
+    cosine, constant = {}, {}
+    for step, losses in losses_of(variants("shape")[0]).items():
+        cosine[step] = losses[:len(runs)]  # those with the same seeds
+    for run in runs:
+        for step, loss in run["constant"]:
+            constant.setdefault(step, []).append(loss)
+    cooldown, averaged = [], []
+    for run in runs:
+        cooldown.append(run["cooldown"])
+        averaged.append(run["mean_of_weights"])
+    rows = []
+    for name, losses in (("cosine, as above", cosine), ("constant", constant),
+                         ("constant, then down to 0 in 160 steps", {800: cooldown}),
+                         ("constant, mean of the weights of five evaluations", {800: averaged})):
+        cells = []
+        for step in NOISE_STEPS:
+            cells.append(f"{statistics.stdev(losses[step]):.3f}" if step in losses else "")
+        rows.append([name, f"{statistics.mean(losses[800]):.3f}", *cells])
+    return table(["learning rate", "mean loss at 800 steps",
+                  *(f"{step} steps" for step in NOISE_STEPS)], rows)
+
+
 def of_noise():
     """The validation windows of a run, and the error that comes from them (docs/comparing.md)."""
     study = read("noise.json")
@@ -275,7 +301,25 @@ def recall_wide():
     return recall_table("recall_wide")
 
 
+def recall_fields():
+    """The same for heads of width 32 and records of several fields (docs/recall.md)."""
+    rows = []
+    for fields in FIELDS:
+        for row in recall_rows(f"recall_fields/{fields}"):
+            rows.append([str(fields), *row])
+    return table(["fields", *RECALL_HEADER], rows)
+
+
+FIELDS = (1, 2, 4)
+RECALL_HEADER = ["", "cache, bytes per token", "right answers of each seed", "steps to 0.9",
+                 "loss minus MHA's, nats per answer"]
+
+
 def recall_table(folder):
+    return table(RECALL_HEADER, recall_rows(folder))
+
+
+def recall_rows(folder):
     rows = []
     for summary in summarize(read(f"{folder}/results.json")):
         runs = recall_runs(folder, summary.name)
@@ -286,8 +330,7 @@ def recall_table(folder):
             ", ".join(steps_to_nine_tenths(points) for points in runs),
             with_both_intervals(summary.difference),
         ])
-    return table(["", "cache, bytes per token", "right answers of each seed", "steps to 0.9",
-                  "loss minus MHA's, nats per answer"], rows)
+    return rows
 
 
 LENGTH, RECORDS = 128, 8  # of a sequence of data/recall
@@ -710,8 +753,6 @@ SENTENCES = {
     "docs/cache.md": (
         "that of the default model, on {tokens} tokens",
         "Losses are means of {design_seeds} seeds",
-        "`window` ends at {window_minus}, `tied` at {tied_minus}, `mla` at {mla_minus} and "
-        "`deepseek_v4_like` at {deepseek_v4_like_minus}",
         "`gemma_like` saves most: it takes {gemma_like_size} of the bytes and {gemma_like_time} of "
         "the time of a step. For it, a true difference of {gemma_like_missed} nats would have been "
         "missed at most one time in five",

@@ -1,9 +1,8 @@
-"""Draws docs/designs.png: what nine designs of the cache cost and what they can do, against bytes.
+"""Draws the pictures that join comparisons of results/: docs/designs.png and docs/fields.png.
 
-    python docs/designs.py         needs matplotlib
+    python docs/pictures.py         needs matplotlib
 
-Losses on text and times are of results/cache, right answers on associative recall of
-results/cache_recall. docs/cache.md describes both.
+docs/cache.md and docs/recall.md describe the comparisons.
 """
 import json
 import sys
@@ -14,6 +13,8 @@ import matplotlib
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from nanogqa import pictures
+from nanogqa.configurator import plural
+from nanogqa.pictures import Panel, loss_points, metric_points, time_panel
 from nanogqa.summary import by_shape, summarize
 
 
@@ -22,16 +23,31 @@ def read(name):
     return json.loads((ROOT / "results" / name / "results.json").read_text(encoding="utf-8"))
 
 
-def draw(path):
+def designs():
+    """What nine designs of the cache cost and what they can do, against bytes: losses on text and
+    times of results/cache, right answers on associative recall of results/cache_recall."""
     text = read("cache")
     summaries = summarize(text)
-    losses = pictures.loss_points(summaries)
-    answers = pictures.metric_points(summarize(read("cache_recall")), "val_acc")
-    panels = [
-        pictures.Panel("loss on text, nats per byte", losses, lower=True),
-        pictures.Panel("right answers on associative recall", answers, lower=False),
-        pictures.time_panel(by_shape(summaries), text),
-    ]
+    answers = metric_points(summarize(read("cache_recall")), "val_acc")
+    return [
+        Panel("loss on text, nats per byte", loss_points(summaries), lower=True),
+        Panel("right answers on associative recall", answers, lower=False),
+        time_panel(by_shape(summaries), text),
+    ], summaries
+
+
+def fields():
+    """Right answers about records of one, two and four fields, against bytes."""
+    panels = []
+    for number in (1, 2, 4):
+        summaries = summarize(read(f"recall_fields/{number}"))
+        points = metric_points(summaries, "val_acc")
+        panels.append(Panel(f"right answers, {plural(number, 'field')}", points, lower=False))
+    return panels, summaries
+
+
+def draw(panels, summaries, path):
+    """Draws panels side by side. summaries give colors and names, the first one is the baseline."""
     with matplotlib.rc_context(pictures.STYLE):
         colors = pictures.colors_of(matplotlib, summaries)
         figure = pictures.draw_panels(panels, colors, summaries[0].name)
@@ -39,4 +55,5 @@ def draw(path):
 
 
 if __name__ == "__main__":
-    draw(ROOT / "docs/designs.png")
+    draw(*designs(), ROOT / "docs/designs.png")
+    draw(*fields(), ROOT / "docs/fields.png")

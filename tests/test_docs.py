@@ -215,7 +215,7 @@ DEFINITIONS = {
                           "the 10 billion tokens of its config", "16 texts of 4,096 tokens",
                           "a confidence of 95 % (Bonferroni)", "less than 0.010 nats", "wider than ± 0.010", "a deviation of 0.02 nats over seeds", "agree within 0.5 %",
                           "0.02 to 0.05 nats worse",
-                          "0.6 to 2.5 times the measured one, with a confidence of 95 %"),
+                          "0.6 to 2.5 times the measured one, with a confidence of 95 %", "0.8 to 1.4 times the measured one"),
     "docs/recall.md": ("within 200 steps",),
     "docs/cache.md": ("chunks of at most 1,024 tokens (with torch.compile: 2,048 of all rows together)", "equal parameters (within 0.5 %)", "contexts of 256 tokens", "95 % interval",
                       "16 texts of 4,096 tokens", "more than 0.05 nats worse", "a distance of 127", "a gap of 64 tokens", "300 steps",
@@ -308,15 +308,14 @@ def test_what_the_documents_say_of_recall_by_designs():
     assert 15 < sizes[0] / sizes[1] < 16
 
 
-def test_the_picture_of_the_designs(tmp_path, monkeypatch):
+def test_the_picture_of_the_designs(tmp_path):
     """README.md: losses and times of results/cache, right answers of results/cache_recall."""
     pytest.importorskip("matplotlib")
-    designs = script("designs")
-    drawn, draw = [], designs.pictures.draw_panels
-    monkeypatch.setattr(designs.pictures, "draw_panels", lambda panels, *args: drawn.extend(panels) or draw(panels, *args))
-    designs.draw(tmp_path / "designs.png")
+    joined = script("pictures")
+    panels, summaries = joined.designs()
+    joined.draw(panels, summaries, tmp_path / "designs.png")
     assert (tmp_path / "designs.png").stat().st_size > 10_000 and (ROOT / "docs/designs.png").exists()
-    losses, answers, times = drawn
+    losses, answers, times = panels
     for panel, name in ((losses, "cache"), (answers, "cache_recall"), (times, "cache")):
         summaries = figures.summarize(figures.read(f"{name}/results.json"))
         assert [point.name for point in panel.points] == [summary.name for summary in summaries]
@@ -420,6 +419,8 @@ def test_what_the_documents_say_of_the_noise():
     best = paired.pop("GQA, 2 heads, equal shape")
     sixth = paired.pop("MQA, equal parameters")
     assert 0.77 < best < 0.82 and 0.81 < sixth < 0.86 < min(paired.values()) and len(paired) == 3
+    quantiles = (36.781, 10.982)  # of chi-square with 22 degrees of freedom, at 0.975 and 0.025
+    assert [f"{(22 / quantile) ** 0.5:.1f}" for quantile in quantiles] == ["0.8", "1.4"]
 
 
 def test_what_the_documents_say_of_its_sources():
