@@ -210,7 +210,7 @@ DEFINITIONS = {
     "docs/training.md": ("a trace of 5 steps",),
     "docs/data.md": ("To open a data set of 20 GB, less than 100 MB are read, and batches from it take less than 300 MB of memory (tested)",),
     "docs/bench.md": ("contexts of 1,024 tokens or more",),
-    "docs/comparing.md": ("a confidence of 95 % by itself", "is at most 5 %",
+    "docs/comparing.md": ("a confidence of 95 % by itself", "is at most 5 %", "runs of 800 steps",
                           "found with a power of 80 %, that is", "its 95 % interval",
                           "the 10 billion tokens of its config", "16 texts of 4,096 tokens",
                           "a confidence of 95 % (Bonferroni)", "less than 0.010 nats", "wider than ± 0.010", "a deviation of 0.02 nats over seeds", "agree within 0.5 %",
