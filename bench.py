@@ -571,7 +571,7 @@ def time_all(configs, axes=()):
             row.setdefault(name, getattr(config, name))
         for key, value in row.items():
             if isinstance(value, float):
-                row[key] = round(value, 5)
+                row[key] = float(f"{value:.6g}")  # digits, not decimals: an mbu may be tiny
         shown = (*HEADS, *axes, "batch_size", *SHOWN[config.mode])
         show(row, dict.fromkeys(shown))
         rows.append(row)

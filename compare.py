@@ -13,6 +13,7 @@ are not needed for that.
 """
 import datetime
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from tqdm import tqdm
 
 from bench import BenchConfig, heads_of
@@ -41,8 +43,9 @@ from nanogqa.configurator import (
     subset,
 )
 from nanogqa.dataloader import Dataset, prepare_default
+from nanogqa.distributed import world
 from nanogqa.files import created, write_json
-from nanogqa.report import write_report
+from nanogqa.report import remove_report, write_report
 from nanogqa.results import (
     curve_of,
     evaluations,
@@ -155,11 +158,26 @@ def check_plan(config, variants, given):
     if min(len(names), len(folders)) < len(variants):
         raise UserError("two different models have one name, or names that differ in punctuation "
                         "alone: leave out one of the axes, or compare them with two commands")
+    check_models_differ(variants)
+    if config.parallel == "fsdp" and ranks_of(config) == 1:
+        raise UserError("parallel=fsdp needs several GPUs: choose --parallel=ddp")
     for variant in variants:
+        if "," in variant.config.trainable:  # bench.py would read a list
+            raise UserError(f"trainable={variant.config.trainable} holds a comma, which compare.py "
+                            "cannot pass on: write it without one")
         resume.check_run(GPT, GPTConfig, variant.config, dataset, ranks_of(config))
     for timing in plan_timings(variants, config, given):
         for values in combinations(timing.settings):
             build(BenchConfig, {"mode": timing.mode, **values})
+
+
+def check_models_differ(variants):
+    """Raises UserError if two variants of a matching are one model, which would be trained twice:
+    equal parameters change n_ff, also where it is the axis."""
+    for variant, other in itertools.combinations(variants, 2):
+        if (variant.match, variant.config) == (other.match, other.config):
+            raise UserError(f"with equal {variant.match}, {variant.name} and {other.name} are the "
+                            "same model: leave one of them out, or choose another --match")
 
 
 def first_config(given):
@@ -181,10 +199,11 @@ def with_design(values):
                         ".py")
     settings = parse(TrainConfig, [str(path)], __doc__)
     settings.pop("out_dir", None)
+    model = {field.name for field in fields(GPTConfig)}
     for key in settings:
-        if key not in {field.name for field in fields(GPTConfig)}:
-            raise UserError(f"design={design}: {path} sets {key}, but a design is a model alone: "
-                            "choose another file")
+        if key not in model or key in SHARED:
+            raise UserError(f"design={design}: {path} sets {key}, but a design is a model alone, "
+                            "without what all runs share: choose another file")
     for key in ("attention", "n_kv_head", *settings):
         if key in values:
             raise UserError(f"{key} is given, but belongs to a design such as {design}: leave "
@@ -321,7 +340,8 @@ def attention_kind(config):
 def controls_of(config, details):
     """MHA baselines with the cache of a GQA model (Shazeer 2019): fewer heads, narrower heads.
 
-    Narrower heads need a whole, even width, since RoPE rotates pairs. The names end with details.
+    Narrower heads need a whole, even width, since RoPE rotates pairs, and a part of them to rotate
+    if the model has one. The names end with details.
     """
     count = config.n_kv_head
     if count == config.n_head:
@@ -330,7 +350,8 @@ def controls_of(config, details):
     label = "1 head" if count == 1 else f"{count} heads"
     controls = [Choice(" ".join([label, *details]), fewer)]
     width, rest = divmod(config.head_dim * count, config.n_head)
-    if rest == 0 and width % 2 == 0:
+    rotates = round(config.rope_fraction * width / 2) > 0 or config.rope_fraction == 0
+    if rest == 0 and width % 2 == 0 and rotates:
         narrower = replace(config, n_kv_head=config.n_head, head_dim=width)
         controls.append(Choice(" ".join([f"heads of {width}", *details]), narrower))
     return controls
@@ -421,7 +442,8 @@ def open_results(config, runtime, wanted):
             check_machine(results, runtime, out_dir)
             if results.get("code", code_digest()) != code_digest():
                 warn(f"one of {', '.join(CODE)} has changed since {path} was begun: finished runs "
-                     "stay as they are; choose another --out_dir to repeat them")
+                     "stay as they are, all others use the new code, and may differ for that "
+                     "reason; choose another --out_dir to begin again")
             if complete_variants(results) != complete_variants(wanted):
                 results.update(variants=wanted["variants"], speed={})  # all are timed in one go
             return results
@@ -437,7 +459,8 @@ def check_same_comparison(results, wanted, out_dir):
     there = comparable(results)
     here = comparable(wanted)
     differences = []
-    for key, value in here.items():
+    for key in here | there:
+        value = here.get(key)
         if key == "seeds" and value > there[key]:
             continue  # the runs that are missing are added
         if there.get(key) != value:
@@ -470,11 +493,18 @@ def comparable(results):
 
 
 def check_machine(results, runtime, out_dir):
-    """Raises UserError where runs would have another dtype than those in results."""
+    """Raises UserError where runs would have another dtype than those in results. Warns of another
+    version of torch and of another kind of device, which affect losses too."""
     here, there = runtime.describe()["dtype"], results["machine"]["dtype"]
     if here != there:
         raise UserError(f"{out_dir} holds runs in {there}, and further ones would be in {here}: "
                         f"add --dtype={there}, or choose another --out_dir")
+    now = dict(runtime.describe(), torch=torch.__version__)
+    for key in ("torch", "device"):
+        before = results["machine"].get(key, now[key])
+        if before != now[key]:
+            warn(f"{out_dir} holds runs with {key} {before}, and further ones have {now[key]}: "
+                 "differences may come from that; choose another --out_dir to begin again")
 
 
 def code_digest():
@@ -563,8 +593,11 @@ def run_bench(timing):
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
-        raise UserError(f"bench.py failed for {timing.shape} ({one_line(lines[-1])}): run it alone "
-                        "to see why")
+        remedy = "its settings are those of the runs"
+        if timing.mode == "decode":
+            remedy = "its batch_size and prompt_len are decode_batch_size and decode_prompt_len"
+        raise UserError(f"bench.py --mode={timing.mode} failed for {timing.shape} "
+                        f"({one_line(lines[-1])}): {remedy}")
     result = json.loads(done.stdout.splitlines()[-1])
     return result.get("rows", [result])
 
@@ -657,6 +690,9 @@ def print_variants(variants):
 @program
 def main(argv):
     given = parse(CompareConfig, argv, __doc__, axes=True)
+    if world().ranks > 1:
+        raise UserError("compare.py starts torchrun itself, with a rank for each GPU: start it "
+                        "without torchrun")
     config = first_config(given)
     if config.report_only:
         report_again(config)
@@ -682,6 +718,7 @@ def main(argv):
             results["speed"] = measure_speed(variants, config, given)
             if config.overwrite:
                 remove_runs(out_dir / "runs")
+                remove_report(out_dir)
             if not results["records"]:
                 write_json(path, results)
         train_runs(runs, config, results, dataset, GPTConfig)

@@ -301,6 +301,11 @@ def recall_wide():
     return recall_table("recall_wide")
 
 
+FIELDS = (1, 2, 4)  # of results/recall_fields
+RECALL_HEADER = ["", "cache, bytes per token", "right answers of each seed", "mean", "steps to 0.9",
+                 "loss minus MHA's, nats per answer"]
+
+
 def recall_fields():
     """The same for heads of width 32 and records of several fields (docs/recall.md)."""
     rows = []
@@ -308,11 +313,6 @@ def recall_fields():
         for row in recall_rows(f"recall_fields/{fields}"):
             rows.append([str(fields), *row])
     return table(["fields", *RECALL_HEADER], rows)
-
-
-FIELDS = (1, 2, 4)
-RECALL_HEADER = ["", "cache, bytes per token", "right answers of each seed", "steps to 0.9",
-                 "loss minus MHA's, nats per answer"]
 
 
 def recall_table(folder):
@@ -327,6 +327,7 @@ def recall_rows(folder):
             summary.name,
             f"{summary.facts['kv_bytes_per_token']:,}",
             ", ".join(f"{points[-1][1]:.2f}" for points in runs),
+            f"{statistics.mean(points[-1][1] for points in runs):.2f}",
             ", ".join(steps_to_nine_tenths(points) for points in runs),
             with_both_intervals(summary.difference),
         ])
@@ -691,6 +692,7 @@ SENTENCES = {
         "A text of {llama_context} tokens takes {llama_all}, more than the weights",
         "32 query heads it would take {llama_mha}",
         "trained with {seeds} seeds each on {tokens} tokens",
+        "a step of MQA took {mqa_step_params} of MHA's time, and {mqa_step_again} when timed again",
         "true differences of {gqa_found} and {mqa_found} nats would have been missed at "
         "most one time in five",
         "After {seeds} seeds, MLA has",
@@ -719,23 +721,15 @@ SENTENCES = {
         "--match=shape --seeds={recall_seeds} --seed=1` trains two layers with 8 heads of width 8 "
         "on {recall_tokens} tokens",
         "MQA's loss is higher than MHA's, by {recall_mqa_minus} nats per answer",
-        "MHA {recall_mha}, GQA-4 {recall_gqa4}, GQA-2 {recall_gqa2}, MQA {recall_mqa}. Of "
-        "{recall_seeds} seeds, MHA reaches 0.9 in {reach_mha}, GQA-4 in {reach_gqa4}, GQA-2 in "
-        "{reach_gqa2} and MQA in {reach_mqa}",
         "a model is also {gqa4_smaller} to {mqa_smaller} % smaller",
-        "right {one_guess} of the time. In {one_recall_tokens} tokens with {one_recall_answers} "
-        "answers",
+        "right {one_guess} of the time. The runs see {one_recall_tokens} tokens with "
+        "{one_recall_answers} answers",
         "models with fewer of them are {one_gqa4_smaller} to {one_mqa_smaller} % smaller",
         "These runs saw {one_recall_answers} answers, those with three fields {recall_answers}",
-        "MHA {one_recall_mha}, GQA-4 {one_recall_gqa4}, GQA-2 {one_recall_gqa2}, MQA "
-        "{one_recall_mqa}. Of {one_recall_seeds} seeds, MHA reaches 0.9 in {one_reach_mha}, GQA-4 "
-        "in {one_reach_gqa4}, GQA-2 in {one_reach_gqa2} and MQA in {one_reach_mqa}",
-        "Of {wide_recall_seeds} seeds, wide MQA reaches 0.9 with {wide_reach_wide_mqa}, MHA with "
-        "{wide_reach_mha}, wide MLA with {wide_reach_wide_mla} and MQA with {wide_reach_mqa}",
         "Wide MQA has {wide_wide_mqa_as_large} times the parameters of MHA and {wide_mqa_flops} "
         "times the training FLOPs",
         "Wide MLA has {wide_wide_mla_as_large} times the parameters",
-        "a step of wide MQA takes {wide_mqa_step} times as long",
+        "A step of wide MQA takes {wide_mqa_step} times as long",
     ),
     "docs/comparing.md": (
         "trains six models with {seeds} seeds each",

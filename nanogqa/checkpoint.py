@@ -91,7 +91,7 @@ def load(out_dir, GPTConfig):
         state = read_tensors(path)
     else:
         raise UserError(f"there is no checkpoint {path}: train one with train.py "
-                        f"--out_dir={out_dir}, or name another --out_dir")
+                        f"--out_dir={path.parent}, or name another folder")
     return check(state, path, GPTConfig)
 
 
@@ -161,7 +161,7 @@ def check(state, path, GPTConfig):
             raise ValueError("its config has no vocab_size")
     except ValueError as error:
         raise Damaged(f"{path} is not a checkpoint of this program ({one_line(error)}): name "
-                      "another --out_dir") from None
+                      "another checkpoint") from None
     values = typed(GPTConfig, state["config"], path)
     try:
         state["config"] = asdict(build(GPTConfig, values))
@@ -188,7 +188,8 @@ def typed(cls, values, path):
 def new_model(GPT, config, seed=1337):
     """GPT(config, seed). Raises UserError if the machine cannot hold it."""
     try:
-        check_memory({SIZE_SETTINGS: 4 * count_params(GPT, config)})
+        size = torch.get_default_dtype().itemsize  # bench.py creates models in bfloat16 too
+        check_memory({SIZE_SETTINGS: size * count_params(GPT, config)})
         with NoInit():
             return GPT(config, seed)
     except (RuntimeError, TypeError, MemoryError, OverflowError) as error:

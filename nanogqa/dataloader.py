@@ -90,7 +90,7 @@ def remedy(folder):
     """What to do about a missing or damaged data set, as the end of an error message."""
     script = Path(folder) / "prepare.py"
     if script.exists():
-        return f"run python {os.path.relpath(script)}"
+        return f"run python {os.path.relpath(script)}, with its settings if it was run before"
     return "make it again with its prepare.py"
 
 

@@ -266,6 +266,9 @@ def steps_to(curve, loss):
 
     The curve is interpolated linearly between its points.
     """
+    first_step, first_loss = curve[0]
+    if first_loss <= loss:
+        return first_step
     for (step, before), (next_step, after) in itertools.pairwise(curve):
         if before > loss >= after:
             return step + (next_step - step) * (before - loss) / (before - after)

@@ -22,6 +22,9 @@ STYLE = {"font.size": 13, "axes.titlesize": 13, "axes.labelsize": 13, "lines.lin
          "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
 
 
+PICTURES = ("curves", "quality", "decode", "metrics", "front")  # what draw may write, without .png
+
+
 def draw(results, out_dir):
     """Draws the pictures and returns their paths; without matplotlib only prints a hint."""
     try:
@@ -319,12 +322,11 @@ def metric_points(summaries, name):
 def time_panel(shapes, results):
     """Times of the decode step with the largest batch and the longest context. They have no front:
     two rounds of timing give no error bar and cannot order close times."""
-    points, cells = [], []
+    points = []
     for shape, summary in shapes.items():
         slowest = max(results["speed"][shape]["decode"], key=batch_and_context)
         points.append(Point(cache_bytes(summary), slowest["step_ms"], summary.name))
-        cells.append(batch_and_context(slowest))
-    batch_size, prompt_len = cells[0]  # all shapes are timed at the same ones
+    batch_size, prompt_len = batch_and_context(slowest)  # all shapes are timed at the same ones
     label = f"ms per step, batch {batch_size}, context {prompt_len:,}"
     return Panel(label, points, None)
 
@@ -380,7 +382,7 @@ def beats(other, point, lower):
 class Floor(NamedTuple):
     """How fast steps can be that read more than the processor's cache holds."""
     bytes_per_s: float            # one bandwidth for all: the highest that was measured
-    cache_bytes: int              # of the processor
+    processor_cache: int          # bytes
 
 
 def bandwidth_beyond_cache(results):
@@ -392,16 +394,16 @@ def bandwidth_beyond_cache(results):
             largest = max(largest, row["bytes_per_step"])
             if row["mbu"]:  # the share of the bandwidth that the step has used
                 rates.append(row["bytes_per_step"] / (row["step_ms"] / 1e3) / row["mbu"])
-    cache_bytes = results["machine"].get("cache_bytes")  # older results lack it
-    if not rates or not cache_bytes or largest <= cache_bytes:
+    processor_cache = results["machine"].get("cache_bytes")  # older results lack it
+    if not rates or not processor_cache or largest <= processor_cache:
         return None
-    return Floor(max(rates), cache_bytes)
+    return Floor(max(rates), processor_cache)
 
 
 def draw_decode_times(axis, timings, color, floor):
     axis.plot(column(timings, "prompt_len"), column(timings, "step_ms"), marker="o", color=color)
     if floor:
-        beyond = [cell for cell in timings if cell["bytes_per_step"] > floor.cache_bytes]
+        beyond = [cell for cell in timings if cell["bytes_per_step"] > floor.processor_cache]
         fastest = [cell["bytes_per_step"] / floor.bytes_per_s * 1e3 for cell in beyond]
         axis.plot(column(beyond, "prompt_len"), fastest, linestyle=":", marker=".", color=color)
 

@@ -110,7 +110,7 @@ def aligned(heads, n_kv_head, qk_norm=False, moment=None):
 def square_root(moment):
     """The symmetric square root of a symmetric positive matrix, and the inverse of that root."""
     eigenvalues, basis = torch.linalg.eigh(moment)
-    smallest = 1e-6 * eigenvalues[-1].item()
+    smallest = max(1e-6 * eigenvalues[-1].item(), SMALLEST)
     roots = eigenvalues.clamp(min=smallest).sqrt()
     return (basis * roots) @ basis.T, (basis / roots) @ basis.T
 

@@ -5,7 +5,7 @@ from nanogqa.configurator import plural
 from nanogqa.costs import CONTEXT
 from nanogqa.estimates import ALPHA, mean_over_seeds, smallest_p
 from nanogqa.files import replacing
-from nanogqa.pictures import draw
+from nanogqa.pictures import PICTURES, draw
 from nanogqa.published import PUBLISHED, VARIANTS, relative_differences
 from nanogqa.summary import (
     by_shape,
@@ -367,6 +367,13 @@ def table_line(cells):
 
 
 # -- everything ------------------------------------------------------------------------------------
+
+def remove_report(out_dir):
+    """Removes the report and the pictures of an earlier comparison."""
+    (out_dir / "report.md").unlink(missing_ok=True)
+    for name in PICTURES:
+        (out_dir / f"{name}.png").unlink(missing_ok=True)
+
 
 def write_report(results, out_dir):
     """Writes report.md and the pictures into out_dir and prints the report."""

@@ -97,7 +97,7 @@ def train_runs(runs, config, results, dataset, GPTConfig):
     finished = [run for run in runs if run.finished]
     minutes = remaining_seconds(runs, config, speed, dataset) / 60
     print(f"{len(runs)} runs of {config.max_steps:,} steps, {len(finished)} of them finished; the "
-          f"rest takes about {minutes:.0f} minutes here", flush=True)
+          f"rest takes about {minutes:.0f} minutes at the speeds that were timed", flush=True)
     done = sum(run.steps for run in runs)
     total = len(runs) * config.max_steps
     with tqdm(total=total, initial=done, unit="step", desc="training", disable=None) as bar:
@@ -105,6 +105,10 @@ def train_runs(runs, config, results, dataset, GPTConfig):
             if not run.finished:
                 run_training(run, bar)
                 run.look(dataset, curves, GPTConfig)
+            if run.damage:
+                raise UserError(f"training {run.folder.name} ended, but {run.damage}: see "
+                                f"{run.folder / 'train.log'}, or choose another --out_dir to leave "
+                                "this variant out")
             if not run.finished:
                 raise UserError(f"training {run.folder.name} ended at step {run.steps}: run the "
                                 f"same command again, and see {run.folder / 'train.log'}")
@@ -113,9 +117,9 @@ def train_runs(runs, config, results, dataset, GPTConfig):
 def remaining_seconds(runs, config, speed, dataset):
     """Estimated time of the steps left. Evaluating a token takes a third of training on it, and n
     ranks are taken to be n times as fast as the one that was timed."""
-    evaluations = config.max_steps // config.eval_interval + 1
+    n_evaluations = math.ceil(config.max_steps / config.eval_interval) + 1
     eval_tokens = min(config.eval_tokens or math.inf, dataset.val.n_tokens)
-    tokens_of_run = config.max_steps * config.tokens_per_step + evaluations * eval_tokens / 3
+    tokens_of_run = config.max_steps * config.tokens_per_step + n_evaluations * eval_tokens / 3
     seconds = 0.0
     for run in runs:
         share_left = max(0, config.max_steps - run.steps) / config.max_steps
@@ -128,7 +132,7 @@ def run_training(run, bar):
     run.folder.mkdir(parents=True, exist_ok=True)
     start = run.steps
     bar_start = bar.n
-    last_line = "no output"
+    last_line, error = "no output", ""
     with (
         open(run.folder / "train.log", "a", encoding="utf-8") as log,
         subprocess.Popen(train_command(run), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -137,15 +141,17 @@ def run_training(run, bar):
         for line in process.stdout:
             log.write(line)
             last_line = line.strip() or last_line
+            if line.startswith(f"{TRAIN.name}: "):  # torchrun prints a report of its own after it
+                error = line.strip()
             step = re.match(r"step +(\d+)", line)
             if step:
                 now = bar_start + int(step[1]) - start
                 bar.update(max(0, now - bar.n))
     if process.returncode:
+        reason = one_line(error or last_line)
         raise UserError(f"training {run.folder.name} ended with code {process.returncode} "
-                        f"({one_line(last_line)}): see {run.folder / 'train.log'}; run the same "
-                        "command again to resume, or choose another --out_dir to leave this "
-                        "variant out")
+                        f"({reason}): see {run.folder / 'train.log'}; run the same command again "
+                        "to resume, or choose another --out_dir to leave this variant out")
 
 
 def ranks_of(config):
@@ -165,6 +171,8 @@ def train_command(run):
     log_interval = max(1, run.config.max_steps // 50)
     config = replace(run.config, seed=run.seed, out_dir=str(run.folder), init_from="auto",
                      log_interval=log_interval)
+    if config.wandb_run_name is not None:
+        config.wandb_run_name += f" {run.folder.name}"
     if run.damage:
         config.init_from = "scratch"
         config.overwrite = True

@@ -87,6 +87,12 @@ def byte_tokenizer():
 
 
 def file_tokenizer(name, folder):
+    for file in (HF_TOKENIZER, HF_CONFIG):
+        if not (Path(folder) / file).exists():
+            raise UserError(
+                f"{folder} has no {file}: copy it from the folder of the run or data set that the "
+                "checkpoint comes from"
+            )
     tokenizer = HuggingFaceTokenizer(folder)
     if name not in (tokenizer.name, tokenizer.file_name):
         raise UserError(
@@ -108,7 +114,8 @@ def tiktoken_tokenizer(name):
     except (OSError, ValueError):  # failed downloads; those with another content
         raise UserError(
             f"the files of tokenizer {name!r} are not on this machine and cannot be downloaded: "
-            "set TIKTOKEN_CACHE_DIR to a folder that holds them, or use --tokenizer=byte"
+            "set TIKTOKEN_CACHE_DIR to a folder that holds them, or prepare data with "
+            "--tokenizer=byte"
         ) from None
     if EOT not in encoding.special_tokens_set:
         raise UserError(

@@ -296,7 +296,8 @@ class DatasetWriter:
             if (self.part / name).exists():  # else moved by a run that was killed here
                 os.replace(self.part / name, self.data_dir / name)
         meta = dict(self.about, sha256=combined_sha256(self.splits, self.about), splits=self.splits)
-        write_json(self.data_dir / "meta.json", meta)
+        write_json(self.part / "meta.json", meta)  # here: others may write one to data_dir
+        os.replace(self.part / "meta.json", self.data_dir / "meta.json")
         shutil.rmtree(self.part)
         return meta
 

@@ -27,7 +27,7 @@ import bench
 import compare
 import train
 from compare import CompareConfig, Timing, matching_n_ff, plan, run_bench
-from nanogqa import runs as training
+from nanogqa import distributed, runs as training
 from nanogqa.configurator import UserError, build, parse
 from nanogqa.dataloader import Dataset
 from nanogqa.estimates import (
@@ -384,6 +384,30 @@ def test_a_run_that_cannot_end(toy_data, tmp_path, monkeypatch):
         training.run_training(training.Run(variant.config, variant.shape, 1, tmp_path / "run"), tqdm(disable=True))
 
 
+def test_the_error_of_a_run_under_torchrun_is_its_own(toy_data, tmp_path, monkeypatch):
+    """It was the last line, and torchrun ends its report with a line of equal signs."""
+    variant = planned(toy_data, "--match=shape")[2][0]
+    lines = "print('train.py: the loss is not finite: lower it'); print('Traceback'); print('====='); raise SystemExit(2)"
+    monkeypatch.setattr(training, "train_command", lambda run: [sys.executable, "-c", lines])
+    with pytest.raises(UserError, match=re.escape("code 2 (train.py: the loss is not finite: lower it)")):
+        training.run_training(training.Run(variant.config, variant.shape, 1, tmp_path / "run"), tqdm(disable=True))
+
+
+def test_a_run_that_is_damaged_when_it_ends(toy_data, tmp_path, monkeypatch):
+    """It "ended at step 0", and the same command trained it again, forever."""
+    config, _, variants = planned(toy_data, "--match=shape")
+    run = training.Run(variants[0].config, variants[0].shape, 1, tmp_path / "run")
+
+    def look(dataset, curves, GPTConfig):
+        run.damage = "its metrics.jsonl holds impossible values"
+    run.look = look
+    monkeypatch.setattr(training, "run_training", lambda run, bar: None)
+    speed = {variant.shape: dict(train=[dict(tok_s=1.0)]) for variant in variants}
+    results = dict(speed=speed, records=[])
+    with pytest.raises(UserError, match="ended, but its metrics.jsonl holds impossible values"):
+        training.train_runs([run], config, results, compare.Dataset(toy_data), compare.GPTConfig)
+
+
 def test_runs_in_a_linked_folder_are_removed(tmp_path):
     """Of a comparison that is replaced. Where they stayed, they were resumed."""
     (tmp_path / "disk/MHA-seed1").mkdir(parents=True)
@@ -419,6 +443,19 @@ def test_the_time_that_is_left(toy_data, tmp_path, monkeypatch):
         config = replace(variant.config, device=device)
         seconds = training.remaining_seconds([half, new], config, {"shape": {"train": [{"tok_s": 1000}]}}, Dataset(toy_data))
         assert seconds == pytest.approx(left / max(1, gpus))
+
+
+def test_a_comparison_on_another_version_of_torch(again, monkeypatch, capsys):
+    folder, args = again
+    monkeypatch.setattr(torch, "__version__", "9.0")
+    compare.main(args)
+    assert "further ones have 9.0: differences may come from that" in capsys.readouterr().err
+
+
+def test_compare_starts_torchrun_itself(again, monkeypatch, capsys):
+    """Both ranks trained the same runs."""
+    monkeypatch.setattr(compare, "world", lambda: distributed.World(0, 2, 0))
+    assert "start it without torchrun" in fails(compare.main, again[1], capsys)
 
 
 def test_an_unfinished_comparison_has_no_report(again, capsys):
@@ -492,8 +529,10 @@ def test_a_timing_is_a_process_of_bench(monkeypatch):
     assert row["batch_size"] == 2 and row["step_ms"] > 0
     done = subprocess.CompletedProcess([], 2, "", "a warning\nbench.py: no memory\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: done)
-    with pytest.raises(UserError, match=r"bench.py failed for toy \(bench.py: no memory\)"):
+    with pytest.raises(UserError, match=r"bench.py --mode=train failed for toy \(bench.py: no memory\): its settings are those"):
         run_bench(Timing("toy", "train", settings))
+    with pytest.raises(UserError, match="its batch_size and prompt_len are decode_batch_size and decode_prompt_len"):
+        run_bench(Timing("toy", "decode", settings))
 
 
 def test_what_is_timed_are_the_settings_of_each_variant(toy_data):
@@ -837,8 +876,8 @@ def test_designs_are_the_models_of_config(toy_data, capsys):
     assert caches["gemma_like"] == (2 * 64 + 4096) / (4 * 4 * 4096)
     assert caches["deepseek_v4_like"] == (3 * 64 + 4096) / (8 * 4 * 4096)
     assert names_of(toy_data, "--design=mha,mqa", "--learning_rate=1e-3,3e-3")[1] == "mha learning_rate=0.003"
-    assert names_of(toy_data, "--design=window") == ["window"]
-    assert names_of(toy_data, "--design=gqa,window", "--controls=True") == ["gqa", "2 heads gqa", "heads of 4 gqa", "window"]
+    assert names_of(toy_data, "--design=window", "--n_layer=4") == ["window"]
+    assert names_of(toy_data, "--design=gqa,window", "--n_layer=4", "--controls=True") == ["gqa", "2 heads gqa", "heads of 4 gqa", "window"]
 
 
 @pytest.mark.parametrize("design,words", [
@@ -851,6 +890,26 @@ def test_what_is_no_design_is_refused(toy_data, design, words):
     with pytest.raises(UserError) as error:
         planned(toy_data, *f"--design=tied,{design}".split())
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("args,words", [
+    ("--n_ff=32,64", "with equal params, n_ff=32 and n_ff=64 are the same model"), ("--head_dim=8,None --match=shape", "are the same model")])
+def test_one_model_under_two_names_is_refused(toy_data, args, words):
+    """It was trained twice, and the comparison of it with itself made the others less precise."""
+    with pytest.raises(UserError, match=words):
+        planned(toy_data, *args.split())
+    planned(toy_data, "--n_ff=32,64", "--match=shape")
+
+
+@pytest.mark.parametrize("line", ["block_size = 16", "vocab_size = 300"])
+def test_a_design_sets_nothing_that_all_runs_share(toy_data, tmp_path, monkeypatch, line):
+    """Variants with another block_size train on other sequences."""
+    (tmp_path / "config").mkdir()
+    shutil.copy(ROOT / "config/mha.py", tmp_path / "config/mha.py")
+    (tmp_path / "config/other.py").write_text(line + "\n", encoding="utf-8")
+    monkeypatch.setattr(compare, "__file__", str(tmp_path / "compare.py"))
+    with pytest.raises(UserError, match=f"sets {line.split()[0]}, but a design is a model alone, without what all runs share"):
+        planned(toy_data, "--design=mha,other")
 
 
 def test_models_whose_folders_would_be_one_are_refused(toy_data):
@@ -866,6 +925,8 @@ def test_controls_have_the_cache_of_what_they_control_for(toy_data):
     cache = {v.name: v.facts["kv_bytes_per_token"] for v in variants}
     assert cache["GQA-2"] == cache["2 heads"] == cache["heads of 4"] == cache["MHA"] // 2
     assert cache["MQA"] == cache["1 head"] == cache["heads of 2"] == cache["MHA"] // 4
+    names = [v.name for v in planned(toy_data, "--controls=True", "--match=shape", "--rope_fraction=0.4")[2]]
+    assert names == ["MHA", "GQA-2", "2 heads", "heads of 4", "MQA", "1 head"], "heads of 2 have no pair to rotate"
 
 
 def test_any_list_is_an_axis(toy_data):
@@ -1032,6 +1093,7 @@ def test_steps_to_a_loss():
     curve = [(0, 5.0), (100, 3.0), (200, 2.0)]
     steps = [steps_to(curve, loss) for loss in (4.0, 3.0, 2.5, 2.0, 1.9)]
     assert steps == [50.0, 100.0, 150.0, 200.0, None]
+    assert [steps_to(curve, loss) for loss in (5.0, 6.0)] == [0, 0], "it was never there, as it never fell to it"
 
 
 def test_verdicts():
@@ -1261,7 +1323,7 @@ def test_the_floor_of_decoding_has_one_bandwidth():
     # what only a run or a timing would find
     (["--vocab_size=200"], "has 257 token ids, more than vocab_size=200"),
     (["--trainable=q_proj,nothing"], "no parameter matches trainable='nothing'"),
-    (["--parallel=fsdp"], "parallel=fsdp splits a model over ranks, but there is one rank"),
+    (["--parallel=fsdp"], "parallel=fsdp needs several GPUs: choose --parallel=ddp"),
     (["--optimizer=adamw,muon", "--parallel=fsdp"], "parallel=fsdp"),
     (["--batch_size=1,3"], "batch_size 3 x 1 ranks x block_size 32 = 96"),
     (["--block_size=65536", "--tokens_per_step=65536"], "block_size=65536 needs 65537 tokens"),
@@ -1299,7 +1361,11 @@ def test_overwrite_replaces_all_runs(again, monkeypatch, capsys):
     folder, args = again
     monkeypatch.setattr(compare, "measure_speed", lambda *args: results_of(folder)["speed"])
     (folder / "runs/old").mkdir()
+    for name in ("metrics.png", "report.md", "notes.png"):
+        (folder / name).write_text("old", encoding="utf-8")
     compare.main([*args, "--overwrite=True"])
+    assert (folder / "report.md").read_text(encoding="utf-8") != "old"
+    assert not (folder / "metrics.png").exists() and (folder / "notes.png").exists()
     assert "4 runs of 12 steps, 0 of them finished" in capsys.readouterr().out
     assert len(list((folder / "runs").iterdir())) == 4
 

@@ -1,6 +1,7 @@
 """The documents: links and commands name what exists, figures are those of results/, and the worked
 change of docs/variant.md does what its page says."""
 import ast
+import collections
 import importlib
 import importlib.util
 import json
@@ -375,15 +376,30 @@ def test_the_answers_of_a_sequence():
         config = prepare.RecallConfig(fields=fields, records=figures.RECORDS, length=figures.LENGTH, train=30, val=2)
         ids = [ids for split, ids, _ in prepare.sequences(config) if split == "train"]
         assert sum(sequence.count(prepare.ASK) for sequence in ids) / 30 == pytest.approx(figures.mean_answers(fields))
-    inverse = asked = 0
-    config = prepare.RecallConfig(fields=3, records=figures.RECORDS, length=figures.LENGTH, train=2, val=200)
+    text = (ROOT / "docs/recall.md").read_text(encoding="utf-8")
+    inverse, guess, copied = without_finding_records(prepare, fields=3)
+    assert 0.2 < inverse < 0.26
+    assert f"not asked for yet {guess:.2f}; copying inverse answers and guessing the rest, {copied:.2f}" in text
+
+
+def without_finding_records(prepare, fields):
+    """The share of questions that are the inverse of an earlier one, and that of right answers of two strategies that find no record:
+    guesses among the records not asked for yet with the same fields, and the same with copies of inverse answers."""
+    config = prepare.RecallConfig(fields=fields, records=figures.RECORDS, length=figures.LENGTH, train=2, val=1000)
+    inverse = asked = guessed = copied = 0
     for split, ids, _ in prepare.sequences(config):
-        if split == "val":
-            places = [place for place, token in enumerate(ids) if token == prepare.ASK]
-            pairs = [(ids[place + 2], ids[place + 3]) for place in places]
-            inverse += sum(pair[::-1] in pairs[:i] for i, pair in enumerate(pairs))
-            asked += len(pairs)
-    assert 0.2 < inverse / asked < 0.26
+        earlier, times = set(), collections.Counter()
+        for place, token in enumerate(ids):
+            if split == "val" and token == prepare.ASK:
+                relation, value, answer = ids[place + 1:place + 4]
+                chance = 1 / (config.records - times[relation])
+                guessed += chance
+                copied += 1 if (answer, value) in earlier else chance
+                inverse += (answer, value) in earlier
+                asked += 1
+                earlier.add((value, answer))
+                times[relation] += 1
+    return inverse / asked, guessed / asked, copied / asked
 
 
 def test_the_variants_that_differ_are_those_that_the_documents_name():

@@ -125,7 +125,13 @@ class Hub:
                     f"{address!r:.100} is not the address of a Hub: give --endpoint or "
                     "HF_ENDPOINT like https://huggingface.co"
                 )
-        from huggingface_hub import HfApi, errors, set_client_factory
+        try:
+            from huggingface_hub import HfApi, errors, set_client_factory
+        except ImportError:
+            raise UserError(
+                "this huggingface_hub is too old: pip install -U huggingface_hub (transformers 4 "
+                "needs an old one, so use another environment than its own)"
+            ) from None
         from huggingface_hub.utils import logging
         logging.set_verbosity_error()  # no warning for each retry
         set_client_factory(self.new_client)
@@ -506,7 +512,9 @@ def prepare(config, part, tokenizer, about):
     hub = None
     if config.input is None:
         hub = Hub(config)
-    progress = find_unfinished(part, about, config.overwrite)
+    progress = None
+    if continues(config):
+        progress = find_unfinished(part, about, config.overwrite)
     if progress is not None:
         position = read_position(config, progress, part)
         if hub is not None:
@@ -530,6 +538,12 @@ def prepare(config, part, tokenizer, about):
         if writer.n_tokens == 0 and not isinstance(error, Unreachable):
             writer.discard()  # there is nothing to continue
         raise
+
+
+def continues(config):
+    """Whether earlier work on the same data set counts. With overwrite, local files of equal names
+    may have other content."""
+    return config.input is None or not config.overwrite
 
 
 def describe(config, tokenizer):
@@ -567,7 +581,7 @@ def main(argv):
     tokenizer = open_tokenizer(config.tokenizer, data_dir, config.overwrite)
     about = describe(config, tokenizer)
     meta = None
-    if config.input is None or not config.overwrite:  # files of equal names may have other content
+    if continues(config):
         meta = find_finished(data_dir, about, config.overwrite)
     if meta is not None and damaged(data_dir):
         print(f"{data_dir} is damaged: preparing it again", flush=True)

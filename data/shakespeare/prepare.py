@@ -51,10 +51,10 @@ def read_text(path):
             "as --input=FILE"
         ) from None
     if hashlib.sha256(raw).hexdigest() != SHA256:
-        raise UserError(
-            f"{path or URL} is not tiny Shakespeare (another sha256): prepare other text with "
-            "data/text/prepare.py"
-        )
+        remedy = "prepare other text with data/text/prepare.py"
+        if path is None:  # perhaps the connection was cut
+            remedy = "run this again, or get the file another way and pass it as --input=FILE"
+        raise UserError(f"{path or URL} is not tiny Shakespeare (another sha256): {remedy}")
     return raw.decode()
 
 

@@ -52,17 +52,19 @@ def documents_of_folder(folder, data_dir):
 @program(remedy="split the text into a folder of smaller files")
 def main(argv):
     config = build(PrepareConfig, parse(PrepareConfig, argv, __doc__))
-    if config.input is None or not Path(config.input).exists():
+    if config.input is None:
+        raise UserError("no text is named: name a text file or a folder with --input=PATH")
+    if not Path(config.input).exists():
         raise UserError(
             f"there is nothing to read at {config.input}: name a text file or a folder with "
             "--input=PATH"
         )
     source = Path(config.input)
     data_dir = config.data_dir or Path(__file__).parent
-    if source.is_file():
-        documents = documents_of_file(source)
-    else:
+    if source.is_dir():
         documents = documents_of_folder(source, data_dir)
+    else:  # a file, or a pipe
+        documents = documents_of_file(source)
     write_dataset(documents, data_dir, config.tokenizer, config.overwrite, source=source.name)
 
 
