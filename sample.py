@@ -86,7 +86,7 @@ def prefill(model, idx, cache):
         for ids in idx[first:first + rows].split(tokens, dim=1):
             last = model(ids, cache=part, logits="last")[0]
         logits.append(last)
-    cache.length += idx.size(1)
+    cache.length += idx.size(1)  # each part has counted its own
     return torch.cat(logits)
 
 
