@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from nanogqa.estimates import holm
 from nanogqa.log import read_rows
 from nanogqa.published import PUBLISHED
 from nanogqa.report import published_table, table
@@ -301,7 +302,7 @@ def recall_wide():
     return recall_table("recall_wide")
 
 
-FIELDS = (1, 2, 4)  # of results/recall_fields
+FIELDS = {"1": "1", "2": "2", "4": "4", "4, twice the steps": "longer"}  # of results/recall_fields
 RECALL_HEADER = ["", "cache, bytes per token", "right answers of each seed", "mean", "steps to 0.9",
                  "loss minus MHA's, nats per answer"]
 
@@ -309,10 +310,30 @@ RECALL_HEADER = ["", "cache, bytes per token", "right answers of each seed", "me
 def recall_fields():
     """The same for heads of width 32 and records of several fields (docs/recall.md)."""
     rows = []
-    for fields in FIELDS:
-        for row in recall_rows(f"recall_fields/{fields}"):
-            rows.append([str(fields), *row])
+    for fields, folder in FIELDS.items():
+        for row in recall_rows(f"recall_fields/{folder}"):
+            rows.append([fields, *row])
     return table(["fields", *RECALL_HEADER], rows)
+
+
+def recall_rates():
+    """Last losses with four fields at several learning rates (docs/recall.md)."""
+    rows = []
+    for folder, kind in (("rates", ""), ("rate", "MQA ")):
+        results = read(f"recall_fields/{folder}/results.json")
+        first = results["settings"]["seed"]
+        seeds = f"{first} to {first + results['settings']['seeds'] - 1}"
+        for summary in summarize(results):
+            losses = []
+            for record in results["records"]:
+                if record["variant"] == summary.name:
+                    losses.append(record["val_loss"])
+            rows.append([
+                kind + summary.name.replace("learning_rate=", ""), seeds,
+                ", ".join(f"{loss:.2f}" for loss in losses), f"{statistics.mean(losses):.2f}",
+                ", ".join(f"{share:.2f}" for share in summary.metrics["val_acc"]),
+            ])
+    return table(["learning rate", "seeds", "loss, nats per answer", "mean", "right answers"], rows)
 
 
 def recall_table(folder):
@@ -411,6 +432,24 @@ def of_recall(folder, fields, prefix=""):
         if summary.difference:
             texts[f"{prefix}recall_{key}_minus"] = summary.difference.text(3)
     return texts
+
+
+def of_recall_fields():
+    """For each number of fields in results/recall_fields: the means of right answers, the
+    difference in loss, and its p value with Holm's correction for all of them (docs/recall.md)."""
+    texts, p_values, sizes = {}, {}, []
+    for fields, folder in FIELDS.items():
+        mha, mqa = summarize(read(f"recall_fields/{folder}/results.json"))
+        texts[f"fields_{folder}_mha"] = f"{statistics.mean(mha.metrics['val_acc']):.2f}"
+        texts[f"fields_{folder}_mqa"] = f"{statistics.mean(mqa.metrics['val_acc']):.2f}"
+        texts[f"fields_{folder}_minus"] = mqa.difference.text(3)
+        sizes.append(100 * (1 - mqa.facts["params"] / mha.facts["params"]))
+        if fields == folder:  # the others repeat one of these
+            p_values[folder] = mqa.difference.p
+    for folder, p in holm(p_values).items():
+        texts[f"fields_{folder}_p"] = f"{p:.3f}"
+    return texts | {"fields_smaller_low": f"{min(sizes):.0f}",
+                    "fields_smaller_high": f"{max(sizes):.0f}"}
 
 
 def of_wide_mqa():
@@ -575,6 +614,7 @@ def llama():
 TABLES = {function.__name__: function for function in (
     attention, findings, comparison, decoding_times, prefill_times, peak_memory, noise,
     noise_sources, published_table, designs, designs_recall, recall, recall_one_field, recall_wide,
+    recall_fields, recall_rates,
     shakespeare, against_nanogpt, bench_decode, bench_train, transformers_train,
     transformers_decode, ablation, uptraining)}
 
@@ -593,7 +633,7 @@ def values():
         **first_run(), **llama(), **ratios(), **found(), **of_mqa(), **ranges(), **of_designs(),
         **of_recall("recall", 3), **of_recall("recall_one_field", 1, "one_"),
         **of_recall("recall_wide", 1, "wide_"), **of_wide_mqa(), **of_noise(),
-        **of_designs_recall(), **timed_twice(), one_guess=f"{guess_among_the_rest():.2f}",
+        **of_designs_recall(), **of_recall_fields(), **timed_twice(), one_guess=f"{guess_among_the_rest():.2f}",
         guess=f"{1 / RECORDS:.3f}")
 
 
@@ -696,10 +736,10 @@ SENTENCES = {
         "true differences of {gqa_found} and {mqa_found} nats would have been missed at "
         "most one time in five",
         "After {seeds} seeds, MLA has",
-        "MQA is smaller, and its loss {mqa_share} % higher",
-        "with 8 query heads and {recall_seeds} seeds, MHA answered {recall_mha} of the questions, "
-        "GQA-4 {recall_gqa4}, GQA-2 {recall_gqa2} and MQA {recall_mqa}; guessing gives {guess}. "
-        "MQA's loss alone is significantly higher ({recall_mqa_minus} nats)",
+        "MHA and MQA answer {fields_1_mqa} of the questions about records of one field. With four "
+        "fields, MHA answers {fields_4_mha} and MQA, which is {fields_smaller_low} % smaller, "
+        "{fields_4_mqa} ({fields_4_minus} nats). With twice the steps and two seeds, these are "
+        "{fields_longer_mha} and {fields_longer_mqa}",
         "equal parameters and {design_seeds} seeds each",
         "has a lower loss than `mha` ({window_minus} nats per byte)",
         "`tied`, whose values are the keys ({tied_minus}), and `deepseek_v4_like` "
@@ -718,12 +758,17 @@ SENTENCES = {
         "long here",
     ),
     "docs/recall.md": (
-        "--match=shape --seeds={recall_seeds} --seed=1` trains two layers with 8 heads of width 8 "
-        "on {recall_tokens} tokens",
+        "above all six of MHA ({fields_4_minus} nats per answer)",
+        "found with four fields (p {fields_4_p}), but not with two ({fields_2_p}) or one "
+        "({fields_1_p})",
+        "MHA answers {fields_longer_mha} and MQA {fields_longer_mqa}. The difference is smaller "
+        "({fields_longer_minus} nats)",
+        "MQA has {fields_smaller_low} to {fields_smaller_high} % fewer parameters",
+        "--match=shape --seeds={recall_seeds} --seed=1` trains on {recall_tokens} tokens",
         "MQA's loss is higher than MHA's, by {recall_mqa_minus} nats per answer",
         "a model is also {gqa4_smaller} to {mqa_smaller} % smaller",
-        "right {one_guess} of the time. The runs see {one_recall_tokens} tokens with "
-        "{one_recall_answers} answers",
+        "not asked for yet is right {one_guess} of the time",
+        "heads of width 8, {one_recall_tokens} tokens with {one_recall_answers} answers",
         "models with fewer of them are {one_gqa4_smaller} to {one_mqa_smaller} % smaller",
         "These runs saw {one_recall_answers} answers, those with three fields {recall_answers}",
         "Wide MQA has {wide_wide_mqa_as_large} times the parameters of MHA and {wide_mqa_flops} "

@@ -42,18 +42,22 @@ def fields():
     for number in (1, 2, 4):
         summaries = summarize(read(f"recall_fields/{number}"))
         points = metric_points(summaries, "val_acc")
-        panels.append(Panel(f"right answers, {plural(number, 'field')}", points, lower=False))
+        panels.append(Panel(f"right answers, {plural(number, 'field')}", points, lower=None))
     return panels, summaries
 
 
-def draw(panels, summaries, path):
-    """Draws panels side by side. summaries give colors and names, the first one is the baseline."""
+def draw(panels, summaries, path, ylim=None):
+    """Draws panels side by side. summaries give colors and names, the first one is the baseline;
+    ylim are the ends of all vertical axes, if given."""
     with matplotlib.rc_context(pictures.STYLE):
         colors = pictures.colors_of(matplotlib, summaries)
         figure = pictures.draw_panels(panels, colors, summaries[0].name)
+        if ylim is not None:
+            for axis in figure.axes:
+                axis.set_ylim(*ylim)
         figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
     draw(*designs(), ROOT / "docs/designs.png")
-    draw(*fields(), ROOT / "docs/fields.png")
+    draw(*fields(), ROOT / "docs/fields.png", ylim=(0, 1.1))

@@ -285,8 +285,9 @@ def draw_panels(panels, colors, first):
 
 def about_panels(panels, first):
     """The title of the picture: what its bars, dots and lines are."""
-    bars = dots = False
+    bars = dots = line = False
     for panel in panels:
+        line = line or panel.lower is not None
         for point in panel.points:
             bars = bars or bool(point.error)
             dots = dots or bool(point.seeds)
@@ -295,8 +296,10 @@ def about_panels(panels, first):
         text += f" Bars: 95 % interval of the difference to {first}, each by itself."
     if dots:
         text += " Small dots: seeds."
-    return (f"{text}\nDotted line: no other variant caches less and is better, by the means over "
-            "seeds")
+    if line:
+        text += ("\nDotted line: no other variant caches less and is better, by the means over "
+                 "seeds")
+    return text
 
 
 def loss_points(summaries):
