@@ -614,7 +614,7 @@ def llama():
 TABLES = {function.__name__: function for function in (
     attention, findings, comparison, decoding_times, prefill_times, peak_memory, noise,
     noise_sources, published_table, designs, designs_recall, recall, recall_one_field, recall_wide,
-    recall_fields, recall_rates,
+    recall_fields, recall_rates, noise_schedules,
     shakespeare, against_nanogpt, bench_decode, bench_train, transformers_train,
     transformers_decode, ablation, uptraining)}
 

@@ -216,7 +216,8 @@ DEFINITIONS = {
                           "the 10 billion tokens of its config", "16 texts of 4,096 tokens",
                           "a confidence of 95 % (Bonferroni)", "less than 0.010 nats", "wider than ± 0.010", "a deviation of 0.02 nats over seeds", "agree within 0.5 %",
                           "0.02 to 0.05 nats worse",
-                          "0.6 to 2.5 times the measured one, with a confidence of 95 %", "0.8 to 1.4 times the measured one"),
+                          "0.6 to 2.5 times the measured one, with a confidence of 95 %", "0.8 to 1.4 times the measured one",
+                          "a decay of 160 steps"),
     "docs/recall.md": ("within 200 steps", "after 200 or 250 steps"),
     "docs/cache.md": ("chunks of at most 1,024 tokens (with torch.compile: 2,048 of all rows together)", "equal parameters (within 0.5 %)", "contexts of 256 tokens", "95 % interval",
                       "16 texts of 4,096 tokens", "more than 0.05 nats worse", "a distance of 127", "a gap of 64 tokens", "300 steps",
@@ -482,6 +483,20 @@ def test_what_the_documents_say_of_the_noise():
     assert 0.77 < best < 0.82 and 0.81 < sixth < 0.86 < min(paired.values()) and len(paired) == 3
     quantiles = (36.781, 10.982)  # of chi-square with 22 degrees of freedom, at 0.975 and 0.025
     assert [f"{(22 / quantile) ** 0.5:.1f}" for quantile in quantiles] == ["0.8", "1.4"]
+
+
+def test_what_the_documents_say_of_the_schedule():
+    """docs/comparing.md: a decay and a mean of weights leave about half the noise of a constant rate, and lower losses than the cosine."""
+    runs = figures.read("noise_schedule.json")["runs"]
+    constant = {step: [dict(map(tuple, run["constant"]))[step] for run in runs] for step in (200, 400, 600, 800)}
+    deviations = [statistics.stdev(constant[step]) for step in (200, 400, 600, 800)]
+    assert deviations != sorted(deviations, reverse=True), "it does not fall steadily"
+    cosine = figures.losses_of(figures.variants("shape")[0])[800][:len(runs)]
+    for name in ("cooldown", "mean_of_weights"):
+        losses = [run[name] for run in runs]
+        assert 0.4 < statistics.stdev(losses) / deviations[-1] < 0.6 and statistics.stdev(losses) < statistics.stdev(cosine) + 0.0005
+        assert all(loss < other for loss, other in zip(losses, cosine, strict=True))
+    assert len(runs) == 6
 
 
 def test_what_the_documents_say_of_its_sources():
