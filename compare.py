@@ -288,8 +288,14 @@ def plan_choices(config, settings):
             words = [attention_kind(variant_config), *details]
         choices.append(Choice(" ".join(words), variant_config))
         if config.controls:
-            choices += controls_of(variant_config, details)
+            choices += new_models(controls_of(variant_config, details), choices, configs)
     return without_duplicates(choices)
+
+
+def new_models(controls, choices, configs):
+    """The controls whose model is neither among the choices so far nor among configs."""
+    taken = configs + [choice.config for choice in choices]
+    return [control for control in controls if control.config not in taken]
 
 
 def without_duplicates(choices):

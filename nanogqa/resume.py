@@ -77,7 +77,8 @@ def config_and_state(given, cls, GPTConfig):
 def first_new_step(config, state):
     """The first step that a run logs and saves: in a resumed run the one after the saved step. It
     is the saved step itself if that is the last one and lacks something: an evaluation, one over
-    the windows of this run, or an ordinary ckpt.pt beside parts of ranks."""
+    the windows of this run, or an ordinary ckpt.pt beside parts of ranks. The row of that step is
+    then written again, without train_loss and grad_norm."""
     if config.init_from != "resume":
         return 0
     lacking = (

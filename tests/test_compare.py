@@ -925,6 +925,8 @@ def test_controls_have_the_cache_of_what_they_control_for(toy_data):
     cache = {v.name: v.facts["kv_bytes_per_token"] for v in variants}
     assert cache["GQA-2"] == cache["2 heads"] == cache["heads of 4"] == cache["MHA"] // 2
     assert cache["MQA"] == cache["1 head"] == cache["heads of 2"] == cache["MHA"] // 4
+    names = [v.name for v in planned(toy_data, *"--n_head=4,8 --n_kv_head=4 --head_dim=8 --controls=True --match=shape".split())[2]]
+    assert names == ["n_head=4", "n_head=8", "heads of 4 n_head=8"], "4 heads n_head=8 is the model n_head=4"
     names = [v.name for v in planned(toy_data, "--controls=True", "--match=shape", "--rope_fraction=0.4")[2]]
     assert names == ["MHA", "GQA-2", "2 heads", "heads of 4", "MQA", "1 head"], "heads of 2 have no pair to rotate"
 
