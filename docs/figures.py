@@ -278,6 +278,11 @@ def steps_to_nine_tenths(points):
     return "never"
 
 
+def listed(numbers):
+    """Numbers with two decimals, separated by commas."""
+    return ", ".join(f"{number:.2f}" for number in numbers)
+
+
 def recall_runs(folder, variant):
     """right_answers of each run of a variant."""
     runs = []
@@ -330,8 +335,8 @@ def recall_rates():
                     losses.append(record["val_loss"])
             rows.append([
                 kind + summary.name.replace("learning_rate=", ""), seeds,
-                ", ".join(f"{loss:.2f}" for loss in losses), f"{statistics.mean(losses):.2f}",
-                ", ".join(f"{share:.2f}" for share in summary.metrics["val_acc"]),
+                listed(losses), f"{statistics.mean(losses):.2f}",
+                listed(summary.metrics["val_acc"]),
             ])
     return table(["learning rate", "seeds", "loss, nats per answer", "mean", "right answers"], rows)
 
@@ -344,11 +349,12 @@ def recall_rows(folder):
     rows = []
     for summary in summarize(read(f"{folder}/results.json")):
         runs = recall_runs(folder, summary.name)
+        shares = [points[-1][1] for points in runs]
         rows.append([
             summary.name,
             f"{summary.facts['kv_bytes_per_token']:,}",
-            ", ".join(f"{points[-1][1]:.2f}" for points in runs),
-            f"{statistics.mean(points[-1][1] for points in runs):.2f}",
+            listed(shares),
+            f"{statistics.mean(shares):.2f}",
             ", ".join(steps_to_nine_tenths(points) for points in runs),
             with_both_intervals(summary.difference),
         ])
@@ -382,7 +388,7 @@ def designs_recall():
         rows.append([
             f"[{summary.name}](../config/{summary.name}.py)",
             f"{cache_bytes(summary) / 1e3:,.0f}",
-            ", ".join(f"{share:.2f}" for share in shares),
+            listed(shares),
             f"{statistics.mean(shares):.2f}",
             with_both_intervals(summary.difference),
         ])
