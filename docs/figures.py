@@ -413,9 +413,9 @@ def of_designs_recall():
 
 
 def of_recall(folder, fields, prefix=""):
-    """Seeds, tokens and answers of training, and of each variant: the mean of right answers, how
-    many seeds reach 0.9, by how many % the model is smaller than that of MHA, and how many times as
-    large it is. Names of texts begin with prefix."""
+    """Seeds, tokens and answers of training, and of each variant: the mean of right answers, by
+    how many % the model is smaller than that of MHA, and how many times as large it is. Names of
+    texts begin with prefix."""
     results = read(f"{folder}/results.json")
     tokens = results["settings"]["max_steps"] * results["settings"]["tokens_per_step"]
     answers = tokens / LENGTH * mean_answers(fields)
@@ -431,10 +431,6 @@ def of_recall(folder, fields, prefix=""):
         texts[f"{prefix}{key}_as_large"] = f"{size:.1f}"
         right = statistics.mean(points[-1][1] for points in runs)
         texts[f"{prefix}recall_{key}"] = f"{right:.2f}"
-        reached = 0
-        for points in runs:
-            reached += steps_to_nine_tenths(points) != "never"
-        texts[f"{prefix}reach_{key}"] = str(reached)
         if summary.difference:
             texts[f"{prefix}recall_{key}_minus"] = summary.difference.text(3)
     return texts

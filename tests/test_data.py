@@ -358,6 +358,27 @@ def stamps(folder):
     return found
 
 
+def test_text_comes_from_a_pipe(tmp_path):
+    """A pipe was taken for an empty folder."""
+    (tmp_path / "a.txt").write_text("some text " * 100, encoding="utf-8")
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("some text " * 100, encoding="utf-8"), daemon=True)
+    writer.start()
+    program("text")([f"--input={tmp_path / 'pipe'}", f"--data_dir={tmp_path / 'one'}"])
+    program("text")([f"--input={tmp_path / 'a.txt'}", f"--data_dir={tmp_path / 'two'}"])
+    for name in ("train.bin", "val.bin"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize("missing", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_was_not_copied(tmp_path, missing):
+    """The remedy was to download it again, or to name an eos_token in a file that was not there."""
+    for name in {"tokenizer.json", "tokenizer_config.json"} - {missing}:
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=f"has no {missing}: copy it from the folder of the run or data set"):
+        get_tokenizer("tokenizer.json 0123", tmp_path)
+
+
 @pytest.mark.parametrize("where", [".", "data", "data/.x.part/deep"])
 def test_output_is_never_input(tmp_path, capsys, where):
     """--input and --data_dir are one folder: 90,006 bytes of text became 270,000 tokens."""

@@ -860,6 +860,18 @@ def unfinished(tmp_path):
     return tmp_path / "begun", tmp_path / "done", args
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_unfinished_data_set_of_local_files_that_changed(tmp_path, overwrite):
+    """With --overwrite=True it was continued, so that rows of the old files stayed before those of the new ones."""
+    begun, done, args = unfinished(tmp_path)
+    parquet(tmp_path / "in/a.parquet", texts(60)[::-1])
+    more = ["--overwrite=True"] if overwrite else []
+    main([*args, f"--data_dir={begun}", *more])
+    main([*args, f"--data_dir={tmp_path / 'fresh'}"])
+    assert (content(begun) == content(tmp_path / "fresh")) == overwrite
+    assert (content(begun) == content(done)) == (not overwrite)
+
+
 def test_damaged_json_files_write_nothing_elsewhere(tmp_path, tried):
     """210 damaged progress.json and meta.json, names that lead elsewhere among them."""
     begun, done, args = unfinished(tmp_path)
