@@ -58,20 +58,26 @@ OUTPUT = re.compile(
     r"\.lock|(meta\.json|tokenizer\.json|tokenizer_config\.json|(train|val)(_\d{5,})?\.bin)"
     r"(\.part)?"
 )
+DATA_FILE = re.compile(r"(train|val)(_\d{5,})?\.bin")
 PART = re.compile(r"hub\.part|\..+\.part")  # folders of unfinished data sets
 
 
 def input_files(folder, pattern, data_dir):
     """{path relative to folder: path} of all files below folder that match pattern, sorted.
 
-    Output is never input: the files of a data set, finished or not, are left out.
+    Output is never input: the files of a data set, finished or not, are left out. Raises UserError
+    if a folder cannot be read.
     """
     files = {}
-    for path in Path(folder).rglob(pattern):
-        relative = path.relative_to(folder)
-        in_part = any(PART.fullmatch(name) for name in relative.parts[:-1])
-        if path.is_file() and not in_part and not is_output(path, data_dir):
-            files[relative.as_posix()] = path
+    try:
+        for path in Path(folder).rglob(pattern):
+            relative = path.relative_to(folder)
+            in_part = any(PART.fullmatch(name) for name in relative.parts[:-1])
+            if path.is_file() and not in_part and not is_output(path, data_dir):
+                files[relative.as_posix()] = path
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename} ({error.strerror}): fix its permissions, or "
+                        "move it elsewhere") from None
     return dict(sorted(files.items()))
 
 
@@ -117,26 +123,18 @@ class DataTokenizer:
         return dict(tokenizer=self.name, vocab_size=self.encoding.n_vocab, dtype=dtype)
 
 
-def open_tokenizer(tokenizer, data_dir, overwrite=False):
-    """The DataTokenizer for a name or folder, to write a data set to data_dir.
-
-    Raises UserError if data_dir holds a data set with another tokenizer, unless overwrite.
-    """
-    name, encoding = tokenizer, None
-    if os.path.exists(os.path.join(tokenizer, HF_TOKENIZER)):
+def open_tokenizer(tokenizer):
+    """The DataTokenizer for byte, the name of a tiktoken encoding, or a folder with a
+    tokenizer.json."""
+    if (Path(tokenizer) / HF_TOKENIZER).exists():
         encoding = HuggingFaceTokenizer(tokenizer)
-        name = encoding.name
-    if (Path(data_dir) / "meta.json").exists() and not overwrite:
-        try:
-            found = read_meta(data_dir)["tokenizer"]
-        except UserError:
-            found = name  # a damaged data set may be replaced
-        if found != name:
-            raise UserError(
-                f"{data_dir} holds a data set with tokenizer {found!r:.60}: pass another "
-                "--data_dir, or --overwrite=True"
-            )
-    return DataTokenizer(name, tokenizer, encoding or get_tokenizer(name, tokenizer))
+        return DataTokenizer(encoding.name, tokenizer, encoding)
+    if tokenizer == "none" or tokenizer.startswith(HF_TOKENIZER):  # names in meta.json
+        raise UserError(
+            f"tokenizer={tokenizer} names no tokenizer: choose byte, a tiktoken encoding, or the "
+            f"folder of a {HF_TOKENIZER}"
+        )
+    return DataTokenizer(tokenizer, "", get_tokenizer(tokenizer))
 
 
 @dataclass
@@ -290,14 +288,14 @@ class DatasetWriter:
             if meta is not None:
                 shutil.rmtree(self.part)
                 return meta
+        meta = dict(self.about, sha256=combined_sha256(self.splits, self.about), splits=self.splits)
         names = [file["name"] for split in SPLITS for file in self.splits[split]]
-        remove_old(self.data_dir, names)
-        for name in names + self.copy_tokenizer():
+        names += self.copy_tokenizer() + ["meta.json"]
+        write_json(self.part / "meta.json", meta)
+        remove_old(self.data_dir, names)  # from here on nothing needs room on the disk
+        for name in names:
             if (self.part / name).exists():  # else moved by a run that was killed here
                 os.replace(self.part / name, self.data_dir / name)
-        meta = dict(self.about, sha256=combined_sha256(self.splits, self.about), splits=self.splits)
-        write_json(self.part / "meta.json", meta)  # here: others may write one to data_dir
-        os.replace(self.part / "meta.json", self.data_dir / "meta.json")
         shutil.rmtree(self.part)
         return meta
 
@@ -379,7 +377,7 @@ def write_dataset(documents, data_dir, tokenizer, overwrite=False, **about):
     about is added to meta.json. On an error the data set in data_dir stays as it was. Prints the
     counts.
     """
-    opened = open_tokenizer(tokenizer, data_dir, overwrite)
+    opened = open_tokenizer(tokenizer)
     write_encoded(encode(documents, opened.encoding), data_dir, opened, about, overwrite)
 
 
@@ -440,11 +438,14 @@ def is_running(process_id):
 def find_finished(data_dir, about, overwrite=False):
     """The meta of the complete data set in data_dir; None if there is none, or it is damaged.
 
-    Raises UserError if its fields are not those of about, unless overwrite: then None.
+    Raises UserError if its fields are not those of about, or if data_dir holds files of another
+    program under the names of a data set, unless overwrite: then None.
     """
     try:
         meta = read_meta(data_dir)
     except UserError:
+        if not overwrite:
+            refuse_foreign(data_dir)
         return None
     if about.items() <= meta.items():
         try:
@@ -455,10 +456,35 @@ def find_finished(data_dir, about, overwrite=False):
             return None
     if not overwrite:
         raise UserError(
-            f"{data_dir} holds a data set with other settings: pass another --data_dir, or "
-            "--overwrite=True"
+            f"{data_dir} holds a data set with other settings ({differences(about, meta)}): pass "
+            "another --data_dir, or --overwrite=True"
         )
     return None
+
+
+def differences(about, there):
+    """The fields of about that are others in there, as text with both values."""
+    found = []
+    for key, value in about.items():
+        if there.get(key) != value:
+            found.append(f"{key} {there.get(key)!r:.60}, not {value!r:.60}")
+    return one_line("; ".join(found))
+
+
+def refuse_foreign(data_dir):
+    """Raises UserError if data_dir holds files named as those of a data set, but no meta.json, as
+    other programs write. A killed run may leave such files too, but beside its part folder."""
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir() or (data_dir / "meta.json").exists():
+        return
+    names = sorted(path.name for path in data_dir.iterdir())
+    unfinished = any(PART.fullmatch(name) for name in names)
+    taken = [name for name in names if DATA_FILE.fullmatch(name)]
+    if taken and not unfinished:
+        raise UserError(
+            f"{data_dir} holds {taken[0]}, but no meta.json: pass another --data_dir, or "
+            "--overwrite=True to replace it"
+        )
 
 
 def find_unfinished(part, about, overwrite=False):
@@ -482,8 +508,9 @@ def find_unfinished(part, about, overwrite=False):
         return progress
     if any(progress["splits"].values()) and not overwrite:
         raise UserError(
-            f"{part} holds an unfinished data set with other settings: pass those settings to "
-            "continue, another --data_dir, or --overwrite=True"
+            f"{part} holds an unfinished data set with other settings "
+            f"({differences(about, progress['about'])}): pass those settings to continue, another "
+            "--data_dir, or --overwrite=True"
         )
     return None
 

@@ -1,5 +1,6 @@
 """Tokenizers, files, the order of training data and the validation windows."""
 
+import errno
 import hashlib
 import http.server
 import itertools
@@ -7,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -73,7 +75,7 @@ def test_large_vocabularies_are_written_as_uint32(tmp_path, monkeypatch):
         mergeable_ranks={bytes([i]): i for i in range(256)},
         special_tokens={"<|endoftext|>": 70000},
     )
-    monkeypatch.setattr(writer, "get_tokenizer", lambda name, folder: big)
+    monkeypatch.setattr(writer, "get_tokenizer", lambda name: big)
     write_dataset([("train", "a"), ("val", "b")], tmp_path, "cl100k_base")
     data = Dataset(tmp_path)
     assert data.meta["dtype"] == "uint32" and data.train.windows([0], 2)[0].tolist() == [97, 70000]
@@ -316,9 +318,72 @@ def test_a_failed_run_leaves_the_data_set_as_it_was(tmp_path):
         assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
+def test_a_full_disk_at_the_end_leaves_the_data_set_as_it_was(tmp_path, monkeypatch):
+    """The last file to need room is meta.json. The old one was removed before."""
+    write_dataset([("train", "ab"), ("val", "x")], tmp_path, "byte")
+    before = stamps(tmp_path)
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "write_json", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_dataset([("train", "other"), ("val", "y")], tmp_path, "byte", overwrite=True)
+    assert before == stamps(tmp_path)
+
+
+def test_files_of_another_program_are_not_replaced(tmp_path, capsys):
+    """nanoGPT writes train.bin and val.bin too, with meta.pkl. They were replaced without a word."""
+    (tmp_path / "a.txt").write_text("0123456789" * 10)
+    (tmp_path / "theirs").mkdir()
+    for name in ("train.bin", "val.bin", "meta.pkl"):
+        (tmp_path / "theirs" / name).write_bytes(b"1234")
+    before = stamps(tmp_path / "theirs")
+    args = [f"--input={tmp_path / 'a.txt'}", f"--data_dir={tmp_path / 'theirs'}"]
+    assert "theirs holds train.bin, but no meta.json: pass another --data_dir" in fails(program("text"), args, capsys)
+    assert before == stamps(tmp_path / "theirs")
+    program("text")([*args, "--overwrite=True"])
+    assert Dataset(tmp_path / "theirs").train.n_tokens == 91
+
+
+def test_a_data_set_whose_writer_was_killed_while_it_moved_files_is_written_again(tmp_path):
+    """The files have their names, meta.json has not, and the part folder of the killed process is there."""
+    documents = [("train", "abcd"), ("val", "x")]
+    write_dataset(documents, tmp_path, "byte")
+    before = {name: content for name, (content, _) in stamps(tmp_path).items()}
+    (tmp_path / f".{socket.gethostname()}-999999999.part").mkdir()
+    (tmp_path / "meta.json").unlink()
+    write_dataset(documents, tmp_path, "byte")
+    assert before == {name: content for name, (content, _) in stamps(tmp_path).items()}
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, capsys, monkeypatch):
+    """It was an error of writing, whose remedy was another --data_dir."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").write_text("0123456789" * 10)
+    is_file = Path.is_file
+
+    def denied(path):
+        if path.name == "a.txt":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    error = fails(program("text"), [f"--input={tmp_path / 'in'}", f"--data_dir={tmp_path / 'out'}"], capsys)
+    assert f"cannot read {tmp_path / 'in/a.txt'} (Permission denied): fix its permissions" in error
+
+
+@pytest.mark.parametrize("name", ["none", "tokenizer.json", "tokenizer.json 0123456789abcdef"])
+def test_names_that_are_no_tokenizer(tmp_path, name):
+    """The message spoke of a checkpoint, and there is none."""
+    with pytest.raises(UserError, match="names no tokenizer: choose byte, a tiktoken encoding, or the folder of a"):
+        write_dataset([("train", "a"), ("val", "b")], tmp_path, name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_one_writer_replaces_what_another_wrote(tmp_path):
     """A set of many files gives way to one of two, and nothing of it is left."""
-    tokenizer = writer.open_tokenizer("byte", tmp_path)
+    tokenizer = writer.open_tokenizer("byte")
     big = writer.DatasetWriter(tmp_path / "x.part", tokenizer, tokenizer.describe(), 3)
     for split, text in (("train", "abc"), ("val", "x"), ("train", "defg")):
         big.add(split, list(text.encode()), len(text))
@@ -332,7 +397,7 @@ def test_one_writer_replaces_what_another_wrote(tmp_path):
 
 def test_a_file_of_another_data_set_is_not_taken_for_a_finished_one(tmp_path):
     """A writer that continues takes a file outside its folder only if the content is its own."""
-    tokenizer = writer.open_tokenizer("byte", tmp_path)
+    tokenizer = writer.open_tokenizer("byte")
     about = tokenizer.describe()
     first = writer.DatasetWriter(tmp_path / "x.part", tokenizer, about, 3)
     first.add("train", [97, 98, 99], 3)
@@ -419,7 +484,7 @@ def test_the_same_data_again_changes_nothing(tmp_path, capsys):
     assert before == stamps(tmp_path / "data")
     for change, words in (
         (f"--input={tmp_path / 'b/a.txt'}", "holds a data set with other content: pass another --data"),
-        (f"--input={tmp_path / 'b'}", "holds a data set with other settings: pass another --data"),
+        (f"--input={tmp_path / 'b'}", "holds a data set with other settings (source 'a.txt', not 'b'): pass another --data"),
     ):
         assert words in fails(program("text"), [change, *args], capsys)
         assert before == stamps(tmp_path / "data")
@@ -594,7 +659,7 @@ def test_a_data_set_holds_every_byte_of_its_text(tmp_path, name):
     if name == "tokenizer.json":
         tokenizer = file_with_truncation(tmp_path / "tokenizer")
     try:
-        writer.open_tokenizer(tokenizer, tmp_path / "data")
+        writer.open_tokenizer(tokenizer)
     except UserError as error:
         pytest.skip(str(error))
     long = "def f(x):\n\treturn 'é ∑ 🙂' <|endoftext|>\r\n\0 \u2028" * 300

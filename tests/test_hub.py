@@ -649,7 +649,7 @@ def test_other_data_sets_are_not_overwritten(server, tmp_path, capsys):
     (tmp_path / "out/meta.json").write_text(
         before["meta.json"].decode().replace('"byte"', '"gpt2"')
     )
-    assert "holds a data set with tokenizer 'gpt2'" in fails(
+    assert "tokenizer 'gpt2', not 'byte'" in fails(
         main, arguments(server, tmp_path / "out"), capsys
     )
     before["meta.json"] = (tmp_path / "out/meta.json").read_bytes()

@@ -578,7 +578,7 @@ def main(argv):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"{name} is not installed: pip install pyarrow huggingface_hub")
     data_dir = Path(config.data_dir or Path(__file__).parent)
-    tokenizer = open_tokenizer(config.tokenizer, data_dir, config.overwrite)
+    tokenizer = open_tokenizer(config.tokenizer)
     about = describe(config, tokenizer)
     meta = None
     if continues(config):
