@@ -88,7 +88,7 @@ class CompareConfig(TrainConfig):
 
 # These do not affect results: a comparison may be resumed with other values of them.
 NO_EFFECT = ("out_dir", "report_only", "overwrite", "log_interval", "profile", "keep_checkpoints",
-             "wandb_log", "wandb_project", "wandb_run_name")
+             "save_interval", "wandb_log", "wandb_project", "wandb_run_name")
 # The files that the result of training mostly depends on, beside settings and data.
 CODE = ("model.py", "train.py", "nanogqa/batches.py", "nanogqa/dataloader.py",
         "nanogqa/distributed.py", "nanogqa/dropout.py", "nanogqa/fast.py", "nanogqa/runtime.py")

@@ -46,13 +46,13 @@ class GPTConfig:
     n_kv_head: int | None = None  # key/value heads; None: n_head (MHA); 1: MQA; between them: GQA
     n_embd: int = 128  # width of the residual stream
     head_dim: int | None = None  # width of a head; None: n_embd / n_head
-    n_ff: int | None = None  # hidden width of the MLP; None: 8/3 n_embd, up to a multiple of 32
+    n_ff: int | None = None  # width of the MLP; None: 8/3 n_embd, rounded up to a multiple of 32
     rope_theta: float = 10000.0  # base of the rotary wavelengths
     rope_factor: float = 1.0  # context extension as in Llama 3.1; 1 turns it off
     rope_original_block_size: int | None = None  # block_size before extension ("original" below)
     rope_low_freq_factor: float = 1.0  # wavelengths above original / this are stretched in full
     rope_high_freq_factor: float = 4.0  # those below original / this stay; between, interpolated
-    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm; 1e-6 for MLA's latents
     qk_norm: bool = True  # normalize queries and keys (Qwen3); MLA: its latents
     qkv_bias: bool = False  # biases on q_proj, k_proj and v_proj (Qwen2)
     rope_fraction: float = 1.0  # share of a head's pairs that RoPE rotates; 0: none (NoPE)
@@ -203,7 +203,7 @@ class Context:
 
 def attention_mask(T, window, cache, device):
     """Returns a bool mask (1 or B, 1, T, S), True where a new token may attend to a key, or None if
-    attend needs none: at the start of unpadded rows, if T tokens fit into the window, or for one
+    attend needs none: for T tokens that start unpadded rows and fit into the window, and for one
     token that sees every key. A static cache always has a mask.
 
     A token attends to itself and those before it; with a window, to the last `window` of these.
@@ -212,7 +212,7 @@ def attention_mask(T, window, cache, device):
     if plain and T == 1:
         return None
     if plain and (cache is None or cache.length == 0) and (window is None or T <= window):
-        return None  # the last of T tokens attends to the first
+        return None  # the window reaches the first token
     if cache is None:
         places = keys = torch.arange(T, device=device)                  # (T,), (S,) with S = T
     else:
@@ -231,7 +231,7 @@ def attention_mask(T, window, cache, device):
 def attend(q, k, v, mask=None, scale=None):
     """Attention of (B, H, T, D) queries over (B, K, S, D) keys and values -> (B, H, T, D).
 
-    mask is that of attention_mask (None: causal if T > 1, then T = S). scale: D^-1/2 if None.
+    mask: see attention_mask; None: every key if T = 1, else causal with T = S. scale: None: D^-1/2.
     Query head h reads key/value head h // (H / K). With H = 8 and K = 2:
 
         query head       0 1 2 3  4 5 6 7
@@ -318,8 +318,8 @@ class LatentAttention(nn.Module):
     Each token caches its latent c and one rotated key r for all heads. Head h has the key
     (A_h c, r) and the value B_h c, where A_h and B_h are its rows of kv_b_proj. expanded computes
     them: in training, at an unmasked start of a prompt, and for more than R new tokens. absorbed
-    does not. As q . A_h c = (A_h^T q) . c, and B_h can be applied after the sum over tokens, it
-    attends to the pairs (c, r), which are one key/value head of width R + P, as in MQA.
+    never does: q . A_h c = (A_h^T q) . c, and B_h is applied after the sum over tokens. So queries
+    attend to the pairs (c, r), which are one key/value head of width R + P, as in MQA.
     """
 
     def __init__(self, config, layer, cache_spec):
@@ -332,10 +332,10 @@ class LatentAttention(nn.Module):
             self.q_proj = nn.Linear(C, H * (N + P), bias=False)
         else:
             self.q_a_proj = nn.Linear(C, self.q_lora_rank, bias=False)
-            self.q_a_norm = norm(self.q_lora_rank, 1e-6, config.qk_norm)
+            self.q_a_norm = norm(self.q_lora_rank, 1e-6, config.qk_norm)  # DeepSeek's eps
             self.q_b_proj = nn.Linear(self.q_lora_rank, H * (N + P), bias=False)
         self.kv_a_proj = nn.Linear(C, R + P, bias=False)
-        self.kv_a_norm = norm(R, 1e-6, config.qk_norm)  # DeepSeek's eps, whatever norm_eps is
+        self.kv_a_norm = norm(R, 1e-6, config.qk_norm)
         self.kv_b_proj = nn.Linear(R, H * (N + U), bias=False)
         self.o_proj = nn.Linear(H * U, C, bias=False)
 
@@ -402,7 +402,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.attn_dropout, self.mlp_dropout = nn.Dropout(config.dropout), nn.Dropout(config.dropout)
 
-    def forward(self, x, context, kv=None):
+    def forward(self, x, context, kv):
         y, kv = self.attn(self.attn_norm(x), context, kv)
         x = x + self.attn_dropout(y)
         return x + self.mlp_dropout(self.mlp(self.mlp_norm(x))), kv
@@ -419,8 +419,8 @@ class HeadLoss(nn.Module):
 
 
 def initial_weight(name, shape, seed, embed_std):
-    """The parameter of that name before training, float32. Each matrix has a generator seeded by
-    (seed, name), so it depends neither on other shapes nor on the number of ranks or the device."""
+    """The parameter of that name before training. Each matrix has a generator seeded by (seed,
+    name), so it depends neither on other shapes nor on the number of ranks or the device."""
     if len(shape) == 1:  # biases begin at 0, norms at 1
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     key = hashlib.sha256(f"{seed} {name}".encode()).digest()
@@ -451,9 +451,9 @@ class GPT(nn.Module):
         """(B, T) token ids -> (logits, loss).
 
         logits selects which to return: "all" (B, T, V), "last" (B, 1, V; not with targets), "none",
-        or "targets" (n, V), those of the n positions with a target. loss is None without targets.
-        Otherwise it is the sum over targets other than -1, divided by n_targets, by default their
-        number. Micro-steps pass that of the whole step, so that their losses add up to its mean.
+        or "targets" (n, V), those of the n positions with a target. loss (None without targets) is
+        the sum over targets other than -1, divided by n_targets, by default their number. A
+        micro-step passes the number of the whole step, so that losses add up to the step's mean.
         With a cache, the ids continue what it holds. Raises ValueError if they do not fit (a static
         cache: see KVCache.write_indices).
         """

@@ -34,7 +34,7 @@ class SampleConfig:
     top_k: int | None = 200  # draw among the k most likely tokens; None or 0: all
     top_p: float | None = None  # draw among the fewest tokens that reach probability p
     stop: str | None = None  # end a text before this string; \n is a newline
-    seed: int = 1337  # of the draws: the same seed gives the same text
+    seed: int = 1337  # of the draws: the same command gives the same text on one machine
     output: Literal["text", "jsonl"] = "text"  # jsonl: {"prompt": ..., "text": ...} for each text
     kv_cache: bool = True  # False: recompute the whole context for every token
     # where it runs
@@ -128,7 +128,7 @@ class TextBatch:
             # a CUDA graph writes its next logits where the last ones were
             rows = [self.model(self.tensor([c]), logits="last")[0].clone() for c in contexts]
             return torch.cat(rows)[:, -1].float()
-        # the longest text may have left: its padding can fill the cache before any text does
+        # rows stay padded to a longest text that has left: the cache can be full before any text is
         if starts == self.starts and self.cache.length < self.cache.max_length:
             last = self.tensor([text[-1:] for text in self.texts])  # the cache has all others
             logits = self.model(last, cache=self.cache, logits="last")[0]
@@ -155,7 +155,7 @@ class TextBatch:
             self.texts = list(map(list, pick(self.texts, index)))
             if self.options.kv_cache:
                 self.starts = pick(self.starts, index)
-                self.cache.keep(index)
+                self.cache.select_rows(index)
 
 
 @torch.inference_mode()

@@ -27,12 +27,13 @@ from nanogqa.saver import make_saver
 class TrainConfig(GPTConfig):
     # files
     out_dir: str = "out"  # folder for ckpt.pt and metrics.jsonl
-    overwrite: bool = False  # let a run from scratch replace the one in out_dir
+    overwrite: bool = False  # let a new run replace the one in out_dir
     init_from: str = "scratch"  # scratch, resume, auto (resume if there is a checkpoint), or a path
     dataset: str = "python"  # a folder below data/, or the path of a prepared one
     # length and evaluation
     max_steps: int = 1600  # optimizer steps in total
     eval_interval: int = 400  # steps between evaluations; each one saves a checkpoint
+    save_interval: int = 0  # steps between further checkpoints; 0: none
     eval_tokens: int | None = 2**16  # validation tokens, always the same; None: the whole split
     keep_checkpoints: int = 0  # number of ckpt_STEP.pt to keep beside ckpt.pt and ckpt_best.pt
     eval_only: bool = False  # evaluate the checkpoint of init_from (resume: out_dir's) and stop
@@ -71,7 +72,7 @@ class TrainConfig(GPTConfig):
         super().__post_init__()
         in_range(self, "eval_interval log_interval batch_size tokens_per_step eval_tokens", low=1)
         in_range(self, "max_steps learning_rate min_lr warmup_steps weight_decay grad_clip seed "
-                       "keep_checkpoints", low=0)
+                       "keep_checkpoints save_interval", low=0)
         in_range(self, "beta1 beta2", low=0, below=1)
         in_range(self, "cooldown", low=0, high=1)
         check_pattern(self, "trainable", "q_proj|k_proj")
@@ -141,15 +142,15 @@ def make_optimizers(model, config):
 def backward(forward, batches, runtime):
     """Adds the gradient of the step's mean loss to .grad. Returns this rank's part of that loss.
 
-    Each micro-step divides its sum by the number of targets of the whole step, as micro-steps may
-    have different numbers; and that is divided by ranks, as DDP and FSDP average gradients.
+    Each micro-step divides its sum by (targets of the whole step / ranks): micro-steps may differ
+    in their numbers of targets, and DDP and FSDP average gradients over ranks.
     """
     n_targets = distributed.sum_over_ranks(sum(int((batch.y >= 0).sum()) for batch in batches))
     divisor = (n_targets.clamp(min=1) / runtime.ranks).to(runtime.device)
     loss = torch.zeros((), device=runtime.device)
     for batch in batches:
         if batch.seeds is not None:
-            dropout.use(runtime.tensor(batch.seeds))
+            dropout.set_seeds(runtime.tensor(batch.seeds))
         x, y = runtime.tensor(batch.x), runtime.tensor(batch.y)
         with distributed.synchronizing(forward, batch is batches[-1]):
             with runtime.autocast():
@@ -218,8 +219,7 @@ def train(given, stack):
     dataset = Dataset(config.dataset)
     config.vocab_size = config.vocab_size or dataset.meta["vocab_size"]
     start = resume.checked_start(GPT, GPTConfig, config, state, dataset)  # steps done before
-    to_compile = False if config.eval_only else config.compile
-    runtime = pick_runtime(config.device, config.dtype, to_compile)
+    runtime = pick_runtime(config.device, config.dtype, not config.eval_only and config.compile)
     batches = Batches(dataset, config, runtime)
     resume.verify_data(config, dataset)
     if not config.eval_only:
@@ -252,16 +252,17 @@ def train(given, stack):
     saver = make_saver(config, state, dataset, runtime.rank)  # after wandb, which may refuse
     stack.callback(saver.wait)  # if the run ends in an error, what is being written is finished
     times, rate = timing.Times(runtime), timing.Rate(config.tokens_per_step, start)
-    loss = grad_norm = None  # of the last step of this run
+    loss = grad_norm = None  # of the step before; None before the first one of this run
     skipped = 0  # steps since the last log line whose gradient was not finite
     in_a_row = 0  # consecutive such steps
 
     for step in range(start, config.max_steps + 1):  # optimizer steps done so far
         last = step == config.max_steps
-        stopping = stop.agreed(runtime)  # the number of a signal; 0: go on
-        new = step >= first_new  # not logged and saved by the run that this one resumes
+        stop_signal = stop.agreed(runtime)  # its number; 0: go on
+        new = step >= first_new  # False where a resumed run begins: that step is logged and saved
         evaluating = new and (last or step % config.eval_interval == 0)
-        logging = new and (evaluating or step % config.log_interval == 0)
+        saving = evaluating or (new and config.save_interval and step % config.save_interval == 0)
+        logging = new and (saving or step % config.log_interval == 0)
 
         metrics = dict.fromkeys(dataset.metric_names)  # None in rows without an evaluation
         if logging:
@@ -277,7 +278,7 @@ def train(given, stack):
                 grad_norm=None if grad_norm is None else grad_norm.item(), skipped=skipped,
                 tokens_per_sec=tokens_per_sec, mfu=mfu(tokens_per_sec, model, runtime))
             skipped = 0
-        if evaluating or (stopping and new) or (logging and saver.failed):  # failed: try again
+        if saving or (stop_signal and new) or (logging and saver.failed):  # failed: try again
             weights = map(distributed.local, model.parameters())
             check_finite(all(p.isfinite().all() for p in weights), "model", step, config, runtime)
             saver.save(dict(
@@ -288,7 +289,7 @@ def train(given, stack):
         if logging:
             rate.restart(step)
             times.lap("evaluation, log and checkpoints")
-        if last or stopping:
+        if last or stop_signal:
             break
 
         for optimizer in optimizers:
@@ -304,22 +305,21 @@ def train(given, stack):
         else:
             in_a_row += 1
             skipped += 1
-        check_finite(in_a_row < checkpoint.SKIPS, f"gradient ({checkpoint.SKIPS} in a row)",
+        check_finite(in_a_row < checkpoint.SKIPS, f"last of {checkpoint.SKIPS} gradients in a row",
                      step + 1, config, runtime)
         times.lap("optimizer")
         logger.advance(step + 1)
 
     saver.check_written()
     logger.check_written()
-    if stopping and not last:
-        logger.print(f"stopped by {signal.Signals(stopping).name} after step {step} and saved: the "
-                     "same command with --init_from=resume continues")
-        raise SystemExit(128 + stopping)
+    if stop_signal and not last:
+        logger.print(f"stopped by {signal.Signals(stop_signal).name} after step {step} and saved: "
+                     "the same command with --init_from=resume continues")
+        raise SystemExit(128 + stop_signal)
     if not new:  # resumed where it had ended
         metrics = dataset.metrics(state["val_loss"])
     logger.print(f"done in {rate.elapsed()}: {terminal.result(metrics)}")
-    logger.print(f"time: {times}")
-    logger.print(terminal.next_command(config, dataset))
+    logger.print(f"time: {times}\n{terminal.next_command(config, dataset)}")
 
 
 if __name__ == "__main__":

@@ -87,26 +87,26 @@ class KVCache:
 
     def append(self, layer, *new):
         """Writes a layer's new tensors, (B, heads, T, width) each; returns those to attend to."""
-        return [self.write(kept, x) for kept, x in zip(self.layers[layer], new, strict=True)]
+        return [self.write(stored, x) for stored, x in zip(self.layers[layer], new, strict=True)]
 
-    def write(self, kept, x):
-        """Writes x, (B, heads, T, width), into kept, (B, heads, room, width); returns the S tokens
-        that x may attend to, (B, heads, S, width).
+    def write(self, stored, x):
+        """Writes x, (B, heads, T, width), into stored, (B, heads, room, width). Returns the S
+        tokens that x may attend to, (B, heads, S, width).
 
         In a ring, the last of several tokens overwrite what the first ones attend to. So what was
         there before is returned as a copy, followed by x.
         """
-        T, room = x.size(2), kept.size(2)
+        T, room = x.size(2), stored.size(2)
         if T > 1 and self.is_ring(room):
-            seen = torch.cat((self.written(kept, self.length), x), dim=2)
-            kept.index_copy_(2, self.write_indices(T, room)[-room:], x[:, :, -room:])
+            seen = torch.cat((self.written(stored, self.length), x), dim=2)
+            stored.index_copy_(2, self.write_indices(T, room)[-room:], x[:, :, -room:])
             return seen
         if self.static:
-            kept.index_copy_(2, self.write_indices(T, room), x)
+            stored.index_copy_(2, self.write_indices(T, room), x)
         else:
             start = self.length % room
-            kept[:, :, start:start + T] = x
-        return self.written(kept, self.length + T)
+            stored[:, :, start:start + T] = x
+        return self.written(stored, self.length + T)
 
     def write_indices(self, T, room):
         """Indices at which the next T tokens are written, (T,). Past max_length they are room, for
@@ -114,9 +114,9 @@ class KVCache:
         places = self.places(T)
         return torch.where(places < self.max_length, places % room, room)
 
-    def written(self, kept, length):
-        """The part of kept that holds something once length tokens were written; static: all."""
-        return kept if self.static else kept[:, :, :length]
+    def written(self, stored, length):
+        """The part of stored that holds something once length tokens were written; static: all."""
+        return stored if self.static else stored[:, :, :length]
 
     def rewind(self, length):
         """Forgets all but the first length tokens. Raises ValueError if there are fewer, or once a
@@ -137,7 +137,7 @@ class KVCache:
         else:
             self.length = length
 
-    def keep(self, index):
+    def select_rows(self, index):
         """Keeps the rows listed in index, which may repeat some. Copies one tensor at a time."""
         for tensors in self.layers:
             for i in range(len(tensors)):

@@ -66,6 +66,9 @@ def program(main=None, remedy="use a machine with more of it"):
     def run(argv=None):
         try:
             open_output()
+            if sys.platform == "win32":
+                raise UserError("Windows has no file locks and signals as this program needs: use "
+                                "WSL 2, or Linux or macOS")
             result = main(sys.argv[1:] if argv is None else list(argv))
             sys.stdout.flush()  # a full disk is noticed here, not after the program
             return result

@@ -297,10 +297,14 @@ def combined_sha256(splits, about):
 
 
 def folder_of(name):
-    """The folder of the data set called name."""
-    for folder in (DATA / name, Path(name)):
-        if folder.is_dir():
+    """The folder of the data set called name: of data/NAME and the path NAME, the first that is
+    prepared, or else the first that exists."""
+    folders = [folder for folder in (DATA / name, Path(name)) if folder.is_dir()]
+    for folder in folders:
+        if (folder / "meta.json").exists():
             return folder
+    if folders:
+        return folders[0]
     known = sorted(path.parent.name for path in DATA.glob("*/prepare.py"))
     raise UserError(
         f"there is no data set {name!r}: choose one of {', '.join(known)}, or the path of a "

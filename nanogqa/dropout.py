@@ -7,7 +7,7 @@ matrix. No random state exists that a resumed run or a recomputed block would ha
 import torch
 from torch import nn
 
-LOW = 2**32 - 1  # numbers of 32 bits in int64: their products with 31 bits never overflow
+MASK32 = 2**32 - 1  # numbers of 32 bits in int64: their products with 31 bits never overflow
 
 
 class Seeds:
@@ -18,8 +18,8 @@ class Seeds:
 SEEDS = Seeds()  # of the process, as torch has one default generator
 
 
-def use(seeds):
-    """The next forward passes draw by seeds, (B,) int64 from 0 on, one for each of B sequences."""
+def set_seeds(seeds):
+    """Sets the seeds of the next forward passes: (B,) int64, at least 0, one for each sequence."""
     SEEDS.now = seeds
 
 
@@ -42,9 +42,6 @@ class SequenceDropout(nn.Module):
         super().__init__()
         self.p, self.layer = p, layer
 
-    def extra_repr(self):
-        return f"p={self.p}, layer={self.layer}"
-
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
@@ -59,17 +56,17 @@ def mask(seeds, layer, T, C, p):
     Each row of C numbers has two keys, and each of its numbers goes through two rounds of a hash.
     """
     steps = torch.arange(max(T, C), device=seeds.device)
-    key = mixed((seeds & LOW) ^ mixed(layer + 1))[:, None]              # (B, 1)
+    key = mixed((seeds & MASK32) ^ mixed(layer + 1))[:, None]              # (B, 1)
     first = mixed(key ^ mixed(steps[:T]))                               # (B, T)
     second = mixed(first ^ (seeds >> 32)[:, None])                      # (B, T)
     x = first[:, :, None] ^ mixed(steps[:C])                            # (B, T, C)
     x ^= x >> 16
     x *= 0x7FEB352D
-    x &= LOW
+    x &= MASK32
     x ^= second[:, :, None]
     x ^= x >> 15
     x *= 0x2C1B3C6D
-    x &= LOW
+    x &= MASK32
     return x < round(p * 2**32)
 
 
@@ -77,7 +74,7 @@ def mixed(x):
     """A bijective hash of numbers below 2^32: lowbias32 of Chris Wellons, in 64 bits, with a
     multiplier below 2^31 in its second round."""
     x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & LOW
+    x = (x * 0x7FEB352D) & MASK32
     x = x ^ (x >> 15)
-    x = (x * 0x2C1B3C6D) & LOW
+    x = (x * 0x2C1B3C6D) & MASK32
     return x ^ (x >> 16)

@@ -1,7 +1,8 @@
-"""Faster replacements for modules of model.py: same parameters, same names, matching results.
+"""Faster replacements for modules of model.py, whose results match.
 
-accelerate(model) is for training and evaluation, prepare_for_decoding(model) for sampling. A model
-in which nothing was replaced is the reference that the tests compare them with.
+accelerate(model) is for training and evaluation and keeps parameters and their names;
+prepare_for_decoding(model) is for sampling. A model in which nothing was replaced is the reference
+that the tests compare them with.
 """
 import ctypes
 import platform
@@ -199,7 +200,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 p = p.scatter_add_(1, target, torch.full_like(below, -1.0)).to(top.dtype)
                 grad_x[chunk] = linear(p, weight.t()) * part
             if wants_grad_weight:
-                grad_weight += linear(p.t(), (x[chunk] * part.to(x.dtype)).t())
+                grad_weight += linear(p.t(), (x[chunk] * part).to(x.dtype).t())
         ctx.save_for_backward(grad_x, grad_weight)
         return total
 
@@ -229,7 +230,7 @@ class PackedLinear(nn.Module):
 
 
 def packs(device, dtype):
-    """Whether prepare_for_decoding packs weights there."""
+    """Whether prepare_for_decoding packs weights for this device and dtype."""
     if not ONEDNN or device.type != "cpu":
         return False
     if dtype == torch.bfloat16:  # without AVX-512 its products would be emulated
@@ -240,8 +241,8 @@ def packs(device, dtype):
 def prepare_for_decoding(model, rows):
     """Packs the weights of model for that many rows where it is faster; returns model.
 
-    It can no longer be trained. The plain weights are freed, except an embedding table that is also
-    the head, which is read in both layouts.
+    It can no longer be trained, saved or moved. The plain weights are freed, except an embedding
+    table that is also the head, which is read in both layouts.
     """
     accelerate(model)
     weight = model.embed.weight
@@ -254,7 +255,7 @@ def prepare_for_decoding(model, rows):
 
 def pack(model, rows):
     """Replaces the linear layers of model, and the head, by packed ones for that many rows."""
-    # no list holds the linear layers of more than one parent, so that plain weights are freed early
+    # never list all linear layers at once: the list would keep every plain weight alive
     for parent in [m for m in model.modules() if not isinstance(m, nn.Linear)]:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and name != "kv_b_proj":  # MLA reads it as matrices too
@@ -266,7 +267,7 @@ def pack(model, rows):
 # -- memory ----------------------------------------------------------------------------------------
 
 def keep_freed_memory(keep=True):
-    """Makes glibc keep the large blocks that a step or a prompt frees for the next one.
+    """Makes glibc keep large blocks that are freed, so that the next step or prompt reuses them.
 
     Otherwise they go back to Linux and are requested again page by page, which takes half of the
     time of a large loss head on a CPU (a step with 50,304 ids takes 857 instead of 1,286 ms).

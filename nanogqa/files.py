@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -69,7 +70,13 @@ def lock(folder, busy, patience=60, key="out_dir"):
         with warnings.catch_warnings():
             # filelock may go on with a mark instead, which would outlive a killed process
             warnings.filterwarnings("error", "flock not supported")
-            held.acquire(timeout=patience, poll_interval=0.2)
+            with contextlib.suppress(filelock.Timeout):
+                held.acquire(timeout=min(2, patience), poll_interval=0.2)
+            if not held.is_locked and patience > 2:
+                print(f"{folder} is in use: waiting for at most {patience} s", file=sys.stderr,
+                      flush=True)
+            if not held.is_locked:
+                held.acquire(timeout=max(0, patience - 2), poll_interval=0.2)
     except filelock.Timeout:
         raise UserError(busy) from None
     except (OSError, NotImplementedError, UserWarning) as error:

@@ -91,6 +91,18 @@ def exists(out_dir):
     return path_of(out_dir).exists() or find_sharded(out_dir) is not None
 
 
+def check_free(out_dir):
+    """Raises UserError if a new run would replace checkpoints in out_dir."""
+    if exists(out_dir):
+        raise UserError(f"{out_dir} holds a checkpoint: continue it with --init_from=resume, "
+                        "replace it with --overwrite=True, or choose another --out_dir")
+    # a run that was killed at its first checkpoint may have named it ckpt_best.pt alone
+    killed = (Path(out_dir) / f"{NEWEST}.part").exists()
+    if (Path(out_dir) / BEST).exists() and not killed:
+        raise UserError(f"{out_dir} holds {BEST}, but no {NEWEST}: copy it to {NEWEST} to "
+                        "continue, replace it with --overwrite=True, or choose another --out_dir")
+
+
 def way_back(out_dir, step):
     """What to do about a run whose numbers are not finite at that step, as the end of a message."""
     if step == 0:

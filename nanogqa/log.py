@@ -114,6 +114,8 @@ class Log:
         if config.wandb_log:
             self.wandb = start_wandb(config)
             self.backlogs.append(Backlog("wandb", self.write_wandb))
+        elif config.init_from != "resume":  # of a run that this one replaces
+            (Path(config.out_dir) / "wandb.json").unlink(missing_ok=True)
         for backlog in self.backlogs:
             backlog.flush()
         # tqdm's disable=None: no bar where the output is not a terminal
@@ -122,7 +124,7 @@ class Log:
 
     def write_wandb(self, rows):
         for row in rows:
-            self.wandb.log(without_none(row), step=row["step"])
+            self.wandb.log(without_none(row))
 
     def advance(self, step):
         """The run has done that many steps: called after each one."""
@@ -204,6 +206,8 @@ def start_wandb(config):
         run = wandb.init(project=config.wandb_project, config=asdict(config), id=known,
                          dir=os.environ.get("WANDB_DIR") or config.out_dir, resume=resume,
                          name=config.wandb_run_name or config.out_dir)
+        # not wandb's own steps: it drops rows of steps that a resumed run repeats
+        run.define_metric("*", step_metric="step")
     except Exception as error:  # not installed, not logged in, no network
         raise UserError(
             f"wandb does not start ({one_line(error)}): log in with wandb login, set "

@@ -10,7 +10,7 @@ from nanogqa.checkpoint import check_whole, freeze, load, typed
 from nanogqa.configurator import UserError, build, subset
 from nanogqa.costs import meta_model
 from nanogqa.distributed import agree, barrier, check_parallel, world
-from nanogqa.folder import exists, find_sharded, path_of
+from nanogqa.folder import check_free, exists, find_sharded, path_of
 from nanogqa.runtime import check_training
 from nanogqa.tokenizer import HF_TOKENIZER, name_beside
 
@@ -39,9 +39,8 @@ def config_and_state(given, cls, GPTConfig):
         if exists(out_dir):
             init_from = "resume"
     resume = init_from == "resume"
-    if exists(out_dir) and not (resume or call.overwrite or call.eval_only):
-        raise UserError(f"{out_dir} holds a checkpoint: continue it with --init_from=resume, "
-                        "replace it with --overwrite=True, or choose another --out_dir")
+    if not (resume or call.overwrite or call.eval_only):
+        check_free(out_dir)
     if call.eval_only and init_from == "scratch":
         raise UserError("eval_only needs weights: add --init_from=resume, or --init_from=FOLDER "
                         "with another run's checkpoint")
@@ -83,12 +82,17 @@ def first_new_step(config, state):
         return 0
     lacking = (
         state["val_loss"] is None
-        or state["settings"].get("eval_tokens", config.eval_tokens) != config.eval_tokens
+        or not same_windows(config, state)
         or find_sharded(config.out_dir) is not None
     )
     if lacking and state["step"] == config.max_steps:
         return state["step"]
     return state["step"] + 1
+
+
+def same_windows(config, state):
+    """Whether config evaluates the windows of the checkpoint state: others give another loss."""
+    return state["settings"].get("eval_tokens", config.eval_tokens) == config.eval_tokens
 
 
 def check_model(values, state, source, resume):
@@ -169,6 +173,9 @@ def check_run(GPT, GPTConfig, config, dataset, ranks, step=0):
 
     train.py calls it before it writes anything, compare.py before the first of its runs.
     """
+    if config.min_lr > config.learning_rate:
+        raise UserError(f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}, so "
+                        "that the rate would rise: lower it too")
     check_parallel(config, ranks)
     dataset.check_config(config)
     batch_size = batch_shape(config, ranks)[0]

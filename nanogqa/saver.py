@@ -14,6 +14,7 @@ from nanogqa.configurator import UserError, one_line
 from nanogqa.distributed import cause, sum_over_ranks, whole
 from nanogqa.files import replacing, sync, write_json
 from nanogqa.folder import BEST, NEWEST, SHARDED, clear_sharded, find_sharded, numbered
+from nanogqa.resume import same_windows
 from nanogqa.terminal import warn
 from nanogqa.tokenizer import copy_tokenizer
 
@@ -223,9 +224,8 @@ def make_saver(config, state, dataset, rank):
     resumed = config.init_from == "resume"
     if resumed:
         kept, best = state["kept"], state["best_val_loss"]
-        before = state["settings"].get("eval_tokens", config.eval_tokens)
-        if before != config.eval_tokens:
-            best = None  # losses over other windows cannot be compared
+        if not same_windows(config, state):
+            best = None  # the losses cannot be compared
         sharded = find_sharded(config.out_dir)
     if kept is None:  # an older checkpoint does not say
         kept = [n for n in numbered(config.out_dir, "ckpt_", ".pt") if n <= state["step"]]

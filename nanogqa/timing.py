@@ -75,7 +75,11 @@ class Times:
         whole = sum(self.seconds.values()) or 1.0
         shares = [f"{phase} {seconds:.1f} s ({seconds / whole:.0%})"
                   for phase, seconds in self.seconds.items()]
-        return ", ".join(shares)
+        text = ", ".join(shares)
+        if self.cuda:
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            text += f"; at most {peak:.2f} GiB of GPU memory"
+        return text
 
 
 class NoTrace(contextlib.nullcontext):

@@ -66,7 +66,7 @@ def test_every_sequence_of_every_run_has_its_own_mask(toy_data):
 def test_what_is_kept_is_scaled_and_the_rest_is_as_in_plain_dropout():
     x = torch.ones(B, T, C, requires_grad=True)
     module = SequenceDropout(0.2, 3)
-    dropout.use(torch.arange(B))
+    dropout.set_seeds(torch.arange(B))
     y = module(x)
     assert set(y.unique().tolist()) == {0.0, 1.25}
     y.sum().backward()
@@ -82,11 +82,11 @@ def test_a_sequence_has_its_mask_wherever_it_is_and_no_random_state_is_used():
     assert torch.equal(whole[:, :10], mask(seeds, 2, 10, C, 0.1)), "shorter sequences, same rows"
     model = dropout.by_sequence(GPT(toy_config(dropout=0.5))).train()
     before = torch.get_rng_state()
-    dropout.use(seeds[:2])
+    dropout.set_seeds(seeds[:2])
     logits = model(toy_ids())[0]
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(logits, model(toy_ids())[0])
-    dropout.use(seeds[2:])
+    dropout.set_seeds(seeds[2:])
     assert not torch.allclose(logits, model(toy_ids())[0])
 
 
@@ -106,7 +106,7 @@ def test_one_graph_serves_all_seeds():
         return graph
     compiled = torch.compile(model, backend=count, fullgraph=True)
     for first in range(3):
-        dropout.use(torch.arange(first, first + 2))
+        dropout.set_seeds(torch.arange(first, first + 2))
         torch.testing.assert_close(compiled(toy_ids())[0], model(toy_ids())[0])
     assert len(graphs) == 1
 

@@ -16,6 +16,7 @@ from test_inputs import fails
 from test_train import ROOT, equal, out, rows, torchrun, weights
 
 from nanogqa import files, resume
+from nanogqa.configurator import UserError
 import train
 
 
@@ -105,6 +106,13 @@ def test_a_folder_belongs_to_one_run(toy_run, tmp_path, monkeypatch, capsys):
             assert "another run writes to" in fails(train.main, [*toy_run, *args], capsys)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     train.main([*toy_run, "--init_from=auto", "--max_steps=4"])
+
+
+def test_a_wait_for_the_lock_is_announced(tmp_path, capsys):
+    """Up to a minute passed without a word."""
+    with files.lock(tmp_path, "first"), pytest.raises(UserError, match="second"), files.lock(tmp_path, "second", patience=3):
+        pass
+    assert f"{tmp_path} is in use: waiting for at most 3 s" in capsys.readouterr().err
 
 
 def test_the_lock_ends_with_its_process(tmp_path):

@@ -12,7 +12,7 @@ from conftest import load
 
 import sample
 import train
-from nanogqa import checkpoint, resume
+from nanogqa import checkpoint, dataloader, resume
 from nanogqa.batches import batch_shape
 from nanogqa.configurator import UserError, literal, parse
 from nanogqa.prompts import read_prompts
@@ -224,6 +224,52 @@ def test_a_finished_run_is_not_overwritten(trained, toy_data, capsys, args, word
     base = [f"--out_dir={trained}", f"--dataset={toy_data}", "--device=cpu"]
     assert words in fails(train.main, [*base, *args], capsys)
     assert before == {path.name: path.read_bytes() for path in trained.iterdir()}
+
+
+@pytest.mark.parametrize("args", [[], ["--init_from=auto"], ["--max_steps=1"]])
+def test_a_best_checkpoint_without_the_newest_is_not_replaced(toy_run, tmp_path, capsys, args):
+    """ckpt.pt may be deleted to save room on the disk. A new run then replaced ckpt_best.pt and metrics.jsonl."""
+    train.main([*toy_run, "--max_steps=2"])
+    (tmp_path / "run/ckpt.pt").unlink()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    words = "run holds ckpt_best.pt, but no ckpt.pt: copy it to ckpt.pt to continue, replace it with --overwrite=True"
+    assert words in fails(train.main, [*toy_run, *args], capsys)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    shutil.copy(tmp_path / "run/ckpt_best.pt", tmp_path / "run/ckpt.pt")
+    train.main([*toy_run, "--max_steps=4", "--init_from=auto"])
+    assert load(tmp_path / "run")["step"] == 4
+
+
+def test_a_run_killed_at_its_first_checkpoint_begins_again(toy_run, tmp_path):
+    """ckpt_best.pt gets its name before ckpt.pt does, whose content is then in ckpt.pt.part."""
+    train.main([*toy_run, "--max_steps=2"])
+    (tmp_path / "run/ckpt.pt").rename(tmp_path / "run/ckpt.pt.part")
+    train.main([*toy_run, "--max_steps=3", "--init_from=auto"])
+    assert load(tmp_path / "run")["step"] == 3
+
+
+def test_the_learning_rate_may_not_rise_at_the_end(toy_run, tmp_path, capsys):
+    """A config's min_lr stays where a flag lowers learning_rate."""
+    error = fails(train.main, [*toy_run, "--learning_rate=1e-5", "--min_lr=6e-5"], capsys)
+    assert "min_lr=6e-05 is above learning_rate=1e-05, so that the rate would rise: lower it too" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prepared_folder_comes_before_a_script(toy_data, tmp_path, monkeypatch):
+    """data/text holds its prepare.py alone, and --dataset=text meant that, whatever ./text holds."""
+    shutil.copytree(toy_data, tmp_path / "text")
+    (tmp_path / "scripts/text").mkdir(parents=True)
+    monkeypatch.setattr(dataloader, "DATA", tmp_path / "scripts")
+    monkeypatch.chdir(tmp_path)
+    assert dataloader.folder_of("text") == Path("text")
+    (tmp_path / "scripts/text/meta.json").write_text("{}")
+    assert dataloader.folder_of("text") == tmp_path / "scripts/text"
+
+
+def test_windows_is_one_sentence(monkeypatch, capsys):
+    """It was an AttributeError of signal or os."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "use WSL 2, or Linux or macOS" in fails(train.main, ["--max_steps=1"], capsys)
 
 
 def test_overwrite_replaces_the_run(toy_run, tmp_path, capsys):

@@ -507,12 +507,16 @@ class WandbRun:
     def __init__(self, **kwargs):
         self.given, self.logged, self.broken = kwargs, [], False
         self.id = kwargs["id"] or f"run{len(RUNS)}"
+        self.axes = {}
         RUNS.append(self)
 
-    def log(self, row, step):
+    def define_metric(self, name, step_metric):
+        self.axes[name] = step_metric
+
+    def log(self, row):
         if self.broken:
             raise RuntimeError("the service is gone")
-        self.logged.append(step)
+        self.logged.append(row["step"])
 
     def finish(self):
         if self.broken:
@@ -547,6 +551,25 @@ def test_a_resumed_run_continues_its_wandb_run(toy_run, tmp_path, wandb_runs, mo
         error = fails(train.main, [*args, "--init_from=resume"], capsys)
         assert "wandb.json does not hold the id of a wandb run" in error
     assert len(wandb_runs) == 3
+
+
+def test_a_run_that_replaces_one_on_wandb_does_not_continue_it(toy_run, tmp_path, wandb_runs):
+    """The id of the earlier run stayed where the new one did not log to wandb."""
+    train.main([*toy_run, *SHORT, "--wandb_log=True"])
+    train.main([*toy_run, "--max_steps=1", "--overwrite=True"])
+    train.main([*toy_run, "--max_steps=2", "--init_from=resume", "--wandb_log=True"])
+    assert [run.id for run in wandb_runs] == ["run0", "run1"]
+
+
+def test_wandb_takes_the_steps_that_a_resumed_run_repeats(toy_run, tmp_path, wandb_runs):
+    """By its own steps, wandb drops rows below the last one. So the step is a value, and the axis of all others."""
+    train.main([*toy_run, "--max_steps=10", "--wandb_log=True"])
+    shutil.copy(tmp_path / "run/ckpt.pt", tmp_path / "at10.pt")
+    train.main([*toy_run, "--max_steps=20", "--wandb_log=True", "--init_from=resume"])
+    shutil.copy(tmp_path / "at10.pt", tmp_path / "run/ckpt.pt")  # as if it was killed before it saved
+    train.main([*toy_run, "--max_steps=20", "--wandb_log=True", "--init_from=resume"])
+    assert [run.logged for run in wandb_runs] == [[0, 5, 10], [15, 20], [15, 20]]
+    assert all(run.axes == {"*": "step"} for run in wandb_runs)
 
 
 def test_a_lost_wandb_does_not_end_a_run(toy_run, tmp_path, wandb_runs, monkeypatch, capsys):

@@ -392,7 +392,7 @@ def test_eval_only_prints_the_loss_of_the_log_and_writes_nothing(toy_run, tmp_pa
 
 
 @pytest.mark.parametrize("eval_interval,lr,words", [
-    (40, "1e30", "gradient (10 in a row) at step 21 is not finite (lr "), (1, "1e39", "validation loss at step 11 is not finite")])
+    (40, "1e30", "last of 10 gradients in a row at step 21 is not finite (lr "), (1, "1e39", "validation loss at step 11 is not finite")])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(toy_run, tmp_path, capsys, eval_interval, lr, words):
     train.main([*toy_run, "--max_steps=10", f"--eval_interval={eval_interval}"])
     good = weights(tmp_path / "run")
@@ -582,8 +582,11 @@ def test_wandb_receives_the_rows(toy_run, tmp_path, monkeypatch):
     class Run:
         id = "abc"
 
-        def log(self, row, step):
-            logged.append((step, row))
+        def define_metric(self, name, step_metric):
+            assert (name, step_metric) == ("*", "step")
+
+        def log(self, row):
+            logged.append((row["step"], row))
 
         def finish(self):
             logged.append("finished")
@@ -593,6 +596,39 @@ def test_wandb_receives_the_rows(toy_run, tmp_path, monkeypatch):
     assert (logged[0]["project"], logged[0]["name"], logged[0]["config"]["n_embd"]) == ("p", "r", 32)
     assert [step for step, _ in logged[1:-1]] == [0, 5, 10, 15, 20] and logged[-1] == "finished"
     assert "val_loss" in logged[1][1] and "val_loss" not in logged[2][1]
+
+
+def test_checkpoints_between_evaluations(toy_run, tmp_path, monkeypatch, capsys):
+    """A run that is killed loses what follows its last checkpoint, and an evaluation may take long. The run that continues
+    from one between evaluations ends with the same weights and rows."""
+    steps = []
+    save = saver.Saver.save
+    monkeypatch.setattr(saver.Saver, "save", lambda self, state, last=False: steps.append(state["step"]) or save(self, state, last))
+    args = [*toy_run, "--eval_interval=20", "--save_interval=8"]
+    train.main(args)
+    assert steps == [0, 8, 16, 20]
+    assert [(row["step"], row["val_loss"] is not None) for row in rows(tmp_path / "run")] == [
+        (0, True), (5, False), (8, False), (10, False), (15, False), (16, False), (20, True)]
+    other = [*args, f"--out_dir={tmp_path / 'other'}"]
+    monkeypatch.setattr(train, "backward", interrupted(train.backward, 18))
+    with pytest.raises(SystemExit):
+        train.main(other)
+    monkeypatch.undo()
+    train.main([*other, "--init_from=auto"])
+    assert "resuming at step 16" in capsys.readouterr().out
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "other"))
+
+
+def interrupted(function, calls):
+    """function, which raises KeyboardInterrupt when it is called more often than that."""
+    left = [calls]
+
+    def call(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return function(*args)
+    return call
 
 
 def test_wandb_that_does_not_start_is_a_sentence(toy_run, monkeypatch, capsys):
