@@ -743,14 +743,13 @@ SENTENCES = {
         "32 query heads it would take {llama_mha}",
         "trained with {seeds} seeds each on {tokens} tokens",
         "a step of MQA took {mqa_step_params} of MHA's time, and {mqa_step_again} when timed again",
-        "true differences of {gqa_found} and {mqa_found} nats would have been missed at "
-        "most one time in five",
+        "true differences of {gqa_found} and {mqa_found} nats would be found four times in five",
         "After {seeds} seeds, MLA has",
         "MHA and MQA answer {fields_1_mqa} of the questions about one field. With four "
         "fields, MHA answers {fields_4_mha} and MQA, which is {fields_smaller_low} % smaller, "
-        "{fields_4_mqa} ({fields_4_minus} nats). With twice the steps, two of these seeds reach "
-        "{fields_longer_mha} (MHA, before {fields_before_mha}) and {fields_longer_mqa} (MQA, "
-        "before {fields_before_mqa})",
+        "{fields_4_mqa} ({fields_4_minus} nats). With twice the steps, two of these seeds rise "
+        "from {fields_before_mha} to {fields_longer_mha} (MHA) and from {fields_before_mqa} to "
+        "{fields_longer_mqa} (MQA)",
         "equal parameters and {design_seeds} seeds each",
         "has a lower loss than `mha` ({window_minus} nats per byte)",
         "`tied`, whose values are the keys ({tied_minus}), and `deepseek_v4_like` "
@@ -806,8 +805,8 @@ SENTENCES = {
         "that of the default model, on {tokens} tokens",
         "Losses are means of {design_seeds} seeds",
         "`gemma_like` saves most: it takes {gemma_like_size} of the bytes and {gemma_like_time} of "
-        "the time of a step. For it, a true difference of {gemma_like_missed} nats would have been "
-        "missed at most one time in five",
+        "the time of a step. For it, as estimated from six seeds, a true difference of "
+        "{gemma_like_missed} nats would be found four times in five",
         "train on {designs_recall_tokens} tokens with {designs_recall_answers} answers",
         "not asked for yet is right {one_guess} of the time",
         "`mla` ({mla_recall_minus} nats per answer) has fewer right answers",

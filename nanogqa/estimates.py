@@ -209,8 +209,9 @@ def rank_test(values, reference):
     whether values are lower (Mann and Whitney 1947, Annals of Mathematical Statistics 18).
 
     p is the share of all ways to choose len(values) of all losses together whose sum of ranks is at
-    least as far from the mean sum. Equal losses share the mean of their ranks. Pairs do not matter:
-    runs with the same seed that resemble each other make the test cautious.
+    least as far from the mean sum. Equal losses share the mean of their ranks. All values count as
+    independent: the test is cautious if pairs resemble each other, and not exact if they are
+    opposed.
     """
     ranks = doubled_ranks([*values, *reference])
     n = len(values)

@@ -297,8 +297,8 @@ def about_panels(panels, first):
     if dots:
         text += " Small dots: seeds."
     if line:
-        text += ("\nDotted line: no other variant caches less and is better, by the means over "
-                 "seeds")
+        text += ("\nDotted line: no other variant is at least as good in both and better in one, "
+                 "by the means over seeds")
     return text
 
 

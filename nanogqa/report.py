@@ -37,18 +37,19 @@ ABOUT_STUDENT = (
 ABOUT_RANKS = (
     "Where answers alone count, seeds may form groups, those that have learned the task and those "
     "that have not. So the intervals are rough, and the p values are those of an exact test of "
-    "ranks (Mann and Whitney). It assumes no distribution, does not use the pairs, and may "
-    "disagree with an interval or with the sign of a mean. With {seeds} seeds, p is at least "
-    "{smallest:.2g} before Holm's correction."
+    "ranks (Mann and Whitney). It assumes no distribution and may disagree with an interval or "
+    "with the sign of a mean. It takes all runs as independent: it is cautious if runs of one seed "
+    "resemble each other, and finds too much if good seeds of one variant are bad ones of the "
+    "other. With {seeds} seeds, p is at least {smallest:.2g} before Holm's correction."
 )
 ABOUT_STEPS = (
     "Steps are read off the mean curve by linear interpolation, and their time counts training "
     "steps alone; \"same\" means that no difference was found."
 )
 ABOUT_RESOLUTION = (
-    "A model that is in both matchings has one row. Found with 80 % power means: if the true "
-    "difference is this large, and seeds vary as they did here, at least 80 of 100 such "
-    "comparisons find it. With few seeds, how much they vary is itself uncertain."
+    "Found with 80 % power means: if the true difference is this large, and seeds vary as they did "
+    "here, at least 80 of 100 such comparisons find it. With few seeds, how much they vary is "
+    "itself uncertain."
 )
 ABOUT_PUBLISHED = (
     "The last column counts published differences of the same kind of attention, in either "
@@ -67,7 +68,7 @@ def report(results, pictures):
     """The text of report.md; pictures are paths of files beside it."""
     summaries = summarize(results)
     first = summaries[0]
-    titles = {"shape": f"Equal shape: only what the name says differs from {first.name}",
+    titles = {"shape": f"Equal shape: other settings, n_ff among them, are those of {first.name}",
               "params": "Equal parameters, within 0.5 %: n_ff is adjusted to the parameters of "
                         f"{first.name}"}
     blocks = introduction(results, summaries)
@@ -127,7 +128,7 @@ def quality_table(summaries):
     first = summaries[0]
     metrics = metric_names(summaries)
     head = ["variant", "n_ff", "parameters", "without embedding", "training FLOPs per token",
-            "cache, bytes per token", f"cache of {CONTEXT:,} tokens", "validation loss"]
+            "cache, bytes per token", f"cache of {CONTEXT:,} tokens, bytes", "validation loss"]
     in_bits = all(summary.bits_per_byte is not None for summary in summaries)
     if in_bits:
         head.append("bits per byte")
@@ -197,6 +198,8 @@ def p_cell(p):
         return ""
     if p < 0.001:
         return "< 0.001"
+    if f"{p:.3f}" == f"{ALPHA:.3f}":  # which side of it decides the verdict
+        return f"{p:.5f}"
     return f"{p:.3f}"
 
 
@@ -247,19 +250,20 @@ def resolution(summaries):
         if relative:
             row.append(f"{100 * difference.detectable / first.loss.mean:.1f}")
         if beside_published:
-            row.append(published_cell(summary, difference.detectable / first.loss.mean))
+            row.append(published_cell(summary, first))
         rows.append(row)
     if not beside_published:
         return [table(head, rows), ABOUT_RESOLUTION]
     return [table(head, rows), f"{ABOUT_RESOLUTION} {ABOUT_PUBLISHED}", published_table()]
 
 
-def published_cell(summary, share):
-    """How many published differences of this kind of attention are at least that share of MHA's
-    loss; empty for a kind without any."""
+def published_cell(summary, first):
+    """How many published differences of this kind of attention the comparison with first would
+    find; empty for a kind without any, and for a variant that differs in more than the kind."""
     kind = kind_of(summary)
-    if kind not in VARIANTS:
+    if kind not in VARIANTS or summary.name.split()[1:] != first.name.split()[1:]:
         return ""
+    share = summary.difference.detectable / first.loss.mean
     sizes = relative_differences(kind)
     return f"{sum(size >= share for size in sizes)} of {len(sizes)}"
 

@@ -86,10 +86,11 @@ def main(argv):
     parse(TrainConfig, argv, __doc__)  # for --help
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         runs = list(pool.map(measure, SEEDS))
+    machine = describe_machine(pick_runtime("cpu", "float32", False), ranks=1)
     results = dict(
         command="python results/noise_schedule.py",
         date=datetime.date.today().isoformat(),
-        machine=describe_machine(pick_runtime("cpu", "float32", False), ranks=1),
+        machine=machine | {"threads": 1},  # of each run, see train() of noise.py
         runs=[asdict(run) for run in runs],
     )
     for name in ("cooldown", "mean_of_weights"):
