@@ -13,7 +13,6 @@ are not needed for that.
 """
 import datetime
 import hashlib
-import itertools
 import json
 import re
 import shutil
@@ -107,6 +106,7 @@ class Choice:
     """A variant before its parameters are matched: one value on every axis, or a control."""
     name: str
     config: TrainConfig
+    control: bool = False
 
 
 @dataclass
@@ -116,6 +116,7 @@ class Variant:
     match: str                    # shape or params: what it has in common with the first variant
     config: TrainConfig           # complete except for seed and out_dir
     facts: dict                   # heads, sizes and costs for the records: see facts_of
+    control: bool = False         # a baseline of controls_of, which no axis lists
 
     @property
     def shape(self):
@@ -145,7 +146,7 @@ def plan(given):
         matches = ["shape", "params"]
     variants = []
     for match in matches:
-        variants += match_variants(choices, match, runtime)
+        variants += distinct(match_variants(choices, match, runtime))
     check_plan(config, variants, given)
     return config, runtime, variants
 
@@ -158,7 +159,6 @@ def check_plan(config, variants, given):
     if min(len(names), len(folders)) < len(variants):
         raise UserError("two different models have one name, or names that differ in punctuation "
                         "alone: leave out one of the axes, or compare them with two commands")
-    check_models_differ(variants)
     if config.parallel == "fsdp" and ranks_of(config) == 1:
         raise UserError("parallel=fsdp needs several GPUs: choose --parallel=ddp")
     for variant in variants:
@@ -169,15 +169,6 @@ def check_plan(config, variants, given):
     for timing in plan_timings(variants, config, given):
         for values in combinations(timing.settings):
             build(BenchConfig, {"mode": timing.mode, **values})
-
-
-def check_models_differ(variants):
-    """Raises UserError if two variants of a matching are one model, which would be trained twice:
-    equal parameters change n_ff, also where it is the axis."""
-    for variant, other in itertools.combinations(variants, 2):
-        if (variant.match, variant.config) == (other.match, other.config):
-            raise UserError(f"with equal {variant.match}, {variant.name} and {other.name} are the "
-                            "same model: leave one of them out, or choose another --match")
 
 
 def first_config(given):
@@ -288,23 +279,8 @@ def plan_choices(config, settings):
             words = [attention_kind(variant_config), *details]
         choices.append(Choice(" ".join(words), variant_config))
         if config.controls:
-            choices += new_models(controls_of(variant_config, details), choices, configs)
-    return without_duplicates(choices)
-
-
-def new_models(controls, choices, configs):
-    """The controls whose model is neither among the choices so far nor among configs."""
-    taken = configs + [choice.config for choice in choices]
-    return [control for control in controls if control.config not in taken]
-
-
-def without_duplicates(choices):
-    """The choices, each once: with n_head=4, n_kv_head=4,None is the same model twice."""
-    unique = []
-    for choice in choices:
-        if choice not in unique:
-            unique.append(choice)
-    return unique
+            choices += controls_of(variant_config, details)
+    return choices
 
 
 def differing_settings(configs, axes):
@@ -354,12 +330,12 @@ def controls_of(config, details):
         return []
     fewer = replace(config, n_head=count)
     label = "1 head" if count == 1 else f"{count} heads"
-    controls = [Choice(" ".join([label, *details]), fewer)]
+    controls = [Choice(" ".join([label, *details]), fewer, control=True)]
     width, rest = divmod(config.head_dim * count, config.n_head)
     rotates = round(config.rope_fraction * width / 2) > 0 or config.rope_fraction == 0
     if rest == 0 and width % 2 == 0 and rotates:
         narrower = replace(config, n_kv_head=config.n_head, head_dim=width)
-        controls.append(Choice(" ".join([f"heads of {width}", *details]), narrower))
+        controls.append(Choice(" ".join([f"heads of {width}", *details]), narrower, control=True))
     return controls
 
 
@@ -375,8 +351,30 @@ def match_variants(choices, match, runtime):
         if facts["params"] != wanted:
             config.n_ff = matching_n_ff(config, facts["params"], wanted)
             facts = facts_of(config, runtime)
-        variants.append(Variant(choice.name, match, config, facts))
+        variants.append(Variant(choice.name, match, config, facts, choice.control))
     return variants
+
+
+def distinct(variants):
+    """The variants of a matching, each model once: values that repeat one, as n_kv_head=4,None with
+    n_head=4, and controls that are another variant's model are left out.
+
+    Raises UserError if two listed names are one model: equal parameters change n_ff, also where it
+    is the axis.
+    """
+    listed = [variant for variant in variants if not variant.control]
+    unique = []
+    for variant in variants:
+        others = unique
+        if variant.control:
+            others = unique + listed
+        twins = [other.name for other in others if other.config == variant.config]
+        if not twins:
+            unique.append(variant)
+        elif not variant.control and variant.name not in twins:
+            raise UserError(f"with equal {variant.match}, {twins[0]} and {variant.name} are the "
+                            "same model: leave one of them out, or choose another --match")
+    return unique
 
 
 def facts_of(config, runtime):
