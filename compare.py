@@ -385,9 +385,8 @@ def facts_of(config, runtime):
         if value is not None and name != "attention":
             heads.append(f"{name} {value}")
     return dict(
-        heads=", ".join(heads), n_head=config.n_head,
-        head_dim=config.head_dim, n_ff=config.n_ff,
-        **heads_of(config),
+        heads=", ".join(heads),
+        n_ff=config.n_ff,
         params=costs.num_params(model),
         non_embedding_params=costs.num_params(model, embedding=False),
         flops_per_token=costs.flops_per_token(model),

@@ -50,6 +50,8 @@ class Run:
             rows = self.rows()
             if rows and curve_of(rows) == curves.get(self.folder.name):
                 self.steps, self.finished = self.config.max_steps, True
+            elif (self.folder / folder.BEST).exists():
+                self.damage = f"it has no {folder.NEWEST}"
             return
         try:
             state = checkpoint.load(self.folder, GPTConfig)
