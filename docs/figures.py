@@ -6,31 +6,20 @@ A table below a comment <!-- figures: NAME --> is what TABLES[NAME] returns. SEN
 sentences with figures; {name} stands for a value of values(). tests/test_docs.py compares both
 with the documents, and finds figures that are in neither.
 """
-import functools
-import json
 import math
 import re
 import statistics
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from nanogqa.estimates import holm
-from nanogqa.log import read_rows
+import recall_figures
+from reading import ROOT, read, with_both_intervals
+
 from nanogqa.published import PUBLISHED
 from nanogqa.report import published_table, table
-from nanogqa.summary import cache_bytes, summarize
+from nanogqa.summary import summarize
 
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
              "results/README.md"]
 NAMES = {"MHA": "MHA", "GQA-2": "GQA, 2 heads", "MQA": "MQA", "MLA": "MLA"}  # of the variants
-
-
-@functools.cache
-def read(name):
-    """The content of a JSON file of results/."""
-    return json.loads((ROOT / "results" / name).read_text(encoding="utf-8"))
 
 
 # -- results/compare -------------------------------------------------------------------------------
@@ -113,13 +102,6 @@ def comparison():
         rows.append(row)
     return table(["", "cache, bytes per token", "shape held equal", "difference to MHA",
                   "parameters held equal", "difference to MHA"], rows)
-
-
-def with_both_intervals(difference):
-    """A Difference of nanogqa/estimates.py as text; empty for the first variant."""
-    if difference is None:
-        return ""
-    return f"{difference.text(3)} (± {difference.half_together:.3f})"
 
 
 CELLS = [(1, 256), (1, 1024), (1, 4096), (16, 256), (16, 1024), (16, 4096)]
@@ -257,220 +239,6 @@ def designs():
         ])
     return table(["design", "cache, MB", "loss, nats per byte", "minus that of mha",
                   "decoding step, ms", "reading the prompts, s"], rows)
-
-
-# -- results/recall, and results/recall_one_field --------------------------------------------------
-
-def right_answers(folder, run):
-    """[(step, share of right answers)] of the evaluations of a run on associative recall."""
-    points = []
-    for row in read_rows(ROOT / "results" / folder / "runs" / run / "metrics.jsonl"):
-        if row.get("val_acc") is not None:
-            points.append((row["step"], row["val_acc"]))
-    return points
-
-
-def steps_to_nine_tenths(points):
-    """The first step at which 0.9 of the answers were right, as text; "never" without one."""
-    for step, share in points:
-        if share >= 0.9:
-            return f"{step:,}"
-    return "never"
-
-
-def listed(numbers):
-    """Numbers with two decimals, separated by commas."""
-    return ", ".join(f"{number:.2f}" for number in numbers)
-
-
-def recall_runs(folder, variant):
-    """right_answers of each run of a variant."""
-    runs = []
-    for record in read(f"{folder}/results.json")["records"]:
-        if record["variant"] == variant:
-            runs.append(right_answers(folder, record["run"]))
-    return runs
-
-
-def recall():
-    """Right answers of every run on associative recall (docs/recall.md)."""
-    return recall_table("recall")
-
-
-def recall_one_field():
-    """The same where a record is a key and a value (docs/recall.md)."""
-    return recall_table("recall_one_field")
-
-
-def recall_wide():
-    """The same for heads that cache as much as those of MHA (docs/recall.md)."""
-    return recall_table("recall_wide")
-
-
-FIELDS = {"1": "1", "2": "2", "4": "4", "4, twice the steps": "longer"}  # of results/recall_fields
-RECALL_HEADER = ["", "cache, bytes per token", "right answers of each seed", "mean", "steps to 0.9",
-                 "loss minus MHA's, nats per answer"]
-
-
-def recall_fields():
-    """The same for heads of width 32 and records of several fields (docs/recall.md)."""
-    rows = []
-    for fields, folder in FIELDS.items():
-        for row in recall_rows(f"recall_fields/{folder}"):
-            rows.append([fields, *row])
-    return table(["fields", *RECALL_HEADER], rows)
-
-
-def recall_rates():
-    """Last losses with four fields at several learning rates (docs/recall.md)."""
-    rows = []
-    for folder, kind in (("rates", ""), ("rate", "MQA ")):
-        results = read(f"recall_fields/{folder}/results.json")
-        first = results["settings"]["seed"]
-        seeds = f"{first} to {first + results['settings']['seeds'] - 1}"
-        for summary in summarize(results):
-            losses = []
-            for record in results["records"]:
-                if record["variant"] == summary.name:
-                    losses.append(record["val_loss"])
-            rows.append([
-                kind + summary.name.replace("learning_rate=", ""), seeds,
-                listed(losses), f"{statistics.mean(losses):.2f}",
-                listed(summary.metrics["val_acc"]),
-            ])
-    return table(["learning rate", "seeds", "loss, nats per answer", "mean", "right answers"], rows)
-
-
-def recall_table(folder):
-    return table(RECALL_HEADER, recall_rows(folder))
-
-
-def recall_rows(folder):
-    rows = []
-    for summary in summarize(read(f"{folder}/results.json")):
-        runs = recall_runs(folder, summary.name)
-        shares = [points[-1][1] for points in runs]
-        rows.append([
-            summary.name,
-            f"{summary.facts['kv_bytes_per_token']:,}",
-            listed(shares),
-            f"{statistics.mean(shares):.2f}",
-            ", ".join(steps_to_nine_tenths(points) for points in runs),
-            with_both_intervals(summary.difference),
-        ])
-    return rows
-
-
-LENGTH, RECORDS = 128, 8  # of a sequence of data/recall
-
-
-def mean_answers(fields):
-    """Answers of a training sequence, which has 8, 4 or 2 records."""
-    width, relations = max(2, fields), max(1, fields * (fields - 1))
-    answers = []
-    for records in (RECORDS, RECORDS // 2, RECORDS // 4):
-        room = (LENGTH - 1 - records * (width + 1)) // 4
-        answers.append(min(room, records * relations))
-    return statistics.mean(answers)
-
-
-def guess_among_the_rest():
-    """The share of right answers of guesses among the records that were not asked for yet, where
-    each is asked for once (docs/recall.md)."""
-    return statistics.mean(1 / left for left in range(1, RECORDS + 1))
-
-
-def designs_recall():
-    """Right answers of every design of config/cache.py on associative recall (docs/cache.md)."""
-    rows = []
-    for summary in summarize(read("cache_recall/results.json")):
-        shares = summary.metrics["val_acc"]
-        rows.append([
-            f"[{summary.name}](../config/{summary.name}.py)",
-            f"{cache_bytes(summary) / 1e3:,.0f}",
-            listed(shares),
-            f"{statistics.mean(shares):.2f}",
-            with_both_intervals(summary.difference),
-        ])
-    return table(["design", "cache of 4,096 tokens, kB", "right answers of each seed", "mean",
-                  "loss minus that of mha, nats per answer"], rows)
-
-
-def of_designs_recall():
-    """With how many seeds each design answers 0.9 or more, its difference to mha, and the length of
-    the runs (docs/cache.md)."""
-    results = read("cache_recall/results.json")
-    tokens = results["settings"]["max_steps"] * results["settings"]["tokens_per_step"]
-    texts = {"designs_recall_tokens": f"{tokens / 1e6:.1f} million",
-             "designs_recall_answers": f"{tokens / LENGTH * mean_answers(1) / 1e6:.2f} million",
-             "designs_recall_seeds": str(results["settings"]["seeds"])}
-    for summary in summarize(results):
-        shares = summary.metrics["val_acc"]
-        texts[f"{summary.name}_learned"] = str(sum(share >= 0.9 for share in shares))
-        if summary.difference:
-            texts[f"{summary.name}_recall_minus"] = summary.difference.text(3)
-    return texts
-
-
-def of_recall(folder, fields, prefix=""):
-    """Seeds, tokens and answers of training, and of each variant: the mean of right answers, by
-    how many % the model is smaller than that of MHA, and how many times as large it is. Names of
-    texts begin with prefix."""
-    results = read(f"{folder}/results.json")
-    tokens = results["settings"]["max_steps"] * results["settings"]["tokens_per_step"]
-    answers = tokens / LENGTH * mean_answers(fields)
-    texts = {f"{prefix}recall_seeds": str(results["settings"]["seeds"]),
-             f"{prefix}recall_tokens": f"{tokens / 1e6:.1f} million",
-             f"{prefix}recall_answers": f"{answers / 1e6:.2f} million"}
-    summaries = summarize(results)
-    for summary in summaries:
-        key = summary.name.lower().replace("-", "")
-        runs = recall_runs(folder, summary.name)
-        size = summary.facts["params"] / summaries[0].facts["params"]
-        texts[f"{prefix}{key}_smaller"] = f"{100 * (1 - size):.0f}"
-        texts[f"{prefix}{key}_as_large"] = f"{size:.1f}"
-        right = statistics.mean(points[-1][1] for points in runs)
-        texts[f"{prefix}recall_{key}"] = f"{right:.2f}"
-        if summary.difference:
-            texts[f"{prefix}recall_{key}_minus"] = summary.difference.text(3)
-    return texts
-
-
-def of_recall_fields():
-    """For each number of fields in results/recall_fields: the means of right answers, the
-    difference in loss, and its p value with Holm's correction for all of them (docs/recall.md)."""
-    texts, p_values, sizes = {}, {}, []
-    for fields, folder in FIELDS.items():
-        mha, mqa = summarize(read(f"recall_fields/{folder}/results.json"))
-        texts[f"fields_{folder}_mha"] = f"{statistics.mean(mha.metrics['val_acc']):.2f}"
-        texts[f"fields_{folder}_mqa"] = f"{statistics.mean(mqa.metrics['val_acc']):.2f}"
-        texts[f"fields_{folder}_minus"] = mqa.difference.text(3)
-        sizes.append(100 * (1 - mqa.facts["params"] / mha.facts["params"]))
-        if fields == folder:  # the others repeat one of these
-            p_values[folder] = mqa.difference.p
-    for folder, p in holm(p_values).items():
-        texts[f"fields_{folder}_p"] = f"{p:.3f}"
-    texts["fields_2_p_alone"] = f"{p_values['2']:.3f}"
-    n_longer = read("recall_fields/longer/results.json")["settings"]["seeds"]
-    results = read("recall_fields/4/results.json")
-    records = [record for record in results["records"] if record["seed"] <= n_longer]
-    mha, mqa = summarize(dict(results, records=records))
-    texts["fields_before_mha"] = f"{statistics.mean(mha.metrics['val_acc']):.2f}"
-    texts["fields_before_mqa"] = f"{statistics.mean(mqa.metrics['val_acc']):.2f}"
-    texts["fields_before_minus"] = f"{mqa.difference.mean:+.3f}"
-    return texts | {"fields_smaller_low": f"{min(sizes):.0f}",
-                    "fields_smaller_high": f"{max(sizes):.0f}"}
-
-
-def of_wide_mqa():
-    """How many times the FLOPs and the time of a training step wide MQA takes beside MHA
-    (docs/recall.md)."""
-    results = read("recall_wide/results.json")
-    facts = {summary.name: summary.facts for summary in summarize(results)}
-    step = {name: results["speed"][facts[name]["shape"]]["train"][0]["step_ms"] for name in facts}
-    flops = facts["wide_mqa"]["flops_per_token"] / facts["mha"]["flops_per_token"]
-    return {"wide_mqa_flops": f"{flops:.1f}",
-            "wide_mqa_step": f"{step['wide_mqa'] / step['mha']:.1f}"}
 
 
 # -- results/*.json --------------------------------------------------------------------------------
@@ -623,10 +391,9 @@ def llama():
 
 TABLES = {function.__name__: function for function in (
     attention, findings, comparison, decoding_times, prefill_times, peak_memory, noise,
-    noise_sources, published_table, designs, designs_recall, recall, recall_one_field, recall_wide,
-    recall_fields, recall_rates, noise_schedules,
-    shakespeare, against_nanogpt, bench_decode, bench_train, transformers_train,
-    transformers_decode, ablation, uptraining)}
+    noise_sources, noise_schedules, published_table, designs, shakespeare, against_nanogpt,
+    bench_decode, bench_train, transformers_train, transformers_decode, ablation,
+    uptraining)} | recall_figures.TABLES
 
 
 def values():
@@ -641,10 +408,7 @@ def values():
         seeds=str(settings["seeds"]),
         mha_cache=f"{sizes[0]:,}",
         **first_run(), **llama(), **ratios(), **found(), **of_mqa(), **ranges(), **of_designs(),
-        **of_recall("recall", 3), **of_recall("recall_one_field", 1, "one_"),
-        **of_recall("recall_wide", 1, "wide_"), **of_wide_mqa(), **of_noise(),
-        **of_designs_recall(), **of_recall_fields(), **timed_twice(),
-        one_guess=f"{guess_among_the_rest():.2f}")
+        **of_noise(), **timed_twice(), **recall_figures.values())
 
 
 def ratios():

@@ -4,31 +4,21 @@
 
 docs/cache.md and docs/recall.md describe the comparisons.
 """
-import json
-import sys
-from pathlib import Path
-
 import matplotlib
+from reading import ROOT, read
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 from nanogqa import pictures
 from nanogqa.configurator import plural
 from nanogqa.pictures import Panel, loss_points, metric_points, time_panel
 from nanogqa.summary import by_shape, summarize
 
 
-def read(name):
-    """The content of results.json of a comparison in results/."""
-    return json.loads((ROOT / "results" / name / "results.json").read_text(encoding="utf-8"))
-
-
 def designs():
     """What nine designs of the cache cost and what they can do, against bytes: losses on text and
     times of results/cache, right answers on associative recall of results/cache_recall."""
-    text = read("cache")
+    text = read("cache/results.json")
     summaries = summarize(text)
-    answers = metric_points(summarize(read("cache_recall")), "val_acc")
+    answers = metric_points(summarize(read("cache_recall/results.json")), "val_acc")
     return [
         Panel("loss on text, nats per byte", loss_points(summaries), lower=True),
         Panel("right answers on associative recall", answers, lower=False),
@@ -40,7 +30,7 @@ def fields():
     """Right answers about records of one, two and four fields, against bytes."""
     panels = []
     for number in (1, 2, 4):
-        summaries = summarize(read(f"recall_fields/{number}"))
+        summaries = summarize(read(f"recall_fields/{number}/results.json"))
         points = metric_points(summaries, "val_acc")
         panels.append(Panel(f"right answers, {plural(number, 'field')}", points, lower=None))
     return panels, summaries

@@ -12,6 +12,7 @@ from nanogqa.costs import meta_model
 from nanogqa.distributed import agree, barrier, check_parallel, world
 from nanogqa.folder import check_free, exists, find_sharded, path_of
 from nanogqa.runtime import check_training
+from nanogqa.saver import same_windows
 from nanogqa.tokenizer import HF_TOKENIZER, name_beside
 
 # settings of this call alone: not saved, and not taken from a checkpoint
@@ -88,11 +89,6 @@ def first_new_step(config, state):
     if lacking and state["step"] == config.max_steps:
         return state["step"]
     return state["step"] + 1
-
-
-def same_windows(config, state):
-    """Whether config evaluates the windows of the checkpoint state: others give another loss."""
-    return state["settings"].get("eval_tokens", config.eval_tokens) == config.eval_tokens
 
 
 def check_model(values, state, source, resume):

@@ -14,7 +14,6 @@ from nanogqa.configurator import UserError, one_line
 from nanogqa.distributed import cause, sum_over_ranks, whole
 from nanogqa.files import replacing, sync, write_json
 from nanogqa.folder import BEST, NEWEST, SHARDED, clear_sharded, find_sharded, numbered
-from nanogqa.resume import same_windows
 from nanogqa.terminal import warn
 from nanogqa.tokenizer import copy_tokenizer
 
@@ -214,6 +213,11 @@ def split(state):
         parts[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
         steps[name] = float(moments["step"])
     return parts, state | {"model": {}, "optimizer": steps}
+
+
+def same_windows(config, state):
+    """Whether config evaluates the windows of the checkpoint state: others give another loss."""
+    return state["settings"].get("eval_tokens", config.eval_tokens) == config.eval_tokens
 
 
 def make_saver(config, state, dataset, rank):

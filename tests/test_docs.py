@@ -24,6 +24,7 @@ from nanogqa.costs import LIBRARIES
 from nanogqa.estimates import estimate_differences, two_sided_probability
 from nanogqa.published import PUBLISHED
 from nanogqa.report import report
+from nanogqa.summary import cache_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -40,7 +41,9 @@ def script(name):
     return module
 
 
+sys.path.insert(0, str(ROOT / "docs"))  # the scripts import each other
 figures = script("figures")
+recalls = figures.recall_figures
 
 
 # -- links and names -------------------------------------------------------------------------------
@@ -303,11 +306,11 @@ def test_what_the_documents_say_of_recall_by_designs():
         assert (min(losses[name]) > max(losses["mha"])) == (name in worse)
     students = estimate_differences({name: (losses[name], losses["mha"]) for name in summaries if name != "mha"})
     assert {name for name, one in students.items() if one.found} == {"mla"}
-    assert max(summaries["mla"].metrics["val_acc"]) < figures.guess_among_the_rest()
-    learned = figures.of_designs_recall()
+    assert max(summaries["mla"].metrics["val_acc"]) < recalls.guess_among_the_rest()
+    learned = recalls.of_designs_recall()
     assert learned["mha_learned"] == learned["gqa_learned"] == learned["gemma_like_learned"] == learned["designs_recall_seeds"]
     assert learned["share_learned"] == learned["window_learned"]
-    sizes = [figures.cache_bytes(summaries[name]) for name in ("mha", "gemma_like")]
+    sizes = [cache_bytes(summaries[name]) for name in ("mha", "gemma_like")]
     assert 15 < sizes[0] / sizes[1] < 16
 
 
@@ -322,7 +325,7 @@ def test_the_picture_of_the_designs(tmp_path):
     for panel, name in ((losses, "cache"), (answers, "cache_recall"), (times, "cache")):
         summaries = figures.summarize(figures.read(f"{name}/results.json"))
         assert [point.name for point in panel.points] == [summary.name for summary in summaries]
-        assert [point.size for point in panel.points] == [figures.cache_bytes(summary) for summary in summaries]
+        assert [point.size for point in panel.points] == [cache_bytes(summary) for summary in summaries]
     assert (losses.lower, answers.lower, times.lower) == (True, False, None)
 
 
@@ -336,7 +339,7 @@ def test_the_designs_that_differ_are_those_that_the_documents_name():
 def test_recall_is_worse_with_one_key_value_head_alone():
     """README.md and docs/recall.md. They also say that the mean of right answers falls with the heads."""
     assert verdicts("recall", "shape") == {"worse": {"MQA"}, "not distinguishable": {"GQA-4", "GQA-2"}}
-    means = [figures.of_recall("recall", 3)[f"recall_{name}"] for name in ("mha", "gqa4", "gqa2", "mqa")]
+    means = [recalls.of_recall("recall", 3)[f"recall_{name}"] for name in ("mha", "gqa4", "gqa2", "mqa")]
     assert means == sorted(means, reverse=True)
     results = figures.read("recall/results.json")
     five = dict(results, records=[record for record in results["records"] if record["seed"] <= 5])
@@ -349,14 +352,14 @@ def test_recall_of_one_field_is_worse_with_fewer_heads_too():
     assert verdicts("recall_one_field", "shape") == {"worse": {"GQA-2", "MQA"}, "not distinguishable": {"GQA-4"}}
     summaries = figures.summarize(figures.read("recall_one_field/results.json"))
     assert all(0.001 < summary.difference.p_holm < 0.01 for summary in summaries[2:])
-    guess = figures.guess_among_the_rest()
+    guess = recalls.guess_among_the_rest()
     assert all(statistics.mean(summary.metrics["val_acc"]) < guess for summary in summaries[2:]), "no better than a guess"
 
 
 def test_a_wide_head_learns_what_a_narrow_one_does_not():
     """docs/recall.md: wide MQA learns within 200 steps, five seeds of MHA in 350 to 450; the p value of wide MLA."""
     assert verdicts("recall_wide", "shape") == {"better": {"wide_mqa"}, "worse": {"mqa"}, "not distinguishable": {"wide_mla"}}
-    steps = {name: [figures.steps_to_nine_tenths(run) for run in figures.recall_runs("recall_wide", name)]
+    steps = {name: [recalls.steps_to_nine_tenths(run) for run in recalls.recall_runs("recall_wide", name)]
              for name in ("mha", "wide_mqa")}
     assert set(steps["wide_mqa"]) == {"150", "200"} and set(steps["mha"]) == {"350", "400", "450", "never"}
     summaries = {summary.name: summary for summary in figures.summarize(figures.read("recall_wide/results.json"))}
@@ -398,7 +401,7 @@ def test_more_fields_need_more_heads():
     assert min(right["1", "MHA"] + right["1", "MQA"] + right["2", "MHA"]) > 0.995 and len(right["1", "MQA"]) == 6
     assert right["2", "MQA"][4] > 0.995 and all(abs(share - 0.61) < 0.06 for share in right["2", "MQA"][:4])
     assert verdicts("recall_fields/4", "shape") == {"worse": {"MQA"}}
-    assert float(figures.of_recall_fields()["fields_4_p"]) < 0.05 < float(figures.of_recall_fields()["fields_2_p"])
+    assert float(recalls.of_recall_fields()["fields_4_p"]) < 0.05 < float(recalls.of_recall_fields()["fields_2_p"])
     mha, mqa = last_losses("recall_fields/4", "MHA"), last_losses("recall_fields/4", "MQA")
     fast = last_losses("recall_fields/rate", "learning_rate=0.02")
     assert last_losses("recall_fields/rate", "learning_rate=0.01") == mqa, "the same runs"
@@ -410,7 +413,7 @@ def test_more_fields_need_more_heads():
             means[kind, rate] = statistics.mean(losses)
         means[kind] = min(("0.005", "0.01", "0.02"), key=lambda rate: means[kind, rate])
     assert (means["MHA"], means["MQA"]) == ("0.01", "0.02") and means["MQA", "0.01"] - means["MQA", "0.02"] < 0.2
-    steps = {kind: {figures.steps_to_nine_tenths(run) for run in figures.recall_runs("recall_fields/1", kind)} for kind in ("MHA", "MQA")}
+    steps = {kind: {recalls.steps_to_nine_tenths(run) for run in recalls.recall_runs("recall_fields/1", kind)} for kind in ("MHA", "MQA")}
     assert steps == {"MHA": {"150"}, "MQA": {"200", "250"}}
     program("recall")
     assert [len(sys.modules["prepare_recall"].RecallConfig(fields=fields).relations) for fields in (2, 4)] == [2, 12]
@@ -425,7 +428,7 @@ def test_the_picture_of_the_fields(tmp_path):
     for panel, fields in zip(panels, (1, 2, 4), strict=True):
         means = {point.name: point.value for point in panel.points}
         for name, mean in means.items():
-            shares = [run[-1][1] for run in figures.recall_runs(f"recall_fields/{fields}", name)]
+            shares = [run[-1][1] for run in recalls.recall_runs(f"recall_fields/{fields}", name)]
             assert mean == pytest.approx(statistics.mean(shares))
 
 
@@ -434,9 +437,9 @@ def test_the_answers_of_a_sequence():
     program("recall")
     prepare = sys.modules["prepare_recall"]
     for fields in (1, 3):
-        config = prepare.RecallConfig(fields=fields, records=figures.RECORDS, length=figures.LENGTH, train=30, val=2)
+        config = prepare.RecallConfig(fields=fields, records=recalls.RECORDS, length=recalls.LENGTH, train=30, val=2)
         ids = [ids for split, ids, _ in prepare.sequences(config) if split == "train"]
-        assert sum(sequence.count(prepare.ASK) for sequence in ids) / 30 == pytest.approx(figures.mean_answers(fields))
+        assert sum(sequence.count(prepare.ASK) for sequence in ids) / 30 == pytest.approx(recalls.mean_answers(fields))
     text = (ROOT / "docs/recall.md").read_text(encoding="utf-8")
     copied = []
     for fields in (2, 3, 4):
@@ -448,7 +451,7 @@ def test_the_answers_of_a_sequence():
 def without_finding_records(prepare, fields):
     """The share of right answers that finds no record: it copies the answer of an inverse question, and else guesses among the records
     not asked for yet with the same fields."""
-    config = prepare.RecallConfig(fields=fields, records=figures.RECORDS, length=figures.LENGTH, train=2, val=1000)
+    config = prepare.RecallConfig(fields=fields, records=recalls.RECORDS, length=recalls.LENGTH, train=2, val=1000)
     asked = right = 0
     for split, ids, _ in prepare.sequences(config):
         earlier, times = set(), collections.Counter()
