@@ -361,19 +361,18 @@ def load_sharded(config, model, optimizers, state):
         raise UserError(f"{folder / 'state.json'} is damaged ({one_line(error)}): start again with "
                         "--overwrite=True") from None
     wanted = list(optimized(model, optimizers))
-    numbered = all(key.isdecimal() for key in steps)  # older checkpoints number the parameters
-    if steps and len(steps) != len(wanted):
+    none_yet = not steps and state["step"] < SKIPS  # each step so far may have been skipped
+    if not none_yet and len(steps) != len(wanted):
         raise UserError(f"{folder} holds moments of {len(steps)} parameters, and {len(wanted)} are "
                         "trained: leave trainable as it was, or restore the folder from a copy")
     parts = {f"model.{name}": x for name, x in model.state_dict().items()}
     try:
-        for number, (name, parameter, optimizer) in enumerate(wanted):
+        for name, parameter, optimizer in wanted:
             if steps and not config.eval_only:
-                key = str(number) if numbered else name
                 first, second = torch.zeros_like(parameter), torch.zeros_like(parameter)
-                step = torch.tensor(steps[key], device=parameter.device)
+                step = torch.tensor(steps[name], device=parameter.device)
                 optimizer.state[parameter] = dict(step=step, exp_avg=first, exp_avg_sq=second)
-                parts |= {f"exp_avg.{key}": first, f"exp_avg_sq.{key}": second}
+                parts |= {f"exp_avg.{name}": first, f"exp_avg_sq.{name}": second}
         with warnings.catch_warnings(action="ignore"):
             dcp.load(parts, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     except (dcp.api.CheckpointException, OSError, ValueError, KeyError, RuntimeError) as error:
