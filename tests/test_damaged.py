@@ -363,7 +363,8 @@ def test_a_sharded_checkpoint_is_checked_like_another(trained, sharded):  # noqa
         (sharded / "state.json").write_text(json.dumps(good | change))
         with pytest.raises(UserError, match="is damaged|is not a checkpoint"):
             resume_sharded(sharded)
-    (sharded / "state.json").write_text(json.dumps(good | dict(optimizer={}, step=400)))
+    (sharded / "state.json").write_text(json.dumps(good | dict(
+        optimizer={}, step=400, settings=good["settings"] | {"max_steps": 400})))
     with pytest.raises(UserError, match="holds moments of 0 parameters"):  # they began again at zero
         resume_sharded(sharded)
 
