@@ -509,10 +509,10 @@ SENTENCES = {
         "a step of MQA took {mqa_step_params} of MHA's time, and {mqa_step_again} when timed again",
         "true differences of {gqa_found} and {mqa_found} nats would be found four times in five",
         "After {seeds} seeds, MLA has",
-        "MHA and MQA answer {fields_1_mqa} of the questions about one field. With four "
-        "fields, MHA answers {fields_4_mha} and MQA, which is {fields_smaller_low} % smaller, "
-        "{fields_4_mqa} ({fields_4_minus} nats). With twice the steps, two of these seeds rise "
-        "from {fields_before_mha} to {fields_longer_mha} (MHA) and from {fields_before_mqa} to "
+        "MHA and MQA answer {fields_1_mqa} of the questions about one field. With four fields, "
+        "right answers fall with the key/value heads: {heads_mha} (8, MHA), {heads_gqa4} (4), "
+        "{heads_gqa2} (2) and {heads_mqa} (MQA, {heads_mqa_smaller} % smaller, {heads_mqa_minus} "
+        "nats). With twice the steps, two other seeds reach {fields_longer_mha} (MHA) and "
         "{fields_longer_mqa} (MQA)",
         "equal parameters and {design_seeds} seeds each",
         "has a lower loss than `mha` ({window_minus} nats per byte)",
@@ -540,6 +540,9 @@ SENTENCES = {
         "({fields_1_p}). The report of two fields, which corrects for one comparison "
         "alone, calls it found (p {fields_2_p_alone})",
         "MQA has {fields_smaller_low} to {fields_smaller_high} % fewer parameters",
+        "a higher loss than MHA (adjusted p values {heads_gqa2_p} and {heads_mqa_p})",
+        "GQA-4 cannot be told from MHA (p {heads_gqa4_p})",
+        "Models with fewer heads are {heads_gqa4_smaller} to {heads_mqa_smaller} % smaller",
         "--match=shape --seeds={recall_seeds} --seed=1` trains on {recall_tokens} tokens",
         "MQA's loss is higher than MHA's, by {recall_mqa_minus} nats per answer",
         "a model is also {gqa4_smaller} to {mqa_smaller} % smaller",

@@ -29,8 +29,8 @@ def designs():
 def fields():
     """Right answers about records of one, two and four fields, against bytes."""
     panels = []
-    for number in (1, 2, 4):
-        summaries = summarize(read(f"recall_fields/{number}/results.json"))
+    for number, folder in ((1, "recall_fields/1"), (2, "recall_fields/2"), (4, "recall_heads")):
+        summaries = summarize(read(f"{folder}/results.json"))
         points = metric_points(summaries, "val_acc")
         panels.append(Panel(f"right answers, {plural(number, 'field')}", points, lower=None))
     return panels, summaries

@@ -205,6 +205,22 @@ def of_recall_fields():
                     "fields_smaller_high": f"{max(sizes):.0f}"}
 
 
+def of_experiment(key, folder):
+    """For each variant of a comparison: the mean of right answers, by how many % it is smaller than
+    the first one, the difference in loss and its p value (Holm). Names begin with key."""
+    texts = {}
+    summaries = summarize(read(f"{folder}/results.json"))
+    for summary in summaries:
+        name = f"{key}_{summary.name.lower().replace('-', '').replace('=', '')}"
+        size = summary.facts["params"] / summaries[0].facts["params"]
+        texts[name] = f"{statistics.mean(summary.metrics['val_acc']):.2f}"
+        texts[f"{name}_smaller"] = f"{100 * (1 - size):.0f}"
+        if summary.difference:
+            texts[f"{name}_minus"] = summary.difference.text(3)
+            texts[f"{name}_p"] = f"{summary.difference.p_holm:.3f}"
+    return texts
+
+
 def of_wide_mqa():
     """How many times the FLOPs and the time of a training step wide MQA takes beside MHA
     (docs/recall.md)."""
@@ -222,6 +238,7 @@ TABLES = {
     "recall_wide": partial(recall_table, "recall_wide", "mha"),
     "recall_fields": partial(joined_table, "fields", FIELDS),
     "recall_rates": recall_rates,
+    "recall_heads": partial(recall_table, "recall_heads"),
     "designs_recall": designs_recall,
 }
 
@@ -231,4 +248,5 @@ def values():
     return dict(
         **of_recall("recall", 3), **of_recall("recall_one_field", 1, "one_"),
         **of_recall("recall_wide", 1, "wide_"), **of_wide_mqa(), **of_designs_recall(),
-        **of_recall_fields(), one_guess=f"{guess_among_the_rest():.2f}")
+        **of_recall_fields(), **of_experiment("heads", "recall_heads"),
+        one_guess=f"{guess_among_the_rest():.2f}")

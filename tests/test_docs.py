@@ -419,16 +419,28 @@ def test_more_fields_need_more_heads():
     assert [len(sys.modules["prepare_recall"].RecallConfig(fields=fields).relations) for fields in (2, 4)] == [2, 12]
 
 
+def test_fewer_heads_recall_less():
+    """README.md and docs/recall.md: four fields with 8, 4, 2 and 1 key/value heads."""
+    assert verdicts("recall_heads", "shape") == {"worse": {"GQA-2", "MQA"}, "not distinguishable": {"GQA-4"}}
+    losses = {name: last_losses("recall_heads", name) for name in ("MHA", "GQA-4", "GQA-2", "MQA")}
+    assert min(losses["GQA-2"] + losses["MQA"]) > max(losses["MHA"])
+    means = [statistics.mean(values) for values in losses.values()]
+    assert means == sorted(means)
+    gqa4 = recalls.summarize(recalls.read("recall_heads/results.json"))[1].difference
+    assert gqa4.half < gqa4.mean < gqa4.half_together
+    assert {record["seed"] for record in recalls.read("recall_heads/results.json")["records"]} == set(range(11, 17))
+
+
 def test_the_picture_of_the_fields(tmp_path):
     pytest.importorskip("matplotlib")
     joined = script("pictures")
     panels, summaries = joined.fields()
     joined.draw(panels, summaries, tmp_path / "fields.png", ylim=(0, 1.1))
     assert (tmp_path / "fields.png").stat().st_size > 10_000 and (ROOT / "docs/fields.png").exists()
-    for panel, fields in zip(panels, (1, 2, 4), strict=True):
+    for panel, folder in zip(panels, ("recall_fields/1", "recall_fields/2", "recall_heads"), strict=True):
         means = {point.name: point.value for point in panel.points}
         for name, mean in means.items():
-            shares = [run[-1][1] for run in recalls.recall_runs(f"recall_fields/{fields}", name)]
+            shares = [run[-1][1] for run in recalls.recall_runs(folder, name)]
             assert mean == pytest.approx(statistics.mean(shares))
 
 
@@ -605,7 +617,7 @@ def test_the_picture_is_drawn_from_results():
 FIELDS = [f"recall_fields/{name}" for name in ("1", "2", "4", "longer", "rates", "rate")]
 
 
-@pytest.mark.parametrize("name", ["compare", "cache", "recall", "recall_one_field", "recall_wide", "cache_recall", *FIELDS])
+@pytest.mark.parametrize("name", ["compare", "cache", "recall", "recall_one_field", "recall_wide", "cache_recall", "recall_heads", *FIELDS])
 def test_reports_are_those_of_their_results(name):
     folder = ROOT / "results" / name
     parts = ["curves", "quality", "decode"]
