@@ -303,7 +303,7 @@ class Attention(nn.Module):
         kv = [apply_rope(self.k_norm(k).transpose(1, 2), context.cos, context.sin)]
         if not self.kv_tied:
             v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-            kv.append(v.contiguous() if self.shares_kv else v)  # FSDP: no views
+            kv.append(v.contiguous() if self.shares_kv else v)  # FSDP warns of returned views
         if context.cache is not None:
             kv = context.cache.append(self.layer, *kv)                  # (B, K, S, D)
         return kv
