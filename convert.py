@@ -9,6 +9,7 @@ Each command writes a new folder, completely or not at all. to_hf and from_hf ne
 import contextlib
 import functools
 import os
+import secrets
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -97,6 +98,9 @@ def new_folder(folder, key):
     if folder is None:
         raise UserError(f"there is no folder to write to: name a new one with --{key}=FOLDER")
     folder = Path(os.path.realpath(folder))
+    if os.path.ismount(folder):
+        raise UserError(f"{folder} is where a disk is mounted, which cannot be replaced: name a "
+                        f"folder in it with --{key}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
             f"{folder} exists, and nothing is overwritten: name another --{key}, or remove it first"
@@ -108,7 +112,7 @@ def new_folder(folder, key):
 def replacing_folder(folder, key):
     """A temporary folder, renamed to folder on success and deleted on error: see new_folder."""
     folder = new_folder(folder, key)
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    part = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.part")
     try:
         part.mkdir(parents=True)
         yield part
@@ -166,6 +170,7 @@ def to_hf(config):
     """Writes a checkpoint as a folder that transformers loads, and compares the logits."""
     new_folder(config.hf_dir, "hf_dir")
     state, model, source = load_checkpoint(config.out_dir)
+    state["model"] = {}  # the weights, once more
     model_type = model_type_of(model.config)
     import_transformers()
     tokenizer = None
@@ -250,8 +255,10 @@ def compare_logits(model, folder, changes=None, name=None):
         hf_config = transformers.AutoConfig.from_pretrained(folder)
         for key, value in (changes or {}).items():
             setattr(hf_config, key, value)
+        hf_config.return_dict = True
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=hf_config, dtype=torch.float32, use_safetensors=True
+            folder, config=hf_config, dtype=torch.float32, use_safetensors=True,
+            attn_implementation="sdpa",  # a config.json may name code that would be downloaded
         ).eval()
     except Exception as error:  # transformers raises many kinds of errors for a bad folder
         if out_of_memory(error):
@@ -265,8 +272,8 @@ def compare_logits(model, folder, changes=None, name=None):
     ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
     with torch.inference_mode():
         expected = theirs(ids).logits
-        difference = (model(ids)[0] - expected).abs().max().item()
-    largest = expected.abs().max().item()
+        largest = expected.abs().max().item()
+        difference = expected.sub_(model(ids)[0]).abs_().max().item()
     if not difference <= 1e-3 * max(1.0, largest):  # also refuses NaN
         raise UserError(
             f"the logits of the converted model differ by {difference:.2g} from those of "
@@ -283,7 +290,9 @@ def compare_logits(model, folder, changes=None, name=None):
 
 def from_hf(config):
     """Writes a Hugging Face folder as a checkpoint, and compares the logits."""
-    if config.hf_dir is None or not Path(config.hf_dir).is_dir():
+    if config.hf_dir is None:
+        raise UserError("no model is named: name its folder with --hf_dir=FOLDER")
+    if not Path(config.hf_dir).is_dir():
         raise UserError(
             f"there is no folder {config.hf_dir}: name one that holds config.json and safetensors "
             "with --hf_dir"
@@ -292,12 +301,13 @@ def from_hf(config):
     hf_dir = Path(config.hf_dir)
     hf = read_json(hf_dir / "config.json", CONFIG_SCHEMA)
     gpt_config = model_config(hf, hf_dir / "config.json", GPTConfig)
-    state = {
-        "model": read_weights(hf_dir, gpt_config, GPT),
-        "config": asdict(gpt_config),
-        "tokenizer": "none",
-    }
+    import_transformers()
     with replacing_folder(config.out_dir, "out_dir") as folder:
+        state = {
+            "model": read_weights(hf_dir, gpt_config, GPT),
+            "config": asdict(gpt_config),
+            "tokenizer": "none",
+        }
         warning = f"{hf_dir} has no {HF_TOKENIZER}, so {config.out_dir} has no tokenizer"
         if (hf_dir / HF_TOKENIZER).exists():
             tokenizer = read_tokenizer(hf_dir, hf, folder)

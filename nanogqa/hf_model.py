@@ -249,7 +249,8 @@ def model_config(hf, path, GPTConfig):
     model_type = hf.get("model_type")
     if model_type not in READABLE:
         raise UserError(
-            f"{path}: model_type {model_type!r} is not known here, only {', '.join(READABLE)} are"
+            f"{path}: model_type {model_type!r:.60} cannot be imported: use a checkpoint of one of "
+            f"{', '.join(READABLE)}"
         )
     # transformers 4 knows rope_scaling; 5 writes rope_parameters, but prefers rope_scaling to it
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
@@ -263,13 +264,14 @@ def model_config(hf, path, GPTConfig):
     for key, value in hf.items():
         if value is not None:
             given[key] = value
-    if model_type == "llama":
+    if model_type == "llama" or hf.get("num_key_value_heads", 0) is None:
         given.setdefault("num_key_value_heads", given.get("num_attention_heads"))
     if model_type == "qwen3" and not given["head_dim"]:
         del given["head_dim"]  # Qwen3 has another default than n_embd / n_head
     settings = translated(HF_KEYS["gqa"], given, f"{path} lacks")
     settings["rope_theta"] = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
     if rope_type_of(rope) == "llama3":
+        rope = {"original_max_position_embeddings": hf.get("max_position_embeddings")} | rope
         settings |= translated(ROPE_SCALING, rope, f"{path}: the llama3 scaling lacks")
     settings["qk_norm"] = FAMILIES[model_type].qk_norm
     settings["qkv_bias"] = FAMILIES[model_type].qkv_bias
@@ -293,7 +295,7 @@ def window_settings(hf, n_layer, path):
 
     UserError if its layers do not alternate as global_every says.
     """
-    window = hf.get("sliding_window", 4096)  # the default of all three families
+    window = hf.get("sliding_window", 4096)  # the default of Mistral, Qwen2 and Qwen3
     types = types_of(hf, n_layer, window)
     if all(kind == "full_attention" for kind in types):  # also if there are none
         return {}
@@ -336,8 +338,8 @@ def unrepresentable(hf, rope):
     unknown = {}
     if rope_type_of(rope) not in ("default", "llama3"):
         unknown["rope_type"] = rope_type_of(rope)
-    partial_rotary_factor = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1))
-    if partial_rotary_factor != 1:
+    partial_rotary_factor = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+    if partial_rotary_factor not in (None, 1):
         unknown["partial_rotary_factor"] = partial_rotary_factor
     if not hf.get("use_sliding_window") and "sliding_attention" in (hf.get("layer_types") or []):
         unknown["layer_types"] = "sliding_attention, but use_sliding_window is not set"
@@ -371,7 +373,11 @@ def read_weights(folder, config, GPT):
         with open_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118
                 if name in expected:
-                    weights[expected[name][0]] = file.get_tensor(name).float()
+                    weight = file.get_tensor(name).float()
+                    if not weight.isfinite().all():
+                        raise UserError(f"{folder}: {name} has values that are not finite: "
+                                        "download it again, or use another checkpoint")
+                    weights[expected[name][0]] = weight
     return weights
 
 
@@ -418,10 +424,11 @@ def expected_weights(folder, config, GPT):
 
 
 def weight_files(folder):
-    """The paths of a folder's safetensors: one file, or those that an index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
+    """The paths of a folder's safetensors: one file, or else those that an index names, as
+    transformers chooses."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists() or not index.exists():
+        return [single]
     file_of_tensor = read_json(index, {"weight_map": {str: base_name}})["weight_map"]
     return [folder / name for name in sorted(set(file_of_tensor.values()))]
 

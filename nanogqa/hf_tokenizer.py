@@ -4,6 +4,7 @@ convert.py uses it. It needs the optional packages transformers and safetensors.
 """
 import importlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def hf_tokenizer(encoding):
     if merges:
         # "{1,3}+" is possessive for tiktoken, but a repeated group for tokenizers. Without the +,
         # tokenizers matches what tiktoken does
-        pattern = tokenizers.Regex(encoding._pat_str.replace("}+", "}"))
+        pattern = tokenizers.Regex(re.sub(r"(\{\d+,\d+\})\+", r"\1", encoding._pat_str))
         steps = [tokenizers.pre_tokenizers.Split(pattern, behavior="isolated"), to_bytes]
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

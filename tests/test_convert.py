@@ -16,6 +16,7 @@ from conftest import keys_of, load, load_model, toy_ids, toy_model
 from test_inputs import fails
 
 import convert
+import nanogqa.hf_model
 import nanogqa.pool
 import sample
 import train
@@ -124,6 +125,27 @@ def test_as_many_heads_as_before_is_the_identity(tmp_path, method, n_kv_head):
         atol=0,
         rtol=0,
     )
+
+
+@pytest.mark.parametrize("method", ["mean", "first", "aligned"])
+def test_groups_of_one_head_keep_the_function(method):
+    """The command copies heads where their number stays, so the methods are called here. RoPE sees each plane of a head by
+    itself, as a complex number; a score is a sum of conj(q) k over planes, and values act through o v."""
+    model = toy_model(n_kv_head=2)
+    heads = nanogqa.pool.split_heads(model.state_dict(), "layers.0.attn.", model.config)
+    new = getattr(nanogqa.pool, method)(heads, 2)
+
+    def planes(x):
+        return torch.complex(*x.chunk(2, dim=1))
+
+    def function(one):
+        k = planes(one.k).repeat_interleave(2, 0)
+        v = one.v.repeat_interleave(2, 0)
+        return torch.einsum("hpc,hpd->hpcd", planes(one.q).conj(), k), one.o @ v
+
+    for before, after in zip(function(heads), function(new), strict=True):
+        torch.testing.assert_close(after, before, atol=1e-10, rtol=1e-8)
+    assert method != "aligned" or not torch.allclose(new.k, heads.k), "it has chosen another basis"
 
 
 @pytest.mark.parametrize("before,after", [(1, 4), (2, 4), (1, 2)])
@@ -1108,6 +1130,14 @@ def change_weights(edit):
     return change
 
 
+def only_an_index(text):
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return change
+
+
 def cut(n):
     return lambda folder: (folder / "model.safetensors").write_bytes(
         (folder / "model.safetensors").read_bytes()[:n]
@@ -1115,11 +1145,46 @@ def cut(n):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        change_config(return_dict=False),
+        change_config(attn_implementation="flash_attention_2"),
+        change_config(attn_implementation="kernels-community/flash-attn"),
+        change_config(partial_rotary_factor=None),
+        lambda folder: (folder / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+        ),
+    ],
+    ids=["tuple", "attention", "kernel", "null", "stale-index"],
+)
+def test_folders_that_transformers_reads_are_imported(transformers, tmp_path, change):
+    """A config.json may not choose the code that runs; transformers prefers the single file to an index."""
+    make_hf(transformers, tmp_path / "hf", "llama2")
+    change(tmp_path / "hf")
+    convert.main(["from_hf", f"--hf_dir={tmp_path / 'hf'}", f"--out_dir={tmp_path / 'run'}"])
+    assert load(tmp_path / "run")["model"]
+
+
+def test_null_takes_the_default_of_transformers(transformers, tmp_path):
+    """The number of query heads for key/value heads, the longest context for the one before a llama3 scaling."""
+    make_hf(transformers, tmp_path / "hf", "llama2")
+    path = tmp_path / "hf/config.json"
+    hf = json.loads(path.read_text(encoding="utf-8"))
+    scaling = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+    for family in ("mistral", "qwen2", "qwen3"):
+        changed = hf | dict(model_type=family, num_key_value_heads=None, rope_parameters=scaling, rope_scaling=None)
+        config = nanogqa.hf_model.model_config(changed, path, convert.GPTConfig)
+        assert config.n_kv_head == config.n_head == hf["num_attention_heads"]
+        longest = hf["max_position_embeddings"]
+        assert config.rope_original_block_size == config.block_size == longest
+
+
+@pytest.mark.parametrize(
     "change,words",
     [
-        (change_config(model_type="gpt_neox"), "model_type 'gpt_neox' is not known"),
+        (change_config(model_type="gpt_neox"), "model_type 'gpt_neox' cannot be imported: use a"),
         (change_config(model_type="DROP"), "model_type None"),
-        (change_config(model_type=["llama"]), "is not known"),
+        (change_config(model_type=["llama"]), "cannot be imported"),
         (change_config(attention_bias=True), "attention_bias=True cannot be represented"),
         (change_config(mlp_bias=True), "mlp_bias=True"),
         (change_config(hidden_act="gelu"), "hidden_act=gelu"),
@@ -1169,7 +1234,7 @@ def cut(n):
             change_weights(lambda w: w.update({"model.norm.weight": torch.zeros(C + 1)})),
             "model.norm.weight has shape [33] where config.json promises [32]",
         ),
-        (change_weights(lambda w: w["model.norm.weight"].fill_(torch.nan)), "are not finite"),
+        (change_weights(lambda w: w["model.norm.weight"].fill_(torch.nan)), "model.norm.weight has values that are not finite"),
         (cut(0), "cannot be read"),
         (cut(5), "cannot be read"),
         (cut(1000), "cannot be read"),
@@ -1183,9 +1248,7 @@ def cut(n):
             "tokenizer.json cannot be read",
         ),
         (
-            lambda folder: (folder / "model.safetensors.index.json").write_text(
-                '{"weight_map": {"a": "../none.safetensors"}}'
-            ),
+            only_an_index('{"weight_map": {"a": "../none.safetensors"}}'),
             "is '../none.safetensors', which is not a base name",
         ),
         (

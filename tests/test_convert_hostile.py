@@ -28,6 +28,8 @@ MORE_KEYS = {  # of config.json, beside those that transformers writes
     "partial_rotary_factor": 1.0,
     "auto_map": {},
     "tokenizer_class": None,
+    "return_dict": True,
+    "attn_implementation": "eager",
 }
 SPECIAL = dict(eos_token_id=[2, 5], bos_token_id=1, pad_token_id=0)
 ABOUT = dict(
@@ -165,6 +167,7 @@ def test_hostile_values_are_named(folder, tmp_path, capsys, file, change, words)
 def test_names_of_weight_files_cannot_lead_elsewhere(folder, tmp_path, capsys, name):
     shutil.copytree(folder, tmp_path / "hf")
     index = json.dumps(dict(weight_map={"model.norm.weight": name}))
+    (tmp_path / "hf/model.safetensors").unlink()  # it would be read instead
     (tmp_path / "hf/model.safetensors.index.json").write_text(index)
     arguments = command("from_hf", hf_dir=tmp_path / "hf", out_dir=tmp_path / "ours")
     assert "which is not a base name" in fails(convert.main, arguments, capsys)
