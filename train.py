@@ -162,12 +162,11 @@ def backward(forward, batches, runtime):
 
 def update(model, optimizers, grad_clip):
     """Clips the gradient and, if its norm is finite, updates the weights: all ranks hold the same
-    averaged gradient and decide alike. Clears .grad. Returns the norm before clipping."""
+    averaged gradient and decide alike. Clears .grad. Returns the norm before clipping, a float."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    norm = distributed.whole(norm)
-    finite = bool(norm.isfinite())  # waits for the device
+    norm = distributed.whole(norm).item()  # waits for the device
     for optimizer in optimizers:
-        if finite:
+        if math.isfinite(norm):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return norm
@@ -275,8 +274,8 @@ def train(given, stack):
             logger.row(
                 step=step, tokens=step * config.tokens_per_step, train_loss=train_loss, **metrics,
                 lr=learning_rate(step - 1, config) if step else None,
-                grad_norm=None if grad_norm is None else grad_norm.item(), skipped=skipped,
-                tokens_per_sec=tokens_per_sec, mfu=mfu(tokens_per_sec, model, runtime))
+                grad_norm=grad_norm, skipped=skipped, tokens_per_sec=tokens_per_sec,
+                mfu=mfu(tokens_per_sec, model, runtime))
             skipped = 0
         if saving or (stop_signal and new) or (logging and saver.failed):  # failed: try again
             weights = map(distributed.local, model.parameters())
@@ -300,7 +299,7 @@ def train(given, stack):
         loss = backward(forward, micro_batches, runtime)
         times.lap("forward and backward")
         grad_norm = update(model, optimizers, config.grad_clip)
-        if grad_norm.isfinite():
+        if math.isfinite(grad_norm):
             in_a_row = 0
         else:
             in_a_row += 1

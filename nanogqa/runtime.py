@@ -40,8 +40,11 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def tensor(self, array):
-        """A numpy array as a tensor on the device."""
-        return torch.from_numpy(array).to(self.device)
+        """A numpy array as a tensor on the device. The copy to a GPU does not wait for it."""
+        x = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            return x.pin_memory().to(self.device, non_blocking=True)
+        return x.to(self.device)
 
     def describe(self):
         """The resolved values as plain ones, for a checkpoint."""

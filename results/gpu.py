@@ -135,7 +135,7 @@ LLAMA_7B = dict(n_layer=32, n_head=32, n_embd=4096, n_ff=11008, vocab_size=32000
 SMALL = dict(n_layer=12, n_head=12, n_kv_head=4, n_embd=768, vocab_size=50304, batch_size=1,
              prompt_len=64, new_tokens=128)
 LONG = dict(n_layer=4, n_head=32, n_embd=4096, n_ff=11008, vocab_size=32000, batch_size=64,
-            prompt_len=8192, new_tokens=16)
+            prompt_len=8160, new_tokens=16)  # at 8,176 tokens, MHA caches below 2^31 numbers
 LONG_KINDS = {"MHA": dict(n_kv_head=32), "GQA, 8 heads": dict(n_kv_head=8),
               "MQA": dict(n_kv_head=1), "MLA": dict(attention="mla")}
 
@@ -162,7 +162,7 @@ def decode_rows(config):
             {**LONG, **heads, **decoding, "compile": False}, beside="4 x 4096, MHA, eager")
     for heads, folded, width in ((32, 1, 128), (8, 4, 128), (1, 32, 128), (1, 32, 576)):
         settings = dict(device=config.device, dtype="bfloat16", batch_size=64, heads=heads,
-                        rows=folded, tokens=8192, width=width)
+                        rows=folded, tokens=8176, width=width)  # MHA: below 2^31 numbers
         add(f"attention, {heads} heads of {width}", "attention", 20, settings)
     return rows
 
@@ -294,20 +294,26 @@ def load(path):
                         "--out_dir") from None
 
 
-def place_of(config):
-    """What rows are kept apart by: the device with the version of torch, and that of the tree."""
+def places_of(config):
+    """{part: what its rows are kept apart by}: the device with the version of torch, and that of
+    the files that they run."""
     device = "CPU"
     if config.device == "cuda":
         if not torch.cuda.is_available():
             raise UserError("there is no CUDA device here: run this where there is one, or with "
                             "--smoke=True")
         device = torch.cuda.get_device_name()
-    digest = hashlib.sha256()
-    names = [*ROOT.glob("*.py"), *ROOT.glob("nanogqa/*.py"), ROOT / "results/gpu_check.py",
-             ROOT / "results/gpu_speed.py"]
-    for path in sorted(names):
-        digest.update(path.read_bytes())
-    return {"device": f"{device}, torch {torch.__version__}", "tree": digest.hexdigest()[:12]}
+    tree = hashlib.sha256()
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("nanogqa/*.py")]):
+        tree.update(path.read_bytes())
+    places = {}
+    for part in PARTS:
+        name = "gpu_check.py" if part == "check" else "gpu_speed.py"
+        digest = tree.copy()
+        digest.update((ROOT / "results" / name).read_bytes())
+        places[part] = {"device": f"{device}, torch {torch.__version__}",
+                        "tree": digest.hexdigest()[:12]}
+    return places
 
 
 def find(measured, row, place):
@@ -326,18 +332,23 @@ def main(argv):
     config = build(GpuConfig, parse(GpuConfig, argv, __doc__))
     deadline = time.monotonic() + 60 * config.minutes - 5
     out = Path(config.out_dir)
-    place = place_of(config)
+    places = places_of(config)
     check_writable(out)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the worker too
     measured = load(out / "gpu.json")
     worker = None
     try:
         for row in plan(config):
+            place = places[row.part]
             found = find(measured, row, place)
             if found is not None and not (config.again and has_failed(found["outcome"])):
                 print(f"{row.name}: measured before")
                 continue
             left = deadline - time.monotonic()
-            if left < row.seconds and not (row.resumes and left > 60):
+            needed = row.seconds
+            if row.resumes:
+                needed = min(needed, 300)  # it goes on from there, once it has timed its models
+            if left < needed:
                 print(f"{row.name}: skipped, it takes about {row.seconds:.0f} s and "
                       f"{max(0, left):.0f} s are left")
                 continue

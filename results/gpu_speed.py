@@ -123,6 +123,8 @@ def attention(device, dtype, **row):
                         row[f"{name}, new length"] = min(new)
                 except RuntimeError:  # the kernel does not support this case
                     row[f"{name}{case}"] = None
+                    if q.is_cuda:
+                        torch.cuda.synchronize()  # raises after an error of CUDA itself
     return row
 
 

@@ -106,7 +106,7 @@ def test_a_gradient_is_clipped_to_its_norm(grad_clip, scale):
     gradient = dict(weight=torch.tensor([[3.0, 0.0]]), bias=torch.tensor([-4.0]))
     for name, p in layer.named_parameters():
         p.grad = gradient[name].clone()
-    assert train.update(layer, [torch.optim.SGD(layer.parameters(), lr=1.0)], grad_clip).item() == 5.0
+    assert train.update(layer, [torch.optim.SGD(layer.parameters(), lr=1.0)], grad_clip) == 5.0
     for name, p in layer.named_parameters():
         torch.testing.assert_close(p.detach(), before[name] - scale * gradient[name])
         assert p.grad is None
