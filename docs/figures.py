@@ -543,6 +543,8 @@ SENTENCES = {
         "a higher loss than MHA (adjusted p values {heads_gqa2_p} and {heads_mqa_p})",
         "GQA-4 cannot be told from MHA (p {heads_gqa4_p})",
         "Models with fewer heads are {heads_gqa4_smaller} to {heads_mqa_smaller} % smaller",
+        "to be higher with 32 (p {records32_p}), but not with 16 ({records16_p}) or 8 "
+        "({records8_p})",
         "--match=shape --seeds={recall_seeds} --seed=1` trains on {recall_tokens} tokens",
         "MQA's loss is higher than MHA's, by {recall_mqa_minus} nats per answer",
         "a model is also {gqa4_smaller} to {mqa_smaller} % smaller",

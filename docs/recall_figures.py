@@ -4,7 +4,7 @@ from functools import partial
 
 from reading import ROOT, read, with_both_intervals
 
-from nanogqa.estimates import holm
+from nanogqa.estimates import estimate_differences, holm, paired
 from nanogqa.log import read_rows
 from nanogqa.report import table
 from nanogqa.summary import cache_bytes, summarize
@@ -221,6 +221,26 @@ def of_experiment(key, folder):
     return texts
 
 
+def of_recall_records():
+    """The p value of MQA for each number of records, with Holm's correction for all of them."""
+    p_values = {}
+    for records, folder in RECORDS_OF.items():
+        p_values[records] = summarize(read(f"{folder}/results.json"))[1].difference.p
+    return {f"records{records}_p": f"{p:.3f}" for records, p in holm(p_values).items()}
+
+
+def change_by_rotation():
+    """The Difference between MQA's distance to MHA with half of each head rotated and with all of
+    it, over the same seeds."""
+    distances = []
+    for folder in ("recall_partial", "recall_heads"):
+        losses = {"MHA": [], "MQA": []}
+        for record in read(f"{folder}/results.json")["records"]:
+            losses.setdefault(record["variant"], []).append(record["val_loss"])
+        distances.append(paired(losses["MQA"], losses["MHA"]))
+    return estimate_differences({"change": tuple(distances)})["change"]
+
+
 def of_wide_mqa():
     """How many times the FLOPs and the time of a training step wide MQA takes beside MHA
     (docs/recall.md)."""
@@ -239,6 +259,7 @@ TABLES = {
     "recall_fields": partial(joined_table, "fields", FIELDS),
     "recall_rates": recall_rates,
     "recall_heads": partial(recall_table, "recall_heads"),
+    "recall_records": partial(joined_table, "records", RECORDS_OF),
     "designs_recall": designs_recall,
 }
 
@@ -249,4 +270,5 @@ def values():
         **of_recall("recall", 3), **of_recall("recall_one_field", 1, "one_"),
         **of_recall("recall_wide", 1, "wide_"), **of_wide_mqa(), **of_designs_recall(),
         **of_recall_fields(), **of_experiment("heads", "recall_heads"),
+        **of_recall_records(),
         one_guess=f"{guess_among_the_rest():.2f}")
