@@ -170,7 +170,7 @@ def to_hf(config):
     """Writes a checkpoint as a folder that transformers loads, and compares the logits."""
     new_folder(config.hf_dir, "hf_dir")
     state, model, source = load_checkpoint(config.out_dir)
-    state["model"] = {}  # the weights, once more
+    state["model"] = {}  # the model has the weights
     model_type = model_type_of(model.config)
     import_transformers()
     tokenizer = None

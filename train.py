@@ -258,7 +258,7 @@ def train(given, stack):
     for step in range(start, config.max_steps + 1):  # optimizer steps done so far
         last = step == config.max_steps
         stop_signal = stop.agreed(runtime)  # its number; 0: go on
-        new = step >= first_new  # False where a resumed run begins: that step is logged and saved
+        new = step >= first_new  # False for the first step of a resumed run, logged already
         evaluating = new and (last or step % config.eval_interval == 0)
         saving = evaluating or (new and config.save_interval and step % config.save_interval == 0)
         logging = new and (saving or step % config.log_interval == 0)

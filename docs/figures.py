@@ -509,11 +509,11 @@ SENTENCES = {
         "a step of MQA took {mqa_step_params} of MHA's time, and {mqa_step_again} when timed again",
         "true differences of {gqa_found} and {mqa_found} nats would be found four times in five",
         "After {seeds} seeds, MLA has",
-        "MHA and MQA answer {fields_1_mqa} of the questions about one field. With four fields, "
-        "right answers fall with the key/value heads: {heads_mha} (8, MHA), {heads_gqa4} (4), "
-        "{heads_gqa2} (2) and {heads_mqa} (MQA, {heads_mqa_smaller} % smaller, {heads_mqa_minus} "
-        "nats). With twice the steps, two other seeds reach {fields_longer_mha} (MHA) and "
-        "{fields_longer_mqa} (MQA)",
+        "MHA and MQA answer {fields_1_mqa} of questions about one field. With four fields, 8 "
+        "key/value heads (MHA) answer {heads_mha}, 4 answer {heads_gqa4}, 2 answer {heads_gqa2}, "
+        "and MQA, {heads_mqa_smaller} % smaller, {heads_mqa} ({heads_mqa_minus} nats); the last "
+        "two are worse. Twice the steps take two other seeds from {fields_before_mha} to "
+        "{fields_longer_mha} (MHA) and {fields_before_mqa} to {fields_longer_mqa} (MQA)",
         "equal parameters and {design_seeds} seeds each",
         "has a lower loss than `mha` ({window_minus} nats per byte)",
         "`tied`, whose values are the keys ({tied_minus}), and `deepseek_v4_like` "
@@ -543,7 +543,8 @@ SENTENCES = {
         "a higher loss than MHA (adjusted p values {heads_gqa2_p} and {heads_mqa_p})",
         "GQA-4 cannot be told from MHA (p {heads_gqa4_p})",
         "Models with fewer heads are {heads_gqa4_smaller} to {heads_mqa_smaller} % smaller",
-        "to be higher with 32 (p {records32_p}), but not with 16 ({records16_p}) or 8 "
+        "finds MQA's loss to be higher (p {records16_p_alone} with 16)",
+        "it is found with 32 (p {records32_p}), but not with 16 ({records16_p}) or 8 "
         "({records8_p})",
         "--match=shape --seeds={recall_seeds} --seed=1` trains on {recall_tokens} tokens",
         "MQA's loss is higher than MHA's, by {recall_mqa_minus} nats per answer",

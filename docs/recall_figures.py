@@ -226,7 +226,8 @@ def of_recall_records():
     p_values = {}
     for records, folder in RECORDS_OF.items():
         p_values[records] = summarize(read(f"{folder}/results.json"))[1].difference.p
-    return {f"records{records}_p": f"{p:.3f}" for records, p in holm(p_values).items()}
+    texts = {f"records{records}_p": f"{p:.3f}" for records, p in holm(p_values).items()}
+    return texts | {"records16_p_alone": f"{p_values['16']:.3f}"}
 
 
 def change_by_rotation():

@@ -56,7 +56,7 @@ def mask(seeds, layer, T, C, p):
     Each row of C numbers has two keys, and each of its numbers goes through two rounds of a hash.
     """
     steps = torch.arange(max(T, C), device=seeds.device)
-    key = mixed((seeds & MASK32) ^ mixed(layer + 1))[:, None]              # (B, 1)
+    key = mixed((seeds & MASK32) ^ mixed(layer + 1))[:, None]           # (B, 1)
     first = mixed(key ^ mixed(steps[:T]))                               # (B, T)
     second = mixed(first ^ (seeds >> 32)[:, None])                      # (B, T)
     x = first[:, :, None] ^ mixed(steps[:C])                            # (B, T, C)

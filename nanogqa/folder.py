@@ -64,6 +64,8 @@ def open_folder(out_dir, locked, stack):
 
 def remove_left(out_dir):
     """Removes what killed runs have left. The folder is locked."""
+    if (Path(out_dir) / f"{NEWEST}.part").exists() and not exists(out_dir):
+        (Path(out_dir) / BEST).unlink(missing_ok=True)  # of a first save: see check_free
     for path in Path(out_dir).iterdir():
         if LEFT.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)  # another rank removes its own probe

@@ -68,7 +68,8 @@ def report(results, pictures):
     """The text of report.md; pictures are paths of files beside it."""
     summaries = summarize(results)
     first = summaries[0]
-    titles = {"shape": f"Equal shape: other settings, n_ff among them, are those of {first.name}",
+    titles = {"shape": f"Equal shape: n_ff and all settings that are not compared are those of "
+                       f"{first.name}",
               "params": "Equal parameters, within 0.5 %: n_ff is adjusted to the parameters of "
                         f"{first.name}"}
     blocks = introduction(results, summaries)

@@ -171,7 +171,7 @@ def check_run(GPT, GPTConfig, config, dataset, ranks, step=0):
     """
     if config.min_lr > config.learning_rate:
         raise UserError(f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}, so "
-                        "that the rate would rise: lower it too")
+                        "that the rate would rise: lower min_lr too")
     check_parallel(config, ranks)
     dataset.check_config(config)
     batch_size = batch_shape(config, ranks)[0]

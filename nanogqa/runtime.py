@@ -40,7 +40,7 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def tensor(self, array):
-        """A numpy array as a tensor on the device. The copy to a GPU does not wait for it."""
+        """A numpy array as a tensor on the device. A GPU copies it when it gets there."""
         x = torch.from_numpy(array)
         if self.device.type == "cuda":
             return x.pin_memory().to(self.device, non_blocking=True)

@@ -5,6 +5,7 @@ the files of each split with their token and byte counts. Every document ends wi
 token.
 """
 import contextlib
+import fnmatch
 import hashlib
 import os
 import re
@@ -68,13 +69,18 @@ def input_files(folder, pattern, data_dir):
     Output is never input: the files of a data set, finished or not, are left out. Raises UserError
     if a folder cannot be read.
     """
+    def stop(error):
+        raise error
+
     files = {}
     try:
-        for path in Path(folder).rglob(pattern):
-            relative = path.relative_to(folder)
-            in_part = any(PART.fullmatch(name) for name in relative.parts[:-1])
-            if path.is_file() and not in_part and not is_output(path, data_dir):
-                files[relative.as_posix()] = path
+        for parent, _, names in os.walk(folder, onerror=stop):
+            for name in fnmatch.filter(names, pattern):
+                path = Path(parent) / name
+                relative = path.relative_to(folder)
+                in_part = any(PART.fullmatch(part) for part in relative.parts[:-1])
+                if path.is_file() and not in_part and not is_output(path, data_dir):
+                    files[relative.as_posix()] = path
     except OSError as error:
         raise UserError(f"cannot read {error.filename} ({error.strerror}): fix its permissions, or "
                         "move it elsewhere") from None

@@ -296,7 +296,7 @@ def load(path):
 
 def places_of(config):
     """{part: what its rows are kept apart by}: the device with the version of torch, and that of
-    the files that they run."""
+    the files that they run, without gpu_check.py where only text_data is of it."""
     device = "CPU"
     if config.device == "cuda":
         if not torch.cuda.is_available():

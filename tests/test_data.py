@@ -358,19 +358,29 @@ def test_a_data_set_whose_writer_was_killed_while_it_moved_files_is_written_agai
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, capsys, monkeypatch):
-    """It was an error of writing, whose remedy was another --data_dir."""
-    (tmp_path / "in").mkdir()
+    """Its files were left out without a word, or it was an error of writing, whose remedy was another --data_dir."""
+    (tmp_path / "in/b").mkdir(parents=True)
     (tmp_path / "in/a.txt").write_text("0123456789" * 10)
-    is_file = Path.is_file
+    (tmp_path / "in/b/c.txt").write_text("0123456789" * 10)
+    scandir, is_file = os.scandir, Path.is_file
+    args = [f"--input={tmp_path / 'in'}", f"--data_dir={tmp_path / 'out'}"]
 
-    def denied(path):
-        if path.name == "a.txt":
+    def unlisted(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    def unseen(path):
+        if path.name == "c.txt":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return is_file(path)
 
-    monkeypatch.setattr(Path, "is_file", denied)
-    error = fails(program("text"), [f"--input={tmp_path / 'in'}", f"--data_dir={tmp_path / 'out'}"], capsys)
-    assert f"cannot read {tmp_path / 'in/a.txt'} (Permission denied): fix its permissions" in error
+    for target, name, function, what in ((os, "scandir", unlisted, "in/b"), (Path, "is_file", unseen, "in/b/c.txt")):
+        with monkeypatch.context() as patched:
+            patched.setattr(target, name, function)
+            error = fails(program("text"), args, capsys)
+        assert f"cannot read {tmp_path / what} (Permission denied): fix its permissions" in error
+    program("text")(args)
 
 
 @pytest.mark.parametrize("name", ["none", "tokenizer.json", "tokenizer.json 0123456789abcdef"])

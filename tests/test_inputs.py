@@ -240,10 +240,14 @@ def test_a_best_checkpoint_without_the_newest_is_not_replaced(toy_run, tmp_path,
     assert load(tmp_path / "run")["step"] == 4
 
 
-def test_a_run_killed_at_its_first_checkpoint_begins_again(toy_run, tmp_path):
+def test_a_run_killed_at_its_first_checkpoint_begins_again(toy_run, tmp_path, monkeypatch):
     """ckpt_best.pt gets its name before ckpt.pt does, whose content is then in ckpt.pt.part."""
     train.main([*toy_run, "--max_steps=2"])
     (tmp_path / "run/ckpt.pt").rename(tmp_path / "run/ckpt.pt.part")
+    with monkeypatch.context() as patched:  # it is stopped once more before it saves
+        patched.setattr(train, "make_model", lambda *args: sys.exit(1))
+        with pytest.raises(SystemExit):
+            train.main([*toy_run, "--max_steps=3", "--init_from=auto"])
     train.main([*toy_run, "--max_steps=3", "--init_from=auto"])
     assert load(tmp_path / "run")["step"] == 3
 
@@ -251,7 +255,7 @@ def test_a_run_killed_at_its_first_checkpoint_begins_again(toy_run, tmp_path):
 def test_the_learning_rate_may_not_rise_at_the_end(toy_run, tmp_path, capsys):
     """A config's min_lr stays where a flag lowers learning_rate."""
     error = fails(train.main, [*toy_run, "--learning_rate=1e-5", "--min_lr=6e-5"], capsys)
-    assert "min_lr=6e-05 is above learning_rate=1e-05, so that the rate would rise: lower it too" in error
+    assert "min_lr=6e-05 is above learning_rate=1e-05, so that the rate would rise: lower min_lr too" in error
     assert not (tmp_path / "run").exists()
 
 

@@ -617,6 +617,7 @@ def test_checkpoints_between_evaluations(toy_run, tmp_path, monkeypatch, capsys)
     train.main([*other, "--init_from=auto"])
     assert "resuming at step 16" in capsys.readouterr().out
     assert equal(weights(tmp_path / "run"), weights(tmp_path / "other"))
+    assert rows(tmp_path / "run") == rows(tmp_path / "other")
 
 
 def interrupted(function, calls):
