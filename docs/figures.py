@@ -544,6 +544,9 @@ SENTENCES = {
         "GQA-4 cannot be told from MHA (p {heads_gqa4_p})",
         "Models with fewer heads are {heads_gqa4_smaller} to {heads_mqa_smaller} % smaller",
         "finds MQA's loss to be higher (p {records16_p_alone} with 16)",
+        "MQA has a higher loss than MHA here too (p {partial_mqa_p}). The difference is "
+        "{partial_mqa_minus} nats per answer instead of {heads_mqa_minus}; over the same seeds it "
+        "changes by {rotation_changes}",
         "it is found with 32 (p {records32_p}), but not with 16 ({records16_p}) or 8 "
         "({records8_p})",
         "--match=shape --seeds={recall_seeds} --seed=1` trains on {recall_tokens} tokens",

@@ -261,6 +261,7 @@ TABLES = {
     "recall_rates": recall_rates,
     "recall_heads": partial(recall_table, "recall_heads"),
     "recall_records": partial(joined_table, "records", RECORDS_OF),
+    "recall_partial": partial(joined_table, "rotated", ROTATED),
     "designs_recall": designs_recall,
 }
 
@@ -271,5 +272,6 @@ def values():
         **of_recall("recall", 3), **of_recall("recall_one_field", 1, "one_"),
         **of_recall("recall_wide", 1, "wide_"), **of_wide_mqa(), **of_designs_recall(),
         **of_recall_fields(), **of_experiment("heads", "recall_heads"),
-        **of_recall_records(),
+        **of_recall_records(), **of_experiment("partial", "recall_partial"),
+        rotation_changes=change_by_rotation().text(3),
         one_guess=f"{guess_among_the_rest():.2f}")
