@@ -547,6 +547,9 @@ SENTENCES = {
         "MQA has a higher loss than MHA here too (p {partial_mqa_p}). The difference is "
         "{partial_mqa_minus} nats per answer instead of {heads_mqa_minus}; over the same seeds it "
         "changes by {rotation_changes}",
+        "a lower loss than eight of width 8 (p {width_n_head4_p}), and one head of width 64 a "
+        "higher one (p {width_n_head1_p}). Two heads of width 32 cannot be told from eight "
+        "(p {width_n_head2_p})",
         "it is found with 32 (p {records32_p}), but not with 16 ({records16_p}) or 8 "
         "({records8_p})",
         "--match=shape --seeds={recall_seeds} --seed=1` trains on {recall_tokens} tokens",

@@ -262,6 +262,7 @@ TABLES = {
     "recall_heads": partial(recall_table, "recall_heads"),
     "recall_records": partial(joined_table, "records", RECORDS_OF),
     "recall_partial": partial(joined_table, "rotated", ROTATED),
+    "recall_width": partial(recall_table, "recall_width", "8 heads"),
     "designs_recall": designs_recall,
 }
 
@@ -273,5 +274,6 @@ def values():
         **of_recall("recall_wide", 1, "wide_"), **of_wide_mqa(), **of_designs_recall(),
         **of_recall_fields(), **of_experiment("heads", "recall_heads"),
         **of_recall_records(), **of_experiment("partial", "recall_partial"),
+        **of_experiment("width", "recall_width"),
         rotation_changes=change_by_rotation().text(3),
         one_guess=f"{guess_among_the_rest():.2f}")

@@ -222,7 +222,7 @@ DEFINITIONS = {
                           "0.6 to 2.5 times the measured one, with a confidence of 95 %",
                           "a decay of 160 steps",
                           "With 16 texts of 256 tokens, all five smaller caches took longer than MHA for a step, up to 1.2 times"),
-    "docs/recall.md": ("within 200 steps", "after 200 or 250 steps", "after 150 to 250 steps"),
+    "docs/recall.md": ("within 200 steps", "after 200 or 250 steps", "after 150 to 250 steps", "as many parameters (within 0.2 %)"),
     "docs/cache.md": ("chunks of at most 1,024 tokens (with torch.compile: 2,048 of all rows together)", "equal parameters (within 0.5 %)", "contexts of 256 tokens", "95 % interval",
                       "16 texts of 4,096 tokens", "more than 0.05 nats worse", "a distance of 127", "a gap of 64 tokens", "300 steps",
                       "the last `window` tokens"),
@@ -463,6 +463,18 @@ def test_the_answers_of_a_sequence():
     assert "guessing the rest is right {}, {} and {} of the time with two, three and four fields".format(*copied) in text
 
 
+def test_neither_bytes_nor_width_decide_alone():
+    """docs/recall.md: four models of equal cache, FLOPs and parameters."""
+    assert verdicts("recall_width", "shape") == {"better": {"n_head=4"}, "not distinguishable": {"n_head=2"}, "worse": {"n_head=1"}}
+    summaries = recalls.summarize(recalls.read("recall_width/results.json"))
+    for key in ("kv_bytes_per_token", "flops_per_token"):
+        assert len({summary.facts[key] for summary in summaries}) == 1
+    sizes = [summary.facts["params"] for summary in summaries]
+    assert max(sizes) < 1.002 * min(sizes)
+    means = {summary.name: summary.loss.mean for summary in summaries}
+    assert sorted(means, key=means.get) == ["n_head=4", "n_head=2", "n_head=8", "n_head=1"]
+
+
 def test_half_rotated_heads_recall_alike():
     """docs/recall.md: MQA is worse with half of each head rotated too, and the difference does not change measurably."""
     assert verdicts("recall_partial", "shape") == {"worse": {"MQA"}}
@@ -654,13 +666,13 @@ def test_the_picture_is_drawn_from_results():
 FIELDS = [f"recall_fields/{name}" for name in ("1", "2", "4", "longer", "rates", "rate")]
 
 
-@pytest.mark.parametrize("name", ["compare", "cache", "recall", "recall_one_field", "recall_wide", "cache_recall", "recall_heads", "recall_records/16", "recall_records/32", "recall_partial", *FIELDS])
+@pytest.mark.parametrize("name", ["compare", "cache", "recall", "recall_one_field", "recall_wide", "cache_recall", "recall_heads", "recall_records/16", "recall_records/32", "recall_partial", "recall_width", *FIELDS])
 def test_reports_are_those_of_their_results(name):
     folder = ROOT / "results" / name
     parts = ["curves", "quality", "decode"]
     if "recall" in name:
         parts.append("metrics")
-    if name != "recall_fields/rate":  # whose variants have one cache
+    if name not in ("recall_fields/rate", "recall_width"):  # whose variants have one cache
         parts.append("front")
     pictures = [folder / f"{part}.png" for part in parts]
     text = report(figures.read(f"{name}/results.json"), pictures)
