@@ -473,6 +473,8 @@ def test_neither_bytes_nor_width_decide_alone():
     assert max(sizes) < 1.002 * min(sizes)
     means = {summary.name: summary.loss.mean for summary in summaries}
     assert sorted(means, key=means.get) == ["n_head=4", "n_head=2", "n_head=8", "n_head=1"]
+    four = summaries[1].difference
+    assert -four.half > four.mean > -four.half_together
 
 
 def test_half_rotated_heads_recall_alike():
