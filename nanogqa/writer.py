@@ -70,7 +70,8 @@ def input_files(folder, pattern, data_dir):
     if a folder cannot be read.
     """
     def stop(error):
-        raise error
+        if not isinstance(error, FileNotFoundError):  # there are no files then
+            raise error
 
     files = {}
     try:
