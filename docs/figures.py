@@ -554,10 +554,11 @@ SENTENCES = {
         "({records8_p})",
         "--match=shape --seeds={recall_seeds} --seed=1` trains on {recall_tokens} tokens",
         "MQA's loss is higher than MHA's, by {recall_mqa_minus} nats per answer",
-        "a model is also {gqa4_smaller} to {mqa_smaller} % smaller",
+        "a model is also {recall_gqa4_smaller} to {recall_mqa_smaller} % smaller",
         "not asked for yet is right {one_guess} of the time",
         "heads of width 8, {one_recall_tokens} tokens with {one_recall_answers} answers",
-        "models with fewer of them are {one_gqa4_smaller} to {one_mqa_smaller} % smaller",
+        "models with fewer of them are {one_recall_gqa4_smaller} to {one_recall_mqa_smaller} % "
+        "smaller",
         "These runs saw {one_recall_answers} answers, those with three fields {recall_answers}",
         "Wide MQA has {wide_wide_mqa_as_large} times the parameters of MHA and {wide_mqa_flops} "
         "times the training FLOPs",

@@ -154,27 +154,32 @@ def of_designs_recall():
     return texts
 
 
-def of_recall(folder, fields, prefix=""):
-    """Seeds, tokens and answers of training, and of each variant: the mean of right answers, by
-    how many % the model is smaller than that of MHA, and how many times as large it is. Names of
-    texts begin with prefix."""
-    results = read(f"{folder}/results.json")
-    tokens = results["settings"]["max_steps"] * results["settings"]["tokens_per_step"]
+def of_recall(key, folder, fields):
+    """Seeds, tokens and answers of training, and what of_experiment gives. Names begin with key."""
+    settings = read(f"{folder}/results.json")["settings"]
+    tokens = settings["max_steps"] * settings["tokens_per_step"]
     answers = tokens / LENGTH * mean_answers(fields)
-    texts = {f"{prefix}recall_seeds": str(results["settings"]["seeds"]),
-             f"{prefix}recall_tokens": f"{tokens / 1e6:.1f} million",
-             f"{prefix}recall_answers": f"{answers / 1e6:.2f} million"}
-    summaries = summarize(results)
+    return of_experiment(key, folder) | {
+        f"{key}_seeds": str(settings["seeds"]),
+        f"{key}_tokens": f"{tokens / 1e6:.1f} million",
+        f"{key}_answers": f"{answers / 1e6:.2f} million",
+    }
+
+
+def of_experiment(key, folder):
+    """For each variant of a comparison: the mean of right answers, by how many % it is smaller than
+    the first one and how many times as large, the difference in loss and its p value (Holm)."""
+    texts = {}
+    summaries = summarize(read(f"{folder}/results.json"))
     for summary in summaries:
-        key = summary.name.lower().replace("-", "")
-        runs = recall_runs(folder, summary.name)
+        name = f"{key}_{summary.name.lower().replace('-', '').replace('=', '')}"
         size = summary.facts["params"] / summaries[0].facts["params"]
-        texts[f"{prefix}{key}_smaller"] = f"{100 * (1 - size):.0f}"
-        texts[f"{prefix}{key}_as_large"] = f"{size:.1f}"
-        right = statistics.mean(points[-1][1] for points in runs)
-        texts[f"{prefix}recall_{key}"] = f"{right:.2f}"
+        texts[name] = f"{statistics.mean(summary.metrics['val_acc']):.2f}"
+        texts[f"{name}_smaller"] = f"{100 * (1 - size):.0f}"
+        texts[f"{name}_as_large"] = f"{size:.1f}"
         if summary.difference:
-            texts[f"{prefix}recall_{key}_minus"] = summary.difference.text(3)
+            texts[f"{name}_minus"] = summary.difference.text(3)
+            texts[f"{name}_p"] = f"{summary.difference.p_holm:.3f}"
     return texts
 
 
@@ -203,22 +208,6 @@ def of_recall_fields():
     texts["fields_before_minus"] = f"{mqa.difference.mean:+.3f}"
     return texts | {"fields_smaller_low": f"{min(sizes):.0f}",
                     "fields_smaller_high": f"{max(sizes):.0f}"}
-
-
-def of_experiment(key, folder):
-    """For each variant of a comparison: the mean of right answers, by how many % it is smaller than
-    the first one, the difference in loss and its p value (Holm). Names begin with key."""
-    texts = {}
-    summaries = summarize(read(f"{folder}/results.json"))
-    for summary in summaries:
-        name = f"{key}_{summary.name.lower().replace('-', '').replace('=', '')}"
-        size = summary.facts["params"] / summaries[0].facts["params"]
-        texts[name] = f"{statistics.mean(summary.metrics['val_acc']):.2f}"
-        texts[f"{name}_smaller"] = f"{100 * (1 - size):.0f}"
-        if summary.difference:
-            texts[f"{name}_minus"] = summary.difference.text(3)
-            texts[f"{name}_p"] = f"{summary.difference.p_holm:.3f}"
-    return texts
 
 
 def of_recall_records():
@@ -270,8 +259,8 @@ TABLES = {
 def values():
     """{name: text} of all figures that sentences quote."""
     return dict(
-        **of_recall("recall", 3), **of_recall("recall_one_field", 1, "one_"),
-        **of_recall("recall_wide", 1, "wide_"), **of_wide_mqa(), **of_designs_recall(),
+        **of_recall("recall", "recall", 3), **of_recall("one_recall", "recall_one_field", 1),
+        **of_experiment("wide", "recall_wide"), **of_wide_mqa(), **of_designs_recall(),
         **of_recall_fields(), **of_experiment("heads", "recall_heads"),
         **of_recall_records(), **of_experiment("partial", "recall_partial"),
         **of_experiment("width", "recall_width"),

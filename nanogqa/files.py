@@ -72,10 +72,10 @@ def lock(folder, busy, patience=60, key="out_dir"):
             warnings.filterwarnings("error", "flock not supported")
             with contextlib.suppress(filelock.Timeout):
                 held.acquire(timeout=min(2, patience), poll_interval=0.2)
-            if not held.is_locked and patience > 2:
-                print(f"{folder} is in use: waiting for at most {patience} s", file=sys.stderr,
-                      flush=True)
             if not held.is_locked:
+                if patience > 2:
+                    print(f"{folder} is in use: waiting for at most {patience} s", file=sys.stderr,
+                          flush=True)
                 held.acquire(timeout=max(0, patience - 2), poll_interval=0.2)
     except filelock.Timeout:
         raise UserError(busy) from None

@@ -339,7 +339,7 @@ def test_the_designs_that_differ_are_those_that_the_documents_name():
 def test_recall_is_worse_with_one_key_value_head_alone():
     """README.md and docs/recall.md. They also say that the mean of right answers falls with the heads."""
     assert verdicts("recall", "shape") == {"worse": {"MQA"}, "not distinguishable": {"GQA-4", "GQA-2"}}
-    means = [recalls.of_recall("recall", 3)[f"recall_{name}"] for name in ("mha", "gqa4", "gqa2", "mqa")]
+    means = [recalls.of_recall("recall", "recall", 3)[f"recall_{name}"] for name in ("mha", "gqa4", "gqa2", "mqa")]
     assert means == sorted(means, reverse=True)
     results = figures.read("recall/results.json")
     five = dict(results, records=[record for record in results["records"] if record["seed"] <= 5])
