@@ -342,10 +342,14 @@ def test_bad_settings_of_the_prepare_scripts(tmp_path, capsys, name, args, words
 
 def test_a_data_set_of_another_tokenizer_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("0123456789" * 10)
-    program("text")([f"--input={tmp_path / 'a.txt'}", f"--data_dir={tmp_path / 'data'}"])
+    args = [f"--input={tmp_path / 'a.txt'}", f"--data_dir={tmp_path / 'data'}"]
+    program("text")(args)
+    meta = (tmp_path / "data/meta.json").read_text()
+    (tmp_path / "data/meta.json").write_text(meta.replace('"byte"', '"gpt2"'))
     before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
-    args = [f"--input={tmp_path / 'a.txt'}", f"--data_dir={tmp_path / 'data'}", "--tokenizer=gpt2"]
-    assert "pass another --data_dir, or --overwrite=True" in fails(program("text"), args, capsys)
+    error = fails(program("text"), args, capsys)
+    assert "tokenizer 'gpt2', not 'byte'" in error
+    assert "pass another --data_dir, or --overwrite=True" in error
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
 
 
