@@ -56,6 +56,11 @@ Mode = Literal["decode", "train", "scale"]
 
 SHARED_SETTINGS = ("window", "global_every")  # of attention, whatever its kind
 HEADS = ("attention", *SETTINGS_OF["gqa"], *SETTINGS_OF["mla"], *SHARED_SETTINGS)
+# the settings that one mode alone reads
+SETTINGS_OF_MODE = {
+    "decode": ("out_dir", "prompt_len", "prefill", "new_tokens", "repeats"),
+    "train": ("block_size", "dropout", "steps", "optimizer", "trainable", "recompute"),
+}
 # what each mode prints of a row, beside HEADS, settings with several values, and batch_size
 SHOWN = {
     "decode": ("prompt_len", "prefill_s", "step_ms", "decode_tok_s", "kv_cache_bytes", "mbu"),
@@ -533,17 +538,18 @@ def check(configs, given):
         if config.mode == "scale" and (len(given) > 1 or len(configs) > 1):
             raise UserError("--mode=scale takes its shapes from config/ and no other setting: "
                             "leave the rest out")
-    sizes = [field.name for field in fields(GPTConfig) if field.name in given]
-    for config in configs:
-        if config.mode == "decode" and isinstance(given.get("block_size"), list):
-            raise UserError("block_size is prompt_len + new_tokens in --mode=decode: leave it out, "
-                            "or time --mode=train in a command of its own")
-        if config.out_dir is not None and config.mode == "train":
-            raise UserError("out_dir is for --mode=decode: leave it out, train.py reports the "
-                            "speed of a run")
-        if config.out_dir is not None and sizes:
+    if given.get("out_dir") is not None:
+        sizes = [field.name for field in fields(GPTConfig) if field.name in given]
+        if sizes:
             raise UserError(f"{', '.join(sizes)} and out_dir exclude each other: the checkpoint "
                             "has its own shape, so leave out one or the other")
+    modes = {config.mode for config in configs}
+    for mode, names in SETTINGS_OF_MODE.items():
+        unread = [name for name in names if name in given]
+        for other in sorted(modes - {mode}):
+            if unread:
+                raise UserError(f"--mode={other} does not read {', '.join(unread)}: leave that "
+                                f"out, or time --mode={mode} in a command of its own")
 
 
 def time_all(configs, axes=()):

@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -535,7 +535,7 @@ def defaults_of(cls):
 @dataclass
 class Timing:
     """One call of bench.py."""
-    shape: str
+    shape: str = field(compare=False)  # timings are equal if bench.py would do the same
     mode: str                     # train or decode
     settings: dict                # of bench.py
 
@@ -544,16 +544,22 @@ def measure_speed(variants, config, given):
     """{shape: {"train": [row], "decode": rows}}: rows of bench.py, the faster of two rounds.
 
     Every timing has its own process. A second round follows the first, instead of timing each
-    shape twice in a row, since a shared machine may be busy for a while.
+    shape twice in a row, since a shared machine may be busy for a while. Variants that differ in
+    the learning rate, for example, need one timing alone.
     """
     timings = plan_timings(variants, config, given)
+    different = []
+    for timing in timings:
+        if timing not in different:
+            different.append(timing)
+    rows = []
+    for timing in tqdm(different, desc="speed, round 1 of 2", disable=None):
+        rows.append(run_bench(timing))
+    for i, timing in enumerate(tqdm(different, desc="speed, round 2 of 2", disable=None)):
+        rows[i] = faster_rows(rows[i], run_bench(timing))
     speed = {}
-    for timing in tqdm(timings + timings, desc="speed", disable=None):
-        modes = speed.setdefault(timing.shape, {})
-        rows = run_bench(timing)
-        if timing.mode in modes:
-            rows = faster_rows(modes[timing.mode], rows)
-        modes[timing.mode] = rows
+    for timing in timings:
+        speed.setdefault(timing.shape, {})[timing.mode] = rows[different.index(timing)]
     return speed
 
 
@@ -575,6 +581,8 @@ def plan_timings(variants, config, given):
                     "recompute": run.recompute}
         settings = {**shared, **asdict(subset(GPTConfig, run)), "fast": run.fast}
         timings.append(Timing(shape, "train", {**settings, **training}))
+        for name in ("block_size", "dropout"):  # of training alone
+            del settings[name]
         timings.append(Timing(shape, "decode", {**settings, **decoding}))
     return timings
 

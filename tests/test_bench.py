@@ -28,8 +28,8 @@ from sample import generate, prefill
 
 ROOT = Path(__file__).resolve().parents[1]
 
-SHAPE = ["--device=cpu", "--n_layer=2", "--n_head=4", "--n_embd=32", "--vocab_size=65",
-         "--new_tokens=6", "--repeats=2"]
+SHAPE = ["--device=cpu", "--n_layer=2", "--n_head=4", "--n_embd=32", "--vocab_size=65"]
+SHORT_DECODING = ["--new_tokens=6", "--repeats=2"]
 
 
 MEASURED_BANDWIDTH = bench.bandwidth
@@ -54,6 +54,8 @@ def one_thread():
 
 def result(capsys, *args):
     capsys.readouterr()
+    if "--mode=train" not in args:
+        args = [*SHORT_DECODING, *args]
     bench.main([*SHAPE, *args])
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -162,8 +164,8 @@ def test_fast_false_times_the_plain_modules(monkeypatch, capsys, mode):
         kinds.append({type(module) for module in model.modules()})
         return function(model, *rest)
     monkeypatch.setattr(bench, name, watched)
-    args = [f"--mode={mode}", "--block_size=16", "--steps=1", "--repeats=1", "--dtype=float32"]
-    rows = result(capsys, *args, "--fast=True,False")["rows"]
+    short = {"decode": ["--repeats=1"], "train": ["--block_size=16", "--steps=1"]}[mode]
+    rows = result(capsys, f"--mode={mode}", *short, "--dtype=float32", "--fast=True,False")["rows"]
     assert nn.Linear not in kinds[0]
     assert nn.RMSNorm not in kinds[0]
     assert nn.Linear in kinds[-1]
@@ -193,7 +195,10 @@ def test_decode_times_a_checkpoint(capsys, toy_run, tmp_path):
     (["--batch_size=1,x"], "batch_size must be a whole number"),
     (["--seed=-1"], "seed must be at least 0"),
     (["--out_dir=/no"], "and out_dir exclude each other"),
-    (["--mode=train", "--out_dir=x"], "out_dir is for --mode=decode"),
+    (["--mode=train", "--prefill=False"], "--mode=train does not read prefill: leave that out, or time --mode=decode"),
+    (["--steps=3", "--optimizer=muon"], "--mode=decode does not read steps, optimizer: leave that out"),
+    (["--mode=train,decode", "--recompute=True"], "--mode=decode does not read recompute"),
+    (["--block_size=64"], "--mode=decode does not read block_size"),
     (["--mode=scale"], "and no other setting: leave the rest out"),
     (["--mode=train,scale"], "and no other setting"),
     (["--mode=train", "--trainable=("], "is not a regular expression"),
@@ -223,7 +228,7 @@ def test_help_names_what_bench_does_with_vocab_size(capsys):
 def test_the_length_of_decoding_is_not_block_size(capsys, modes):
     """A list was accepted if train came first: the same decoding was timed for each."""
     error = fails(bench.main, [*SHAPE, f"--mode={modes}", "--block_size=64,128"], capsys)
-    assert "block_size is prompt_len + new_tokens in --mode=decode: leave it out, or time" in error
+    assert "--mode=decode does not read block_size: leave that out, or time --mode=train" in error
 
 
 def test_training_on_a_gpu_needs_the_memory_of_the_gpu(monkeypatch):

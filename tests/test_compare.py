@@ -365,7 +365,7 @@ def test_the_better_of_two_rounds():
 
 def test_everything_is_timed_in_two_rounds(monkeypatch):
     calls = []
-    timings = [Timing("a", "train", {}), Timing("b", "train", {})]
+    timings = [Timing("a", "train", {}), Timing("b", "decode", {}), Timing("c", "train", {})]
     monkeypatch.setattr(compare, "plan_timings", lambda *args: timings)
 
     def run_bench(timing):
@@ -374,6 +374,16 @@ def test_everything_is_timed_in_two_rounds(monkeypatch):
     monkeypatch.setattr(compare, "run_bench", run_bench)
     speed = compare.measure_speed([], None, {})
     assert calls == ["a", "b", "a", "b"] and speed["a"]["train"] == [dict(step_ms=6.0)]
+    assert speed["c"] == speed["a"] != speed["b"]  # bench.py would do the same for c as for a
+
+
+def test_other_learning_rates_are_not_timed_again(toy_data):
+    argv = [f"--dataset={toy_data}", *TOY, "--learning_rate=1e-3,1e-2", "--optimizer=adamw,muon", "--match=shape"]
+    given = parse(compare.CompareConfig, argv, "", axes=True)
+    config, _, variants = plan(given)
+    timings = compare.plan_timings(variants, config, given)
+    assert len(variants) == 4 and len(timings) == 8
+    assert [timings.index(timing) for timing in timings] == [0, 1, 2, 1, 0, 1, 2, 1]  # AdamW, decoding, Muon
 
 
 def test_a_run_that_cannot_end(toy_data, tmp_path, monkeypatch):

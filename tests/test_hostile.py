@@ -102,9 +102,9 @@ def here(tmp_path, monkeypatch, toy_data):
     return tmp_path
 
 
-SHAPE = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--device=cpu"]
-RUN = [*SHAPE, "--dataset=toy", "--tokens_per_step=32", "--max_steps=2", "--eval_tokens=32",
-       "--warmup_steps=1"]
+SHAPE = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--device=cpu"]
+RUN = [*SHAPE, "--block_size=16", "--dataset=toy", "--tokens_per_step=32", "--max_steps=2",
+       "--eval_tokens=32", "--warmup_steps=1"]
 
 
 def test_train(here, capsys, monkeypatch):
@@ -135,9 +135,9 @@ def test_sample(here, capsys, monkeypatch):
 def test_bench(here, capsys, monkeypatch):
     monkeypatch.setattr(bench, "clock", Interrupted(bench.clock, 8))
     monkeypatch.setattr(bench, "bandwidth", lambda runtime: 1e10)
-    for mode in ("decode", "train"):
-        base = [*SHAPE, f"--mode={mode}", "--prompt_len=4", "--new_tokens=2", "--repeats=1",
-                "--steps=1"]
+    for mode, short in (("decode", ["--prompt_len=4", "--new_tokens=2", "--repeats=1"]),
+                        ("train", ["--block_size=16", "--steps=1"])):
+        base = [*SHAPE, f"--mode={mode}", *short]
         codes = attack(bench.main, base, bench.BenchConfig, 150, capsys, here)
         assert codes[2] > 30, codes
         print(codes)
