@@ -59,12 +59,13 @@ HEADS = ("attention", *SETTINGS_OF["gqa"], *SETTINGS_OF["mla"], *SHARED_SETTINGS
 # the settings that one mode alone reads
 SETTINGS_OF_MODE = {
     "decode": ("out_dir", "prompt_len", "prefill", "new_tokens", "repeats"),
-    "train": ("block_size", "dropout", "steps", "optimizer", "trainable", "recompute"),
+    "train": ("block_size", "dropout", "steps", "micro_steps", "optimizer", "trainable",
+              "recompute"),
 }
 # what each mode prints of a row, beside HEADS, settings with several values, and batch_size
 SHOWN = {
     "decode": ("prompt_len", "prefill_s", "step_ms", "decode_tok_s", "kv_cache_bytes", "mbu"),
-    "train": ("block_size", "step_ms", "tok_s", "mfu", "peak_memory_bytes"),
+    "train": ("block_size", "micro_steps", "step_ms", "tok_s", "mfu", "peak_memory_bytes"),
 }
 
 
@@ -83,6 +84,7 @@ class BenchConfig(GPTConfig):
     repeats: int = 3  # runs; the one with the smallest median counts
     # training
     steps: int = 50  # timed steps; their median counts
+    micro_steps: int = 1  # forward and backward passes of a step, of batch_size sequences each
     optimizer: Literal["adamw", "muon"] = "adamw"  # adamw or muon, as in train.py
     trainable: str = ""  # as in train.py: a pattern of the weights that are trained
     recompute: bool = False  # as in train.py: recompute activations in the backward pass
@@ -94,7 +96,7 @@ class BenchConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        in_range(self, "batch_size prompt_len new_tokens steps repeats", low=1)
+        in_range(self, "batch_size prompt_len new_tokens steps micro_steps repeats", low=1)
         in_range(self, "seed", low=0)
         check_pattern(self, "trainable", "q_proj|k_proj")
         if self.vocab_size is None:
@@ -313,8 +315,9 @@ def train(config, runtime):
     reset_peak(runtime)
     keep_freed_memory()
     B, T = config.batch_size, config.block_size
+    tokens = config.micro_steps * B * T  # of a step
     settings = TrainConfig(
-        **asdict(subset(GPTConfig, config)), tokens_per_step=B * T, batch_size=B,
+        **asdict(subset(GPTConfig, config)), tokens_per_step=tokens, batch_size=B,
         optimizer=config.optimizer, trainable=config.trainable, recompute=config.recompute,
         seed=config.seed, fast=config.fast)
     steps = config.steps
@@ -327,8 +330,11 @@ def train(config, runtime):
     rng = np.random.default_rng(config.seed)
 
     def add_gradient(forward):
-        x, y = rng.integers(config.vocab_size, size=(2, B, T))
-        backward(forward, [MicroBatch(x, y, dropout_seeds(settings, 0, B))], runtime)
+        batches = []
+        for _ in range(config.micro_steps):
+            x, y = rng.integers(config.vocab_size, size=(2, B, T))
+            batches.append(MicroBatch(x, y, dropout_seeds(settings, 0, B)))
+        backward(forward, batches, runtime)
 
     def time_step():
         start = clock(runtime)
@@ -346,8 +352,9 @@ def train(config, runtime):
 
     row = start_row("train", config)
     row.update(
-        batch_size=B, block_size=T, warmup_s=warmup_s, step_ms=step * 1e3, tok_s=B * T / step,
-        mfu=costs.mfu(B * T / step, model, runtime), peak_memory_bytes=peak_memory(runtime))
+        batch_size=B, block_size=T, micro_steps=config.micro_steps, warmup_s=warmup_s,
+        step_ms=step * 1e3, tok_s=tokens / step, mfu=costs.mfu(tokens / step, model, runtime),
+        peak_memory_bytes=peak_memory(runtime))
     return row
 
 

@@ -43,14 +43,14 @@ from nanogqa.configurator import (
 )
 from nanogqa.dataloader import Dataset, prepare_default
 from nanogqa.distributed import world
-from nanogqa.files import created, write_json
+from nanogqa.files import created, lock, write_json
 from nanogqa.report import remove_report, write_report
 from nanogqa.results import (
     curve_of,
     evaluations,
     load_results,
     metrics_of,
-    recorded_curves,
+    recorded_runs,
     shape_of,
 )
 from nanogqa.runs import Run, ranks_of, train_runs
@@ -69,6 +69,7 @@ class CompareConfig(TrainConfig):
     out_dir: str = "out/compare"  # folder for runs, results and the report
     max_steps: int = 800          # optimizer steps of each run
     eval_interval: int = 100      # steps between evaluations
+    log_interval: int | None = None  # steps between log lines of a run; None: a run has about 50
     seeds: int = 3                # runs of each variant: seed, seed + 1 and so on; raise it to add
     match: Matching = "both"  # shape: change only listed settings; params: also adjust n_ff; both
     design: str | None = None     # a file of config/, without .py, with settings of the model
@@ -89,8 +90,9 @@ class CompareConfig(TrainConfig):
 NO_EFFECT = ("out_dir", "report_only", "overwrite", "log_interval", "profile", "keep_checkpoints",
              "save_interval", "wandb_log", "wandb_project", "wandb_run_name")
 # The files that the result of training mostly depends on, beside settings and data.
-CODE = ("model.py", "train.py", "nanogqa/batches.py", "nanogqa/dataloader.py",
-        "nanogqa/distributed.py", "nanogqa/dropout.py", "nanogqa/fast.py", "nanogqa/runtime.py")
+CODE = ("model.py", "train.py", "nanogqa/batches.py", "nanogqa/checkpoint.py",
+        "nanogqa/dataloader.py", "nanogqa/distributed.py", "nanogqa/dropout.py", "nanogqa/fast.py",
+        "nanogqa/runtime.py")
 # All runs share these settings, so they take no list.
 SHARED = (*NO_EFFECT, "seeds", "seed", "match", "controls", "dataset", "vocab_size", "block_size",
           "tokens_per_step", "max_steps", "eval_interval", "eval_tokens", "eval_only", "init_from",
@@ -134,9 +136,6 @@ def plan(given):
     The others of a matching are compared to its first variant. Raises UserError if one of the runs
     or timings cannot work; nothing is written to out_dir.
     """
-    for key in SHARED:
-        if isinstance(given.get(key), list):
-            raise UserError(f"{key} takes one value in a comparison: every run shares it")
     config = first_config(given)
     runtime = pick_runtime(config.device, config.dtype, config.compile)
     prepare_default(config.dataset)
@@ -153,6 +152,9 @@ def plan(given):
 
 def check_plan(config, variants, given):
     """Raises UserError if one of the runs or timings cannot work."""
+    for key in ("decode_batch_size", "decode_prompt_len"):
+        if isinstance(given.get(key), list) and None in given[key]:
+            raise UserError(f"{key} takes a list of numbers: leave None out")
     dataset = Dataset(config.dataset)
     names = {(variant.match, variant.name) for variant in variants}
     folders = {(variant.match, variant.shape) for variant in variants}
@@ -173,6 +175,9 @@ def check_plan(config, variants, given):
 
 def first_config(given):
     """The CompareConfig with the first value of every axis, and with what all runs share."""
+    for key in SHARED:
+        if isinstance(given.get(key), list):
+            raise UserError(f"{key} takes one value in a comparison: every run shares it")
     return build(CompareConfig, with_design(choices_of(given, CompareConfig)[0]))
 
 
@@ -217,6 +222,7 @@ def settings_of_runs(config, given):
             settings[key] = value
     settings["max_steps"] = config.max_steps
     settings["eval_interval"] = config.eval_interval
+    settings["log_interval"] = config.log_interval or max(1, config.max_steps // 50)
     settings["out_dir"] = ""
     settings["overwrite"] = False
     settings["vocab_size"] = config.vocab_size or Dataset(config.dataset).meta["vocab_size"]
@@ -291,12 +297,13 @@ def differing_settings(configs, axes):
     value follows from other settings.
     """
     differing = {}
-    for field in fields(GPTConfig):
-        if field.default is None or field.name in KIND_SETTINGS or field.name in axes:
+    for setting in fields(GPTConfig):
+        name, default = setting.name, setting.default
+        if default is None or name in KIND_SETTINGS or name in axes:
             continue
-        values = [getattr(config, field.name) for config in configs]
-        if 0 < values.count(field.default) < len(values):
-            differing[field.name] = field.default
+        values = [getattr(config, name) for config in configs]
+        if 0 < values.count(default) < len(values):
+            differing[name] = default
     return differing
 
 
@@ -408,7 +415,11 @@ def matching_n_ff(config, params, wanted):
     rounded = round(exact / 8) * 8
     if rounded > 0 and abs(rounded - exact) * per_unit <= 0.005 * wanted:
         return rounded
-    return round(exact)
+    nearest = round(exact)
+    if abs(nearest - exact) * per_unit > 0.005 * wanted:
+        raise UserError(f"no n_ff brings {params:,} parameters within 0.5 % of the {wanted:,} of "
+                        "the first variant: choose --match=shape")
+    return nearest
 
 
 # -- new results, or those of the comparison to resume ---------------------------------------------
@@ -575,8 +586,9 @@ def plan_timings(variants, config, given):
     timings = []
     shapes = {variant.shape: variant.config for variant in variants}
     for shape, run in shapes.items():
-        batch_size = batch_shape(run, ranks_of(run))[0]
-        training = {"batch_size": batch_size, "steps": 30, "compile": config.compile,
+        batch_size, micro_steps = batch_shape(run, ranks_of(run))
+        training = {"batch_size": batch_size, "micro_steps": micro_steps,
+                    "steps": max(5, 30 // micro_steps), "compile": config.compile,
                     "optimizer": run.optimizer, "trainable": run.trainable,
                     "recompute": run.recompute}
         settings = {**shared, **asdict(subset(GPTConfig, run)), "fast": run.fast}
@@ -709,35 +721,42 @@ def main(argv):
         report_again(config)
         return
     config, runtime, variants = plan(given)
+    busy = (f"another compare.py writes to {config.out_dir}: wait until it has ended, or choose "
+            "another --out_dir")
+    with created(config.out_dir), lock(config.out_dir, busy, patience=0):
+        carry_out(config, runtime, variants, given)
+
+
+def carry_out(config, runtime, variants, given):
+    """Times and trains what is planned, and writes the results and the report into out_dir."""
     dataset = Dataset(config.dataset)
     results = open_results(config, runtime, identity(config, given, variants, dataset))
     runs = plan_runs(variants, config)
     if not config.overwrite:
-        curves = recorded_curves(results)
+        records = recorded_runs(results)
         for run in runs:
-            run.look(dataset, curves, GPTConfig)
+            run.look(dataset, records, GPTConfig)
     else:
         say("to continue this comparison later, repeat the command without --overwrite=True")
     print_variants(variants)
 
     out_dir = Path(config.out_dir)
     path = out_dir / "results.json"
-    with created(out_dir):  # if a timing fails, nothing is left
-        if not results["speed"]:
-            results["machine"] = describe_machine(runtime, ranks_of(config))
-            results["date"] = datetime.date.today().isoformat()
-            results["speed"] = measure_speed(variants, config, given)
-            if config.overwrite:
-                remove_runs(out_dir / "runs")
-                remove_report(out_dir)
-            if not results["records"]:
-                write_json(path, results)
-        train_runs(runs, config, results, dataset, GPTConfig)
-        # until here, results.json of a finished comparison that is being extended stays as it was
-        results["settings"]["seeds"] = config.seeds
-        results["records"] = collect_records(variants, runs, config, dataset)
-        write_json(path, results)
-        write_report(results, out_dir)
+    if not results["speed"]:
+        results["machine"] = describe_machine(runtime, ranks_of(config))
+        results["date"] = datetime.date.today().isoformat()
+        results["speed"] = measure_speed(variants, config, given)
+        if config.overwrite:  # only now: if a timing fails, everything stays as it was
+            remove_runs(out_dir / "runs")
+            remove_report(out_dir)
+        if not results["records"]:
+            write_json(path, results)
+    train_runs(runs, config, results, dataset, GPTConfig)
+    # until here, results.json of a finished comparison that is being extended stays as it was
+    results["settings"]["seeds"] = config.seeds
+    results["records"] = collect_records(variants, runs, config, dataset)
+    write_json(path, results)
+    write_report(results, out_dir)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,9 @@ ABOUT_RANKS = (
     "other. With {seeds} seeds, p is at least {smallest:.2g} before Holm's correction."
 )
 ABOUT_STEPS = (
-    "Steps are read off the mean curve by linear interpolation, and their time counts training "
-    "steps alone; \"same\" means that no difference was found."
+    "Steps are read off the mean curve by linear interpolation. Their time counts training steps "
+    "alone; with several ranks, their speeds are taken to add up. \"same\" means that no "
+    "difference was found, \"unknown\" that none could be."
 )
 ABOUT_RESOLUTION = (
     "Found with 80 % power means: if the true difference is this large, and seeds vary as they did "
@@ -78,7 +79,7 @@ def report(results, pictures):
         if matched:
             blocks += [f"## {title}", quality_table(matched)]
             if len(matched) > 1:
-                blocks.append(difference_table(matched, results))
+                blocks.append(difference_table(matched, results, len(compared(summaries))))
     blocks.append(about_quality(summaries))
     blocks += ["## What this run can resolve", *resolution(summaries)]
     blocks += ["## Speed", *speed_tables(results["speed"], summaries), ABOUT_SPEED]
@@ -98,12 +99,12 @@ def introduction(results, summaries):
             heads[summary.name] = f"- {summary.name}: {summary.facts['heads']}"
     variants = {summary.name for summary in summaries}
     blocks = [
-        f"# Comparison of {len(variants)} variants, {settings['seeds']} seeds",
+        f"# Comparison of {plural(len(variants), 'variant')}, {plural(settings['seeds'], 'seed')}",
         f"{settings['max_steps']:,} steps of {settings['tokens_per_step']:,} tokens on data set "
         f"{settings['dataset']} (sha256 {results['dataset_sha256'][:16]}), tokenizer "
-        f"{results['tokenizer']}. Timed on {device}, {machine['threads']} threads, "
-        f"torch {machine['torch']}, {machine['dtype']}, {machine['ranks']} rank(s), "
-        f"{results['date']}.",
+        f"{results['tokenizer']}. Each run trained on {plural(machine['ranks'], 'rank')}. Timed on "
+        f"one device, {device}, {plural(machine['threads'], 'thread')}, torch {machine['torch']}, "
+        f"{machine['dtype']}, {results['date']}.",
     ]
     if heads:
         blocks.append("\n".join(heads.values()))
@@ -113,7 +114,7 @@ def introduction(results, summaries):
 def about_quality(summaries):
     """What losses are and, where there are any, differences."""
     texts = [ABOUT_LOSSES.format(unit=unit_of(summaries[0]))]
-    if compared(summaries):
+    if compared(summaries) and len(summaries[0].curves) > 1:
         texts += [ABOUT_DIFFERENCES, ABOUT_VERDICTS]
         if unit_of(summaries[0]) == "answer":
             seeds = len(summaries[0].curves)
@@ -147,14 +148,15 @@ def quality_table(summaries):
     return table(head, rows)
 
 
-def difference_table(summaries, results):
-    """Differences of the variants of one matching to its first."""
+def difference_table(summaries, results, n_comparisons):
+    """Differences of the variants of one matching to its first; the report has n_comparisons."""
     name = summaries[0].name
     head = ["variant", f"loss minus that of {name}, 95 % interval", "all intervals together",
             "p (Holm)", "verdict", f"steps to the loss of {name}"]
     rows = []
     for summary in summaries:
-        rows.append([summary.name, *difference_cells(summary), steps_cell(summary, results)])
+        steps = steps_cell(summary, results, n_comparisons)
+        rows.append([summary.name, *difference_cells(summary), steps])
     return table(head, rows)
 
 
@@ -204,10 +206,10 @@ def p_cell(p):
     return f"{p:.3f}"
 
 
-def steps_cell(summary, results):
-    """Steps and seconds until the first variant's final loss; "same" where no difference is found.
-    """
-    if summary.difference and summary.difference.p_holm is None:
+def steps_cell(summary, results, n_comparisons):
+    """Steps and seconds until the first variant's final loss; "same" where no difference is found,
+    "unknown" where none could be."""
+    if summary.difference and not can_find(summary, n_comparisons):
         return "unknown"
     if summary.difference and not summary.difference.found:
         return "same"
@@ -219,6 +221,14 @@ def steps_cell(summary, results):
     return f"{steps:,.0f} ({tokens / rate:,.0f} s)"
 
 
+def can_find(summary, n_comparisons):
+    """Whether the test of this many comparisons can find any difference, however large."""
+    seeds = len(summary.curves)
+    if unit_of(summary) == "answer":
+        return n_comparisons * smallest_p(seeds) < ALPHA
+    return seeds > 1
+
+
 def resolution(summaries):
     """Blocks of text: which differences this comparison can find and, where it compares a kind of
     attention with MHA on text, which are published."""
@@ -228,9 +238,9 @@ def resolution(summaries):
         return ["One variant: nothing is compared."]
     if others[0].difference.half is None:
         return ["One seed gives no error bar: any difference above may be due to chance."]
-    if others[0].difference.detectable is None:
+    if unit_of(first) == "answer":
         seeds = len(first.curves)
-        if len(others) * smallest_p(seeds) >= ALPHA:
+        if not can_find(first, len(others)):
             return [f"With {seeds} seeds and {plural(len(others), 'comparison')}, a test of ranks "
                     "cannot find a difference, however large: use more seeds."]
         return ["This is not estimated for a test of ranks: it depends on how seeds form groups."]

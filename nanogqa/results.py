@@ -94,9 +94,17 @@ def metrics_of(row):
     return metrics
 
 
-def recorded_curves(results):
-    """{name of the run: its curve} of the records in results."""
-    return {record["run"]: record["curve"] for record in results["records"]}
+def recorded_runs(results):
+    """{name of the run: its record} of the records in results."""
+    return {record["run"]: record for record in results["records"]}
+
+
+def is_recorded(rows, record):
+    """Whether a record was made from these rows of metrics.jsonl. Older ones have no metrics."""
+    if curve_of(rows) != record["curve"]:
+        return False
+    metrics = metrics_of(evaluations(rows)[-1])
+    return metrics == record.get("metrics", metrics)
 
 
 # -- reading it ------------------------------------------------------------------------------------

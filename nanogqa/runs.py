@@ -15,7 +15,7 @@ from tqdm import tqdm
 from nanogqa import checkpoint, folder
 from nanogqa.configurator import UserError, one_line, subset
 from nanogqa.log import read_rows
-from nanogqa.results import curve_of, evaluations, metrics_of, quantity, recorded_curves
+from nanogqa.results import evaluations, is_recorded, metrics_of, quantity, recorded_runs
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 
@@ -37,8 +37,8 @@ class Run:
         rows = read_rows(self.folder / "metrics.jsonl")
         return [row for row in rows if row["step"] <= self.config.max_steps]
 
-    def look(self, dataset, curves, GPTConfig):
-        """Reads from its folder how far it has got. curves are those of recorded_curves.
+    def look(self, dataset, records, GPTConfig):
+        """Reads from its folder how far it has got. records are those of recorded_runs.
 
         It counts as finished if its checkpoint is that of the last step, and if metrics.jsonl holds
         all evaluations up to it, the last with the loss of the checkpoint. A run that is recorded
@@ -47,8 +47,8 @@ class Run:
         """
         self.steps, self.finished, self.damage = 0, False, ""
         if not folder.exists(self.folder):
-            rows = self.rows()
-            if rows and curve_of(rows) == curves.get(self.folder.name):
+            record = records.get(self.folder.name)
+            if record is not None and is_recorded(self.rows(), record):
                 self.steps, self.finished = self.config.max_steps, True
             elif (self.folder / folder.BEST).exists():
                 self.damage = f"it has no {folder.NEWEST}"
@@ -92,7 +92,7 @@ def damage_of(rows, state, config):
 
 def train_runs(runs, config, results, dataset, GPTConfig):
     """Trains every run that is not finished, with one progress bar for all of them."""
-    speed, curves = results["speed"], recorded_curves(results)
+    speed, records = results["speed"], recorded_runs(results)
     for run in runs:
         if run.damage:
             print(f"{run.folder.name} starts again: {run.damage}")
@@ -106,7 +106,7 @@ def train_runs(runs, config, results, dataset, GPTConfig):
         for run in runs:
             if not run.finished:
                 run_training(run, bar)
-                run.look(dataset, curves, GPTConfig)
+                run.look(dataset, records, GPTConfig)
             if run.damage:
                 raise UserError(f"training {run.folder.name} ended, but {run.damage}: see "
                                 f"{run.folder / 'train.log'}, or choose another --out_dir to leave "
@@ -170,9 +170,7 @@ def train_command(run):
         command += ["-m", "torch.distributed.run", "--standalone",
                     f"--nproc_per_node={ranks_of(run.config)}"]
     command.append(TRAIN)
-    log_interval = max(1, run.config.max_steps // 50)
-    config = replace(run.config, seed=run.seed, out_dir=str(run.folder), init_from="auto",
-                     log_interval=log_interval)
+    config = replace(run.config, seed=run.seed, out_dir=str(run.folder), init_from="auto")
     if config.wandb_run_name is not None:
         config.wandb_run_name += f" {run.folder.name}"
     if run.damage:

@@ -60,10 +60,10 @@ def pick_runtime(device, dtype, compile, decoding_steps=None):
     """
     rank, ranks, local_rank = world()
     device, why_device = pick_device(device, ranks, local_rank)
-    if device.type == "cuda" and decoding_steps is not None:
+    if device.type == "cuda":
         # Where it is preferred (Hopper), cuDNN's attention builds a plan for every new number of
-        # keys, and a cache grows with every token.
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        # keys, and a cache grows with every token. Training has one number of keys.
+        torch.backends.cuda.enable_cudnn_sdp(decoding_steps is None)
     dtype, why_dtype = pick_dtype(dtype, device)
     compile, why_compile = pick_compile(compile, device, decoding_steps)
     why = f"{why_device}, {why_dtype}, {why_compile}"

@@ -110,7 +110,7 @@ def test_the_keys_of_a_row(capsys):
     decoding = ["prompt_len", "new_tokens", "warmup_s", "prefill_s", "step_ms", "decode_tok_s",
                 "kv_cache_bytes", "bytes_per_step", "bandwidth_gb_s", "mbu", "peak_memory_bytes",
                 "memory_bound_bytes"]
-    training = ["block_size", "warmup_s", "step_ms", "tok_s", "mfu", "peak_memory_bytes"]
+    training = ["block_size", "micro_steps", "warmup_s", "step_ms", "tok_s", "mfu", "peak_memory_bytes"]
     assert list(result(capsys)) == shape + decoding + place
     row = result(capsys, "--mode=train", "--block_size=16", "--steps=1")
     assert list(row) == shape + training + place
@@ -152,6 +152,16 @@ def test_the_timed_step_is_that_of_train(monkeypatch, capsys):
     monkeypatch.setattr(bench, "update", watched_update)
     result(capsys, "--mode=train", "--batch_size=4", "--block_size=16", "--steps=3")
     assert seen == [[(4, 16)], (1.0, True, True)] * (bench.WARMUP_STEPS + 3)
+
+
+def test_a_step_updates_once_after_all_micro_steps(monkeypatch, capsys):
+    """compare.py's runs do. Each forward pass was timed with an update of its own."""
+    calls, forward, update = [], bench.GPT.forward, bench.update
+    monkeypatch.setattr(bench.GPT, "forward", lambda self, x, *rest, **kwargs: (calls.append(x.shape), forward(self, x, *rest, **kwargs))[1])
+    monkeypatch.setattr(bench, "update", lambda *args: (calls.append("update"), update(*args)))
+    row = result(capsys, "--mode=train", "--batch_size=2", "--block_size=16", "--micro_steps=3", "--steps=2", "--compile=False")
+    assert calls == [*[(2, 16)] * 3, "update"] * (bench.WARMUP_STEPS + 2)
+    assert row["tok_s"] == pytest.approx(3 * 2 * 16 / row["step_ms"] * 1e3, rel=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["decode", "train"])
@@ -466,6 +476,8 @@ def test_decoding_on_a_gpu_leaves_out_cudnn(monkeypatch):
         assert torch.backends.cuda.cudnn_sdp_enabled(), "training has one shape"
         pick_runtime("cuda", "bfloat16", False, decoding_steps=300)
         assert not torch.backends.cuda.cudnn_sdp_enabled()
+        pick_runtime("cuda", "bfloat16", False)  # bench.py --mode=decode,train
+        assert torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(enabled)
 
@@ -625,13 +637,13 @@ def test_the_document_of_scale_is_the_committed_one(capsys):
     assert "does not fit" in text
     assert "not measured on a GPU (no GPU was at hand)" in text
     rows = re.findall(r"^\| \[(.+?)\].*?" + r" \| ([\d.,]+)" * 8, text, re.M)
+    assert [row[0] for row in rows] == list(bench.SIZES)
     for name, _, _, tokens, hours, ddp, _, fsdp, recomputing in rows:
         words = [f"{tokens} billion tokens", f"{hours} GPU-hours", f"{ddp} GB"]
         if name == "llama_8b":
             words += [f"{fsdp} GB", f"{recomputing} GB"]
         said = " ".join((ROOT / f"config/{name}.py").read_text(encoding="utf-8").split())
         assert name == "gpt2_124m" or all(word in said for word in [*words, "not measured"]), name
-    assert re.findall(r"^\| \[(.+?)\]", text, re.M) == list(bench.SIZES)
 
 
 @pytest.mark.parametrize("name,flops,bandwidth", [

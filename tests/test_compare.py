@@ -27,7 +27,7 @@ import bench
 import compare
 import train
 from compare import CompareConfig, Timing, matching_n_ff, plan, run_bench
-from nanogqa import distributed, runs as training
+from nanogqa import distributed, files, runs as training
 from nanogqa.configurator import UserError, build, parse
 from nanogqa.dataloader import Dataset
 from nanogqa.estimates import (
@@ -440,7 +440,7 @@ def test_runs_use_all_gpus(toy_data, tmp_path, monkeypatch):
         assert ("--nproc_per_node=4" in words, training.ranks_of(config)) == (ranks > 1, ranks)
         at = words.index(str(ROOT / "train.py"))
         built = build(TrainConfig, parse(TrainConfig, words[at + 1:], ""))
-        assert built == replace(config, seed=7, out_dir=str(tmp_path / "run"), init_from="auto", log_interval=1)
+        assert built == replace(config, seed=7, out_dir=str(tmp_path / "run"), init_from="auto")
 
 
 def test_the_time_that_is_left(toy_data, tmp_path, monkeypatch):
@@ -566,12 +566,12 @@ def cut(rows, count):
     return "".join(json.dumps(row) + "\n" for row in rows[:count])
 
 
-def other_loss(rows, step):
-    """The text of rows where the loss at that step is another one."""
+def other_loss(rows, step, metric="val_loss"):
+    """The text of rows where the loss, or another metric, at that step is another one."""
     rows = copy.deepcopy(rows)
     for row in rows:
         if row["step"] == step:
-            row["val_loss"] += 0.25
+            row[metric] += 0.25
     return cut(rows, None)
 
 
@@ -671,12 +671,13 @@ def test_recorded_runs_need_no_checkpoint(again, monkeypatch, capsys):
     assert trained == ["MHA-n_ff96-seed1339", "MQA-n_ff112-seed1339"]
     assert "6 runs of 12 steps, 4 of them finished" in capsys.readouterr().out
     assert all(record in results_of(folder)["records"] for record in old)
-    changed = folder / "runs" / "MQA-n_ff112-seed1338"
-    (changed / "metrics.jsonl").write_text(other_loss(rows_of(changed), 12), encoding="utf-8")
+    mha, mqa = folder / "runs/MHA-n_ff96-seed1337", folder / "runs/MQA-n_ff112-seed1338"
+    for changed, metric in ((mha, "val_bpb"), (mqa, "val_loss")):
+        (changed / "metrics.jsonl").write_text(other_loss(rows_of(changed), 12, metric), encoding="utf-8")
     compare.main([*args, "--seeds=3"])
-    assert trained[2:] == [changed.name]
-    new = [record["curve"] for record in results_of(folder)["records"] if record["run"] == changed.name]
-    assert new == [record["curve"] for record in old if record["run"] == changed.name]
+    assert trained[2:] == [mha.name, mqa.name]
+    new = [record for record in results_of(folder)["records"] if record["seed"] < 1339]
+    assert new == old
 
 
 def test_a_run_of_another_variant_is_refused(again, capsys):
@@ -835,7 +836,9 @@ def test_the_files_are_utf8_on_a_terminal_that_knows_ascii_alone(comparison, tmp
 
 
 def test_committed_results_match_the_schema():
-    for path in (ROOT / "results/compare/results.json", *ROOT.glob("results/ablation/*.json")):
+    paths = [*ROOT.glob("results/**/results.json"), *ROOT.glob("results/ablation/*.json")]
+    assert len(paths) > 15
+    for path in paths:
         assert load_results(path, CompareConfig)["records"], path
 
 
@@ -866,6 +869,8 @@ def test_rounding_keeps_half_a_percent(toy_data):
     assert matching_n_ff(config, 100_000, 100_000 + 21 * each) == 96 + 24
     # the multiple of 8 would be 3 % off
     assert matching_n_ff(config, 10_000, 10_000 + 20 * each) == 96 + 20
+    with pytest.raises(UserError, match="within 0.5 % of the 7,000 of the first variant: choose --match=shape"):
+        matching_n_ff(config, 7000 - 45, 7000)  # half of what one more unit adds
 
 
 def test_designs_are_the_models_of_config(toy_data, capsys):
@@ -1054,15 +1059,19 @@ def test_intervals_and_verdicts_hold_what_they_promise():
 
 
 def test_ranks_are_tested_as_other_programs_do():
-    stats = pytest.importorskip("scipy.stats")
-    rng = random.Random(3)
-    for n in (2, 3, 6, 18):
-        for shift in (0.0, 0.5, 2.0):
-            values = [rng.gauss(shift, 1) for _ in range(n)]
-            reference = [rng.gauss(0, 1) for _ in range(n)]
-            expected = stats.mannwhitneyu(values, reference, method="exact")
-            p, lower = rank_test(values, reference)
-            assert p == pytest.approx(expected.pvalue) and lower == (expected.statistic < n * n / 2)
+    """The p values are those of scipy.stats.mannwhitneyu(values, reference, method="exact"), scipy 1.17.1."""
+    for values, reference, expected, lower in (
+        ([1.36, -0.76], [1.1, 0.2], 1.0, False),
+        ([1.66, -0.2, 0.7], [-0.29, -0.74, 0.15], 0.2, False),
+        ([0.24, 1.15, 2.2], [0.06, -0.41, 2.19], 0.4, False),
+        ([-0.32, 2.77, -1.16, -0.07, 0.97, 2.58], [-0.95, -2.43, 0.66, -0.52, -0.39, 0.46], 0.17965367965367965, False),
+        ([1.72, 1.79, 1.07, 2.79, 3.0, 1.53], [-0.45, 0.73, 0.48, -1.04, -0.46, 1.05], 0.0021645021645021645, False),
+        ([0.2, -0.03, 0.51, 0.27, 0.3, -1.63, 2.05, 0.5, -0.58, 1.28, 0.61, 0.32],
+         [1.05, 2.26, 0.55, 1.59, 2.16, -1.02, -0.52, 0.78, -1.71, -0.27, 1.29, 1.04], 0.31858517038218215, True),
+        ([-0.05, 0.46, 0.49, 1.79, 3.59, 2.26, 2.64, 1.74, 1.78, 1.05, 1.22, -0.93],
+         [-1.2, -1.29, 0.84, 0.66, 1.14, 1.56, -0.31, 1.06, 1.96, -0.01, 1.09, -0.17], 0.08873378606855523, False),
+    ):
+        assert rank_test(values, reference) == (pytest.approx(expected), lower)
     assert smallest_p(6) == rank_test([0.0] * 6, [1.0 + i for i in range(6)])[0] == 2 / 924
 
 
@@ -1203,6 +1212,7 @@ def test_one_seed_gives_no_test(comparison):
     text = report(results, [])
     assert "| one seed: no error bar | unknown |" in text
     assert "any difference above may be due to chance" in text and "published" not in text
+    assert "Holm's test" not in text and "Losses are in nats per token" in text
 
 
 def test_one_variant_is_compared_to_nothing(comparison):
@@ -1335,6 +1345,8 @@ def test_the_floor_of_decoding_has_one_bandwidth():
     # what only a run or a timing would find
     (["--vocab_size=200"], "has 257 token ids, more than vocab_size=200"),
     (["--trainable=q_proj,nothing"], "no parameter matches trainable='nothing'"),
+    (["--decode_batch_size=None,4"], "decode_batch_size takes a list of numbers: leave None out"),
+    (["--report_only=True", "--decode_prompt_len=8", "--out_dir=a,b"], "out_dir takes one value"),
     (["--parallel=fsdp"], "parallel=fsdp needs several GPUs: choose --parallel=ddp"),
     (["--optimizer=adamw,muon", "--parallel=fsdp"], "parallel=fsdp"),
     (["--batch_size=1,3"], "batch_size 3 x 1 ranks x block_size 32 = 96"),
@@ -1353,6 +1365,15 @@ def test_bad_settings_of_compare(toy_data, tmp_path, monkeypatch, capsys, args, 
     error = capsys.readouterr().err.strip()
     assert exit.value.code == 2 and words in error and "\n" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_comparisons_do_not_share_a_folder(again, capsys):
+    """With --overwrite=True, one removed the runs that the other was training."""
+    folder, args = again
+    before = contents(folder)
+    with files.lock(folder, "busy"):
+        assert "another compare.py writes to" in fails(compare.main, [*args, "--overwrite=True"], capsys)
+    assert contents(folder) == before
 
 
 def test_a_failed_timing_leaves_things_as_they_were(again, tmp_path, monkeypatch, capsys):
