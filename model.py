@@ -89,11 +89,11 @@ class GPTConfig:
                 f"n_embd={C} is not a multiple of n_head={H}: change one of them, or set head_dim")
         self.head_dim = self.head_dim or C // H
         self.n_ff = self.n_ff or math.ceil(C * 8 / 3 / 32) * 32
-        unset = {field.name: field.default for field in fields(GPTConfig)} | {"n_kv_head": H}
+        default = {field.name: field.default for field in fields(GPTConfig)} | {"n_kv_head": H}
         for kind in SETTINGS_OF:
             for name in SETTINGS_OF[kind]:
                 value = getattr(self, name)
-                require(kind == self.attention or value == unset[name], f"{name}={value} is for "
+                require(kind == self.attention or value == default[name], f"{name}={value} is for "
                         f"attention={kind}: leave {name} out, or set attention={kind}")
         if self.attention == "mla":
             self.set_latents()
@@ -115,9 +115,9 @@ class GPTConfig:
         require(0 <= self.dropout < 1, f"dropout must be at least 0 and below 1: {self.dropout}")
 
     def set_latents(self):
-        """Sets MLA's default widths: DeepSeek's proportions from 8 heads of width 64 upwards. In
-        narrower models the latent would be as wide as the residual stream, and RoPE would have too
-        few frequencies to distinguish positions (results/README.md)."""
+        """Sets MLA's default widths. From 8 heads of width 64 upwards they are DeepSeek's
+        proportions, which give narrower models a latent as wide as the residual stream and few
+        rotary pairs: there, both had a higher loss (results/README.md)."""
         D = self.head_dim
         self.kv_lora_rank = self.kv_lora_rank or min(4 * D, (self.n_embd + 1) // 2)
         self.rope_head_dim = self.rope_head_dim or max(2, D // 4 * 2, min(D // 2 * 2, 32))
@@ -134,7 +134,7 @@ class GPTConfig:
             widths = (self.head_dim,)
         if self.attention == "mla":
             heads, widths = 1, (self.kv_lora_rank + self.rope_head_dim,)
-        layers = []
+        specs = []
         seen = {self.window: 0, None: 0}  # local and global layers so far
         owner = {}  # {window: the last layer that caches its own keys and values}
         for i in range(self.n_layer):
@@ -146,10 +146,10 @@ class GPTConfig:
                 owner[window] = i
             else:
                 source = owner[window]
-                layers[source].shared = True
+                specs[source].shared = True
             seen[window] += 1
-            layers.append(CacheSpec(heads, widths, window, source))
-        return layers
+            specs.append(CacheSpec(heads, widths, window, source))
+        return specs
 
 
 @dataclass
@@ -265,36 +265,36 @@ def norm(width, eps, wanted=True):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer, cache_spec):
+    def __init__(self, config, index, spec):
         super().__init__()
         H, K, D, C = config.n_head, config.n_kv_head, config.head_dim, config.n_embd
-        self.layer, self.window = layer, cache_spec.window
-        self.has_kv, self.shares_kv = cache_spec.source is None, cache_spec.shared
+        self.index, self.window = index, spec.window
+        self.has_own_kv, self.returns_kv = spec.source is None, spec.shared
         self.head_dim, self.kv_tied = D, config.kv_tied
         self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
-        if self.has_kv:
+        if self.has_own_kv:
             self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
-        if self.has_kv and not config.kv_tied:
+        if self.has_own_kv and not config.kv_tied:
             self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=False)
         self.q_norm = norm(D, config.norm_eps, config.qk_norm)
-        if self.has_kv:
+        if self.has_own_kv:
             self.k_norm = norm(D, config.norm_eps, config.qk_norm)
 
     def forward(self, x, context, kv):
-        """kv: keys and values of a layer below, for a layer without its own. Returns the output,
-        and keys and values if layers above read them."""
+        """x: (B, T, C). kv: [k, v], (B, K, S, D) each, of a layer below for a layer without its
+        own, else None. Returns (B, T, C), and kv if layers above read it, else None."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)                # (B, T, H, D)
         q = apply_rope(self.q_norm(q).transpose(1, 2), context.cos, context.sin)
-        if self.has_kv:
+        if self.has_own_kv:
             kv = self.keys_and_values(x, context)
         k, v = kv[0], kv[-1]  # the same if they are tied
         y = attend(q, k, v, context.masks[self.window])                 # (B, H, T, D)
         if self.kv_tied:  # the query's own rotation is undone: values depend on the distance alone
             y = apply_rope(y, context.cos, -context.sin)
         y = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))            # (B, T, C)
-        return y, kv if self.shares_kv else None
+        return y, (kv if self.returns_kv else None)
 
     def keys_and_values(self, x, context):
         """[k, v], or [k] if they are tied: (B, K, S, D) each, from the cache if there is one."""
@@ -303,9 +303,9 @@ class Attention(nn.Module):
         kv = [apply_rope(self.k_norm(k).transpose(1, 2), context.cos, context.sin)]
         if not self.kv_tied:
             v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-            kv.append(v.contiguous() if self.shares_kv else v)  # FSDP warns of returned views
+            kv.append(v.contiguous() if self.returns_kv else v)  # FSDP warns of returned views
         if context.cache is not None:
-            kv = context.cache.append(self.layer, *kv)                  # (B, K, S, D)
+            kv = context.cache.append(self.index, *kv)                  # (B, K, S, D)
         return kv
 
 
@@ -322,11 +322,11 @@ class LatentAttention(nn.Module):
     attend to the pairs (c, r), which are one key/value head of width R + P, as in MQA.
     """
 
-    def __init__(self, config, layer, cache_spec):
+    def __init__(self, config, index, spec):
         super().__init__()
         H, C, R, P = config.n_head, config.n_embd, config.kv_lora_rank, config.rope_head_dim
         N, U = config.nope_head_dim, config.v_head_dim
-        self.layer, self.window = layer, cache_spec.window
+        self.index, self.window = index, spec.window
         self.widths, self.q_lora_rank = (R, P, N, U), config.q_lora_rank
         if self.q_lora_rank is None:
             self.q_proj = nn.Linear(C, H * (N + P), bias=False)
@@ -345,21 +345,21 @@ class LatentAttention(nn.Module):
         R, P, N, U = self.widths
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.q_lora_rank else self.q_proj(x)
         q = q.view(B, T, -1, N + P).transpose(1, 2)                     # (B, H, T, N + P)
-        q_nope, q_rope = q.split((N, P), dim=-1)
+        q_nope, q_rope = q.split((N, P), dim=-1)                        # (B, H, T, N or P)
         q_rope = apply_rope(q_rope, context.cos, context.sin)
         c, r = self.kv_a_proj(x)[:, None].split((R, P), dim=-1)         # (B, 1, T, R or P)
         c, r = self.kv_a_norm(c), apply_rope(r, context.cos, context.sin)
         if context.cache is not None:
-            [latent] = context.cache.append(self.layer, torch.cat((c, r), -1))  # (B, 1, S, R + P)
+            [latent] = context.cache.append(self.index, torch.cat((c, r), -1))  # (B, 1, S, R + P)
             c, r = latent.split((R, P), dim=-1)                         # (B, 1, S, R or P)
         mask = context.masks[self.window]
         if context.cache is not None and T <= R and (T == 1 or mask is not None):
-            y = self.absorbed(q_nope, q_rope, latent, mask)             # (B, H, T, U)
+            y = self.absorbed(q_nope, q_rope, latent, mask)
         else:
             y = self.expanded(q_nope, q_rope, c, r, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), None   # (B, T, C)
 
-    def expanded(self, q_nope, q_rope, c, r, mask):
+    def expanded(self, q_nope, q_rope, c, r, mask):                     # -> (B, H, T, U)
         R, P, N, U = self.widths
         kv = self.kv_b_proj(c[:, 0]).view(len(c), c.size(2), -1, N + U)
         k, v = kv.transpose(1, 2).split((N, U), dim=-1)                 # (B, H, S, N), (B, H, S, U)
@@ -369,7 +369,7 @@ class LatentAttention(nn.Module):
         v = F.pad(v, (0, N + P - U))
         return attend(torch.cat((q_nope, q_rope), dim=-1), k, v, mask)[..., :U]
 
-    def absorbed(self, q_nope, q_rope, latent, mask):
+    def absorbed(self, q_nope, q_rope, latent, mask):                   # -> (B, H, T, U)
         R, P, N, U = self.widths
         a, b = self.kv_b_proj.weight.view(-1, N + U, R).split((N, U), dim=1)  # (H, N or U, R)
         q = torch.cat((torch.einsum("bhtn,hnr->bhtr", q_nope, a), q_rope), dim=-1)
@@ -394,10 +394,10 @@ ATTENTION = {"gqa": Attention, "mla": LatentAttention}
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer, cache_spec):
+    def __init__(self, config, index, spec):
         super().__init__()
         self.attn_norm = norm(config.n_embd, config.norm_eps)
-        self.attn = ATTENTION[config.attention](config, layer, cache_spec)
+        self.attn = ATTENTION[config.attention](config, index, spec)
         self.mlp_norm = norm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
         self.attn_dropout, self.mlp_dropout = nn.Dropout(config.dropout), nn.Dropout(config.dropout)
@@ -426,7 +426,7 @@ def initial_weight(name, shape, seed, embed_std):
     key = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
     std = embed_std if name == "embed.weight" else shape[1] ** -0.5
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
 
 
 class GPT(nn.Module):
@@ -438,7 +438,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.cache_specs = config.cache_specs()
-        self.layers = nn.ModuleList(Block(config, i, c) for i, c in enumerate(self.cache_specs))
+        self.layers = nn.ModuleList(Block(config, i, s) for i, s in enumerate(self.cache_specs))
         self.norm = norm(config.n_embd, config.norm_eps)
         untied = not config.tie_embeddings
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False) if untied else None
@@ -466,19 +466,19 @@ class GPT(nn.Module):
             positions = cache.positions(T)                              # (1 or B, T)
         cos, sin = rope_cos_sin(positions, rope_frequencies(self.config, idx.device))
         masks = {}
-        for window in dict.fromkeys(layer.window for layer in self.cache_specs):
+        for window in dict.fromkeys(spec.window for spec in self.cache_specs):
             masks[window] = attention_mask(T, window, cache, idx.device)
         context = Context(cos, sin, masks, cache)
         shared = {}  # {window: keys and values that layers above read}
         x = self.dropout(self.embed(idx))                               # (B, T, C)
-        for block, layer in zip(self.layers, self.cache_specs, strict=True):
-            kv = None if layer.source is None else shared[layer.window]
+        for block, spec in zip(self.layers, self.cache_specs, strict=True):
+            kv = None if spec.source is None else shared[spec.window]
             if self.recompute and self.training:
                 x, kv = checkpoint(block, x, context, kv, use_reentrant=False)
             else:
                 x, kv = block(x, context, kv)
-            if layer.shared:
-                shared[layer.window] = kv
+            if spec.shared:
+                shared[spec.window] = kv
         if cache is not None:
             cache.length += T
         x = self.norm(x[:, -1:] if logits == "last" else x)

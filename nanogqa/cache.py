@@ -35,13 +35,13 @@ class KVCache:
         self.padding, self.static = None, static
         self.has_rings = False
         self.layers = []  # of each layer: a list of tensors (B, heads, room, width)
-        for layer in config.cache_specs():
+        for spec in config.cache_specs():
             tensors = []
-            if layer.source is None:
-                room = self.room_for(layer.window)
+            if spec.source is None:
+                room = self.room_for(spec.window)
                 self.has_rings = self.has_rings or self.is_ring(room)
-                for width in layer.widths:
-                    tensors.append(like.new_zeros(batch_size, layer.heads, room, width))
+                for width in spec.widths:
+                    tensors.append(like.new_zeros(batch_size, spec.heads, room, width))
             self.layers.append(tensors)
         self.length = like.new_zeros((), dtype=torch.long) if static else 0  # tokens, with padding
 
@@ -85,9 +85,10 @@ class KVCache:
             return self.places(T)[None]
         return (self.places(T) - self.padding[:, None]).clamp(min=0)
 
-    def append(self, layer, *new):
-        """Writes a layer's new tensors, (B, heads, T, width) each; returns those to attend to."""
-        return [self.write(stored, x) for stored, x in zip(self.layers[layer], new, strict=True)]
+    def append(self, index, *new):
+        """Writes the new tensors of the layer at index, (B, heads, T, width) each; returns those to
+        attend to."""
+        return [self.write(stored, x) for stored, x in zip(self.layers[index], new, strict=True)]
 
     def write(self, stored, x):
         """Writes x, (B, heads, T, width), into stored, (B, heads, room, width). Returns the S
@@ -109,8 +110,9 @@ class KVCache:
         return self.written(stored, self.length + T)
 
     def write_indices(self, T, room):
-        """Indices at which the next T tokens are written, (T,). Past max_length they are room, for
-        which index_copy_ raises IndexError or RuntimeError."""
+        """Indices at which the next T tokens are written, (T,). Past max_length they are room, out
+        of range for index_copy_: on a CPU it raises IndexError or RuntimeError; on CUDA a failed
+        assertion makes the GPU unusable for the process, so callers check first."""
         places = self.places(T)
         return torch.where(places < self.max_length, places % room, room)
 

@@ -80,24 +80,24 @@ def flops_per_token(model, T=None):
     key_and_value = 2 * config.head_dim
     if config.attention == "mla":
         key_and_value = config.nope_head_dim + config.rope_head_dim + config.v_head_dim
-    read = sum(tokens_read(layer, T) for layer in config.cache_specs())
+    read = sum(tokens_read(spec, T) for spec in config.cache_specs())
     return 6 * products + 6 * config.n_head * key_and_value * read
 
 
-def tokens_read(layer, tokens):
+def tokens_read(spec, tokens):
     """Tokens that a layer, given by its CacheSpec, reads of a sequence: at most its window."""
-    return min(tokens, layer.window or tokens)
+    return min(tokens, spec.window or tokens)
 
 
-def numbers_read(layer, tokens):
+def numbers_read(spec, tokens):
     """Numbers that a layer reads of one sequence of that many tokens."""
-    return layer.heads * sum(layer.widths) * tokens_read(layer, tokens)
+    return spec.heads * sum(spec.widths) * tokens_read(spec, tokens)
 
 
 def kv_cache_bytes(config, tokens, dtype=torch.float32):
     """Bytes that the layers cache for one sequence of that many tokens."""
-    own = [layer for layer in config.cache_specs() if layer.source is None]
-    return sum(numbers_read(layer, tokens) for layer in own) * dtype.itemsize
+    own = [spec for spec in config.cache_specs() if spec.source is None]
+    return sum(numbers_read(spec, tokens) for spec in own) * dtype.itemsize
 
 
 def kv_bytes_per_token(config, dtype=torch.float32):
@@ -107,7 +107,7 @@ def kv_bytes_per_token(config, dtype=torch.float32):
 
 def kv_bytes_beyond_windows(config, dtype=torch.float32):
     """Bytes by which the cache grows with a token once the layers with a window are full."""
-    full = max(layer.window or 0 for layer in config.cache_specs())
+    full = max(spec.window or 0 for spec in config.cache_specs())
     return kv_cache_bytes(config, full + 1, dtype) - kv_cache_bytes(config, full, dtype)
 
 
@@ -150,7 +150,7 @@ def bytes_per_step(model, batch_size, tokens, dtype):
     weights = num_params(model)
     if model.lm_head is not None:
         weights -= model.embed.weight.numel()  # each row reads one line of the table
-    numbers = sum(numbers_read(layer, tokens) for layer in model.config.cache_specs())
+    numbers = sum(numbers_read(spec, tokens) for spec in model.config.cache_specs())
     return (weights + batch_size * numbers) * dtype.itemsize
 
 
@@ -168,7 +168,7 @@ def decoding_bytes(model, decoding):
     if decoding.packed and model.lm_head is None:
         weights += model.embed.weight.numel()  # a tied table is held in both layouts
     cache = kv_cache_bytes(config, decoding.max_length, decoding.dtype)
-    masked = decoding.padded or any(in_ring(layer, decoding) for layer in config.cache_specs())
+    masked = decoding.padded or any(in_ring(spec, decoding) for spec in config.cache_specs())
     rows, tokens = prefill_chunk(
         decoding.batch_size, decoding.prompt_len, masked, decoding.static)
     at_once = max(rows * tokens, decoding.batch_size)  # of a part of the prompt, or a step
@@ -193,7 +193,7 @@ def numbers_per_token(config):
     H (3 (R + P) + 2 (N + P)) where they are absorbed.
     """
     H = config.n_head
-    cached = max(layer.heads * sum(layer.widths) for layer in config.cache_specs())
+    cached = max(spec.heads * sum(spec.widths) for spec in config.cache_specs())
     heads = 7 * H * config.head_dim + 2 * cached
     if config.attention == "mla":
         key = config.nope_head_dim + config.rope_head_dim
@@ -202,21 +202,21 @@ def numbers_per_token(config):
     return 3 * config.n_embd + max(4 * config.n_ff, heads)
 
 
-def in_ring(layer, decoding):
+def in_ring(spec, decoding):
     """Whether the cache of a layer has room for its window alone."""
-    return layer.window is not None and layer.window < decoding.max_length
+    return spec.window is not None and spec.window < decoding.max_length
 
 
-def masked_keys(layer, decoding, tokens):
+def masked_keys(spec, decoding, tokens):
     """Keys that the last part of a prompt, of `tokens` tokens, attends to under a mask in a layer.
     0 if that part needs no mask: numbers_per_token counts its keys then."""
-    ring = in_ring(layer, decoding)
+    ring = in_ring(spec, decoding)
     plain = not decoding.static and not decoding.padded
-    in_reach = not ring or decoding.prompt_len <= layer.window
+    in_reach = not ring or decoding.prompt_len <= spec.window
     if plain and in_reach and decoding.prompt_len <= tokens:  # the prompt is one part
         return 0
     if ring:
-        return layer.window + tokens  # what is kept, and the part
+        return spec.window + tokens  # what is kept, and the part
     if decoding.static:
         return decoding.max_length
     return decoding.prompt_len
@@ -226,10 +226,10 @@ def copied_numbers(config, decoding, tokens):
     """Most numbers for each row that copies from rings hold at once, for a part of a prompt: the
     copy of a layer, and that of the one below, which is not freed yet."""
     copied = [0]
-    for layer in config.cache_specs():
-        if in_ring(layer, decoding):
-            read = masked_keys(layer, decoding, tokens)
-            copied.append(2 * layer.heads * sum(layer.widths) * read)
+    for spec in config.cache_specs():
+        if in_ring(spec, decoding):
+            read = masked_keys(spec, decoding, tokens)
+            copied.append(2 * spec.heads * sum(spec.widths) * read)
     return max(copied)
 
 
@@ -238,7 +238,7 @@ def expanded_numbers(config, decoding, tokens):
     if config.attention != "mla" or tokens <= config.kv_lora_rank:
         return 0
     key = config.nope_head_dim + config.rope_head_dim
-    read = max(masked_keys(layer, decoding, tokens) for layer in config.cache_specs())
+    read = max(masked_keys(spec, decoding, tokens) for spec in config.cache_specs())
     return read * config.n_head * 4 * key
 
 
@@ -250,14 +250,14 @@ def mask_bytes(config, decoding, rows, tokens):
     one of numbers. Padded rows each have their own. model.attend repeats a mask H / K times where
     queries that share a head become rows of one matrix: in steps, and in prompts on a GPU.
     """
-    windows = {layer.window: layer for layer in config.cache_specs()}
+    windows = {spec.window: spec for spec in config.cache_specs()}
     entry = 2 + decoding.dtype.itemsize  # bytes in attention: two bools and a number
     step, prompt = 0, 0
-    for layer in windows.values():
-        S = masked_keys(layer, decoding, tokens)
-        repeated = config.n_head // layer.heads * entry
+    for spec in windows.values():
+        S = masked_keys(spec, decoding, tokens)
+        repeated = config.n_head // spec.heads * entry
         if decoding.padded or decoding.static:  # other steps need no mask
-            step += tokens_read(layer, decoding.max_length) * (2 + repeated)
+            step += tokens_read(spec, decoding.max_length) * (2 + repeated)
         if decoding.folded:
             prompt += tokens * S * (2 + repeated)
         else:
