@@ -16,10 +16,10 @@ from nanogqa.cache import KVCache
 from nanogqa.configurator import build, in_range, parse, program
 from nanogqa.costs import cache_length, prefill_chunk
 from nanogqa.fast import prepare_for_decoding
-from nanogqa.prompts import Output, drawable, encode_prompts, read_prompts
+from nanogqa.prompts import Output, encode_prompts, read_prompts
 from nanogqa.runtime import check_sampling, compile_for_decoding, pick_runtime
 from nanogqa.terminal import announce_sampling
-from nanogqa.tokenizer import get_tokenizer, known_ids
+from nanogqa.tokenizer import get_tokenizer, known_ids, only_allowed
 
 
 @dataclass
@@ -70,7 +70,8 @@ def context_start(n_tokens, block_size):
     """Index of the first token in the context that predicts the token after n_tokens.
 
     When a text no longer fits into block_size tokens, the older half of its context is dropped and
-    the rest is read again from position 0, with or without a cache. Only n_tokens decides when.
+    the rest is read again from position 0, with or without a cache. This depends on n_tokens alone,
+    so a text is the same in any batch.
     """
     half = max(1, block_size // 2)
     return max(0, math.ceil((n_tokens - block_size) / half)) * half
@@ -128,7 +129,7 @@ class TextBatch:
             # a CUDA graph writes its next logits where the last ones were
             rows = [self.model(self.tensor([c]), logits="last")[0].clone() for c in contexts]
             return torch.cat(rows)[:, -1].float()
-        # rows stay padded to a longest text that has left: the cache can be full before any text is
+        # the longest text may have stopped, but its padding stays: the cache may be full before
         if starts == self.starts and self.cache.length < self.cache.max_length:
             last = self.tensor([text[-1:] for text in self.texts])  # the cache has all others
             logits = self.model(last, cache=self.cache, logits="last")[0]
@@ -179,7 +180,7 @@ def generate(model, prompts, max_new_tokens, num_samples=1, allowed=None, **opti
         if step == 0:  # each prompt is read once for all its samples
             batch.select(copies)
             logits = logits[copies]
-        ids = sample_token(drawable(logits, allowed), options.temperature, options.top_k,
+        ids = sample_token(only_allowed(logits, allowed), options.temperature, options.top_k,
                            options.top_p, options.generator)[:, 0].tolist()
         for text, token in zip(batch.texts, ids, strict=True):
             text.append(token)

@@ -19,7 +19,7 @@ from nanogqa.costs import meta_model, mfu
 from nanogqa.dataloader import Dataset, prepare_default
 from nanogqa.fast import accelerate, keep_freed_memory
 from nanogqa.runtime import compile_model, pick_runtime
-from nanogqa.saver import make_saver
+from nanogqa.saver import take_over
 
 # -- settings --------------------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ def main(argv):
 
 def train(given, stack):
     """The whole run, in time order. What is entered on stack is closed when it ends."""
-    # the folder is locked before its checkpoint is read: another run may be writing it
+    # an existing folder is locked before its checkpoint is read: another run may be writing it
     locked = folder.lock_existing(resume.call_settings(given, TrainConfig), stack)
 
     # settings, data, device: all is checked before anything is written
@@ -217,7 +217,7 @@ def train(given, stack):
     prepare_default(config.dataset, distributed.world().local_rank)
     dataset = Dataset(config.dataset)
     config.vocab_size = config.vocab_size or dataset.meta["vocab_size"]
-    start = resume.checked_start(GPT, GPTConfig, config, state, dataset)  # steps done before
+    resume.check_start(GPT, GPTConfig, config, state, dataset)
     runtime = pick_runtime(config.device, config.dtype, not config.eval_only and config.compile)
     batches = Batches(dataset, config, runtime)
     resume.verify_data(config, dataset)
@@ -245,15 +245,15 @@ def train(given, stack):
         return
 
     # what the loop keeps
-    first_new = resume.first_new_step(config, state)
+    start, first_new = resume.steps_done(config, state), resume.first_new_step(config, state)
     stop = stack.enter_context(distributed.StopSignal())
     logger = stack.enter_context(log.Log(config, first_new - 1))
-    saver = make_saver(config, state, dataset, runtime.rank)  # after wandb, which may refuse
+    # deletes what this run replaces, so only once wandb has started
+    saver = take_over(config, state, dataset, runtime.rank)
     stack.callback(saver.wait)  # if the run ends in an error, what is being written is finished
     times, rate = timing.Times(runtime), timing.Rate(config.tokens_per_step, start)
     loss = grad_norm = None  # of the step before; None before the first one of this run
-    skipped = 0  # steps since the last log line whose gradient was not finite
-    in_a_row = 0  # consecutive such steps
+    skipped = in_a_row = 0  # steps without a finite gradient: since the last log line, in a row
 
     for step in range(start, config.max_steps + 1):  # optimizer steps done so far
         last = step == config.max_steps
@@ -304,8 +304,8 @@ def train(given, stack):
         else:
             in_a_row += 1
             skipped += 1
-        check_finite(in_a_row < checkpoint.SKIPS, f"last of {checkpoint.SKIPS} gradients in a row",
-                     step + 1, config, runtime)
+        check_finite(in_a_row < checkpoint.MAX_SKIPS, f"gradient, as in the "
+                     f"{checkpoint.MAX_SKIPS - 1} steps before,", step + 1, config, runtime)
         times.lap("optimizer")
         logger.advance(step + 1)
 

@@ -506,14 +506,15 @@ SENTENCES = {
         "A text of {llama_context} tokens takes {llama_all}, more than the weights",
         "32 query heads it would take {llama_mha}",
         "trained with {seeds} seeds each on {tokens} tokens",
-        "a step of MQA took {mqa_step_params} of MHA's time, and {mqa_step_again} when timed again",
+        "a step of MQA took {mqa_step_params} of MHA's time, {mqa_step_again} in another timing",
         "true differences of {gqa_found} and {mqa_found} nats would be found four times in five",
         "After {seeds} seeds, MLA has",
         "MHA and MQA answer {fields_1_mqa} of questions about one field. With four fields, 8 "
         "key/value heads (MHA) answer {heads_mha}, 4 answer {heads_gqa4}, 2 answer {heads_gqa2}, "
         "and MQA, {heads_mqa_smaller} % smaller, {heads_mqa} ({heads_mqa_minus} nats); the last "
-        "two are worse. Twice the steps take two other seeds from {fields_before_mha} to "
-        "{fields_longer_mha} (MHA) and {fields_before_mqa} to {fields_longer_mqa} (MQA)",
+        "two are worse than MHA. With twice the steps, two other seeds rise from "
+        "{fields_before_mha} to {fields_longer_mha} (MHA), {fields_before_mqa} to "
+        "{fields_longer_mqa} (MQA)",
         "equal parameters and {design_seeds} seeds each",
         "has a lower loss than `mha` ({window_minus} nats per byte)",
         "`tied`, whose values are the keys ({tied_minus}), and `deepseek_v4_like` "

@@ -24,7 +24,9 @@ class Damaged(UserError):
     """The content of a checkpoint is not what this program writes."""
 
 
-SKIPS = 10  # consecutive steps with a non-finite gradient after which a run stops
+# steps in a row without a finite gradient at which train.py stops; up to there, a checkpoint may
+# have no moments yet
+MAX_SKIPS = 10
 
 
 def plain_value(value):
@@ -305,7 +307,7 @@ def load_moments(model, optimizers, state):
         schema.check(saved, dict, "the state")
         if saved and all(type(key) is int for key in saved):  # older ones number the parameters
             saved = {wanted[key][0]: value for key, value in saved.items()}
-        none_yet = not saved and state["step"] < SKIPS  # each step so far may have been skipped
+        none_yet = not saved and state["step"] < MAX_SKIPS  # each step so far may have been skipped
         if not none_yet and saved.keys() != {name for name, _, _ in wanted}:
             raise ValueError("it has moments of other parameters")
         for name, parameter, optimizer in wanted:
@@ -361,7 +363,7 @@ def load_sharded(config, model, optimizers, state):
         raise UserError(f"{folder / 'state.json'} is damaged ({one_line(error)}): start again with "
                         "--overwrite=True") from None
     wanted = list(optimized(model, optimizers))
-    none_yet = not steps and state["step"] < SKIPS  # each step so far may have been skipped
+    none_yet = not steps and state["step"] < MAX_SKIPS  # each step so far may have been skipped
     if not none_yet and len(steps) != len(wanted):
         raise UserError(f"{folder} holds moments of {len(steps)} parameters, and {len(wanted)} are "
                         "trained: leave trainable as it was, or restore the folder from a copy")

@@ -132,10 +132,10 @@ def cache_length(config, prompts, max_new_tokens):
 
 
 def prefill_chunk(batch_size, prompt_len, masked, static):
-    """(rows, tokens) of a prompt that one forward pass reads: 2,048 tokens of all rows together,
-    unless one row has more. A prompt of up to 4,096 tokens is read at once, since its start needs
-    no mask; longer prompts, and those with masks, of padded rows or windows, 1,024 tokens at a
-    time. A static cache has all rows in every chunk, for one graph, and so fewer tokens of each."""
+    """(rows, tokens) of each forward pass of sample.prefill, about 2,048 tokens in all. A prompt of
+    up to 4,096 tokens is one part, since only the start of a text needs no mask. Longer prompts,
+    and those with masks, of padded rows or windows, are read 1,024 tokens at a time. With a static
+    cache, every part has all rows, so that one graph serves all parts."""
     if static:
         return batch_size, min(prompt_len, max(1, 2048 // batch_size))
     tokens = prompt_len

@@ -246,10 +246,9 @@ class Dataset:
         return tuple(self.metrics(0.0, 0.0))
 
     def metrics(self, val_loss, val_acc=None):
-        """What an evaluation reports, for the log, the terminal and compare.py to iterate over:
-        val_loss in nats per target, with val_acc, the share of answers that are right (None where
-        it is not known), or, if all tokens are targets, with val_bpb in bits per byte of the text.
-        """
+        """The metrics of an evaluation, as a dict: val_loss in nats per target, and where answers
+        alone are targets, val_acc, the share of right ones (None: not known), otherwise val_bpb,
+        the loss in bits per byte of the text."""
         if self.answer_after is not None:
             return dict(val_loss=val_loss, val_acc=val_acc)
         return dict(val_loss=val_loss, val_bpb=bits_per_byte(val_loss, self.val))

@@ -57,7 +57,9 @@ class Backlog:
 
     def __init__(self, name, write):
         self.name = name
-        self.write = write  # a function of a list of rows, which raises an exception if it fails
+        # a function of a list of rows; it raises an exception if it fails, and may remove from the
+        # list those that it has written
+        self.write = write
         self.rows = []
         self.failed = None  # why the last attempt has failed
 
@@ -123,8 +125,9 @@ class Log:
                         unit="step", disable=None)
 
     def write_wandb(self, rows):
-        for row in rows:
-            self.wandb.log(without_none(row))
+        while rows:
+            self.wandb.log(without_none(rows[0]))
+            rows.pop(0)  # after a failure, the next attempt must not log it again
 
     def advance(self, step):
         """The run has done that many steps: called after each one."""

@@ -5,8 +5,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from nanogqa.configurator import UserError
 from nanogqa.tokenizer import Text, encode_text
 
@@ -67,17 +65,6 @@ def encode_prompts(encoding, prompts, vocab_size):
                 f"the prompt {prompt!r:.40} has the token id {max(ids[-1])}, but the model has "
                 f"vocab_size={vocab_size}: leave out the special token that it stands for")
     return ids
-
-
-def drawable(logits, allowed):
-    """(B, V) logits with -inf where allowed, (V,) bool or None, is False. Raises UserError if they
-    are not finite, as then nothing can be drawn."""
-    if not logits.amax().isfinite():
-        raise UserError("the model's logits are not finite: its weights or settings are damaged, "
-                        "so go back to another checkpoint")
-    if allowed is None:
-        return logits
-    return logits.masked_fill(~allowed, -torch.inf)
 
 
 class Output:

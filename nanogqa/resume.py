@@ -31,35 +31,15 @@ def config_and_state(given, cls, GPTConfig):
     takes only the model's. cls extends GPTConfig.
     """
     call = call_settings(given, cls)
-    out_dir, init_from = call.out_dir, call.init_from
-    if out_dir.endswith(".pt") and not (call.eval_only or Path(out_dir).is_dir()):
-        raise UserError(f"out_dir={out_dir} ends in .pt like a checkpoint file, but a run needs a "
-                        "folder: choose another --out_dir")
-    if init_from == "auto":
-        init_from = "scratch"
-        if exists(out_dir):
-            init_from = "resume"
-    resume = init_from == "resume"
-    if not (resume or call.overwrite or call.eval_only):
-        check_free(out_dir)
-    if call.eval_only and init_from == "scratch":
-        raise UserError("eval_only needs weights: add --init_from=resume, or --init_from=FOLDER "
-                        "with another run's checkpoint")
+    init_from = resolved_start(call)
     given = given | {"init_from": init_from}
     if init_from == "scratch":
         return build(cls, given), None
+    resume = init_from == "resume"
     source = init_from
     if resume:
-        source = out_dir
-    if not resume and not Path(source).exists():
-        raise UserError(f"{source} is not a folder: init_from takes scratch, resume, auto, a "
-                        "folder that holds a checkpoint, or the path of a ckpt_STEP.pt")
-    state = load(source, GPTConfig)
-    if not resume:
-        check_whole(state)
-    if resume and not state["settings"]:
-        raise UserError(f"{source} holds converted weights and no run to resume: pass it as "
-                        f"--init_from={source}, with another --out_dir")
+        source = call.out_dir
+    state = load_start(source, resume, GPTConfig)
     # check given settings first, so that the error names the cause and not what follows from it
     check_model({k: v for k, v in given.items() if v is not None}, state, source, resume)
     base = state["config"]
@@ -74,11 +54,55 @@ def config_and_state(given, cls, GPTConfig):
     return config, state
 
 
+def resolved_start(call):
+    """init_from of this call, with auto resolved to scratch or resume. Raises UserError if out_dir
+    cannot take such a run, or if there would be no weights to evaluate."""
+    out_dir, init_from = call.out_dir, call.init_from
+    if out_dir.endswith(".pt") and not (call.eval_only or Path(out_dir).is_dir()):
+        raise UserError(f"out_dir={out_dir} ends in .pt like a checkpoint file, but a run needs a "
+                        "folder: choose another --out_dir")
+    if init_from == "auto":
+        init_from = "scratch"
+        if exists(out_dir):
+            init_from = "resume"
+    if not (init_from == "resume" or call.overwrite or call.eval_only):
+        check_free(out_dir)
+    if call.eval_only and init_from == "scratch":
+        raise UserError("eval_only needs weights: add --init_from=resume, or --init_from=FOLDER "
+                        "with another run's checkpoint")
+    return init_from
+
+
+def load_start(source, resume, GPTConfig):
+    """The state of the checkpoint in source, to resume it or to start a new run from its weights.
+    Raises UserError if there is none of that kind."""
+    if not resume and not Path(source).exists():
+        raise UserError(f"init_from={source} does not exist: choose scratch, resume or auto, or "
+                        "name a folder that holds a checkpoint or the path of a ckpt_STEP.pt")
+    state = load(source, GPTConfig)
+    if not resume:
+        check_whole(state)
+    if resume and not state["settings"]:
+        raise UserError(f"{source} holds converted weights and no run to resume: pass it as "
+                        f"--init_from={source}, with another --out_dir")
+    return state
+
+
+def steps_done(config, state):
+    """Optimizer steps before this run: those of the checkpoint that it resumes, otherwise 0."""
+    if config.init_from == "resume":
+        return state["step"]
+    return 0
+
+
 def first_new_step(config, state):
-    """The first step that a run logs and saves: in a resumed run the one after the saved step. It
-    is the saved step itself if that is the last one and lacks something: an evaluation, one over
-    the windows of this run, or an ordinary ckpt.pt beside parts of ranks. The row of that step is
-    then written again, without train_loss and grad_norm."""
+    """The first step that this run logs and saves: 0 in a new run; in a resumed one the step after
+    the saved one, which is logged already.
+
+    There is one exception: where the saved step is also the last, it may lack its evaluation, one
+    over the windows of this run, or a ckpt.pt beside the parts of a sharded one. It is then
+    evaluated, logged and saved again, in a row without train_loss and grad_norm.
+    """
     if config.init_from != "resume":
         return 0
     lacking = (
@@ -114,16 +138,13 @@ def check_resume(config, state):
                         f"max_steps={config.max_steps}: raise it")
 
 
-def checked_start(GPT, GPTConfig, config, state, dataset):
-    """Returns the number of steps that a run has behind it. Raises UserError if it cannot start:
-    its data is not that of its checkpoint, ranks disagree, or its settings cannot work."""
-    step = 0
-    if config.init_from == "resume":
-        step = state["step"]
+def check_start(GPT, GPTConfig, config, state, dataset):
+    """Raises UserError if a run cannot start: its data is not that of its checkpoint, ranks
+    disagree, or its settings cannot work."""
+    step = steps_done(config, state)
     check_data(config, state, dataset.meta)
     check_ranks(config, step, dataset.meta)
     check_run(GPT, GPTConfig, config, dataset, world().ranks, step)
-    return step
 
 
 def check_data(config, state, meta):

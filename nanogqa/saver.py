@@ -57,7 +57,7 @@ class Saver:
 
     ckpt.pt is the newest, ckpt_best.pt that of the lowest validation loss among those written,
     ckpt_STEP.pt are the last keep ones. A failed write prints a warning; .failed holds it until one
-    succeeds. A resumed run with another eval_tokens forgets the lowest loss: see make_saver.
+    succeeds. A resumed run with another eval_tokens forgets the lowest loss: see take_over.
     """
 
     def __init__(self, config, kept=(), best=None, rank=0):
@@ -220,10 +220,13 @@ def same_windows(config, state):
     return state["settings"].get("eval_tokens", config.eval_tokens) == config.eval_tokens
 
 
-def make_saver(config, state, dataset, rank):
-    """The Saver of a run; state is the checkpoint that it starts from, or None. Also copies the
-    data set's tokenizer to out_dir, over an existing one unless the run is resumed, and removes
-    sharded checkpoints: a resumed run keeps the newest complete one, any other run keeps none."""
+def take_over(config, state, dataset, rank):
+    """Makes out_dir this run's own, and returns its Saver; state is the checkpoint that the run
+    starts from, or None.
+
+    Copies the data set's tokenizer to out_dir, over an existing one unless the run is resumed.
+    Removes sharded checkpoints: a resumed run keeps the newest complete one, any other keeps none.
+    """
     kept, best, sharded = [], None, None
     resumed = config.init_from == "resume"
     if resumed:

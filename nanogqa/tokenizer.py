@@ -373,6 +373,18 @@ def known_ids(encoding, vocab_size):
     return known
 
 
+def only_allowed(logits, allowed):
+    """(B, V) logits with -inf where allowed is False: (V,) bool, as known_ids gives it, or None if
+    every id is allowed. Raises UserError if a logit is NaN or the largest is not finite, as then
+    nothing can be drawn."""
+    if not logits.amax().isfinite():
+        raise UserError("the model's logits are not finite: its weights or settings are damaged, "
+                        "so go back to another checkpoint")
+    if allowed is None:
+        return logits
+    return logits.masked_fill(~allowed, float("-inf"))
+
+
 class Text:
     """One sample as text while it grows: whole characters, up to a stop token or stop string."""
 

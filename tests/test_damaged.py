@@ -18,8 +18,8 @@ from nanogqa import checkpoint, dataloader, resume, runtime, saver, schema, term
 from nanogqa.configurator import UserError
 from nanogqa.costs import meta_model
 from nanogqa.dataloader import Dataset
-from nanogqa.prompts import drawable, encode_prompts, read_prompts
-from nanogqa.tokenizer import get_tokenizer
+from nanogqa.prompts import encode_prompts, read_prompts
+from nanogqa.tokenizer import get_tokenizer, only_allowed
 
 WEIGHT = "layers.0.mlp.up_proj.weight"  # (96, 32)
 SHAPE = (96, 32)
@@ -505,11 +505,11 @@ def test_a_token_that_the_model_has_no_row_for():
 def test_logits_that_are_not_numbers():
     known = torch.tensor([True, False, True])
     logits = torch.tensor([[1.0, 2.0, 3.0]])
-    assert drawable(logits, known).tolist() == [[1.0, -torch.inf, 3.0]]
-    assert drawable(logits, None) is logits
+    assert only_allowed(logits, known).tolist() == [[1.0, -torch.inf, 3.0]]
+    assert only_allowed(logits, None) is logits
     for bad in (torch.nan, torch.inf):
         with pytest.raises(UserError, match="logits are not finite"):
-            drawable(torch.tensor([[1.0, bad, 3.0]]), known)
+            only_allowed(torch.tensor([[1.0, bad, 3.0]]), known)
 
 
 def test_weights_so_large_that_the_logits_overflow():

@@ -705,7 +705,7 @@ def test_an_interrupted_sharded_save_is_removed(toy_run, tmp_path):
     (tmp_path / "run/sharded_20/shard-00003-model-00001-of-00001.safetensors").write_text("half")
     config = train.TrainConfig(out_dir=str(tmp_path / "run"), init_from="resume", parallel="fsdp")
     meta = type("Data", (), dict(meta={"tokenizer": "byte"}, folder=tmp_path))
-    writes.make_saver(config, dict(kept=[], best_val_loss=2.0, step=10, settings={}), meta, 0)
+    writes.take_over(config, dict(kept=[], best_val_loss=2.0, step=10, settings={}), meta, 0)
     assert [path.name for path in (tmp_path / "run").glob("sharded_*")] == ["sharded_10"]
 
 
