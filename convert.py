@@ -31,7 +31,7 @@ from nanogqa.configurator import (
     program,
 )
 from nanogqa.dataloader import Dataset, train_batch
-from nanogqa.files import sync, write_json
+from nanogqa.files import created, sync, write_json
 from nanogqa.folder import path_of
 from nanogqa.hf_model import (
     CONFIG_SCHEMA,
@@ -57,7 +57,7 @@ from nanogqa.tokenizer import (
     HF_TOKENIZER,
     copy_tokenizer,
     get_tokenizer,
-    name_beside,
+    name_today,
     stop_tokens,
 )
 
@@ -114,23 +114,22 @@ def replacing_folder(folder, key):
     folder = new_folder(folder, key)
     part = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.part")
     try:
-        part.mkdir(parents=True)
-        yield part
-        for path in part.iterdir():
-            with open(path, "rb+") as file:
-                sync(file)  # before the folder gets its name
-        os.replace(part, folder)
+        with created(folder.parent, key):
+            try:
+                part.mkdir()
+                yield part
+                for path in part.iterdir():
+                    with open(path, "rb+") as file:
+                        sync(file)  # before the folder gets its name
+                os.replace(part, folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
-        failed = Path(error.filename or part)
-        # a file in part, or a parent of part that cannot be created
-        is_output = failed.is_relative_to(part) or part.is_relative_to(failed)
-        if not is_output:
+        if not Path(error.filename or part).is_relative_to(part):
             raise  # an input that cannot be read
         raise UserError(
             f"cannot write {folder} ({error.strerror or error}): make room, or name another --{key}"
         ) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def load_checkpoint(out_dir):
@@ -180,10 +179,9 @@ def to_hf(config):
         write_hf_weights(model, folder, config.dtype)
         write_hf_config(model_type, model.config, folder, config.dtype, tokenizer)
         if tokenizer is not None:
-            sizes = {"model_type": model_type, "block_size": model.config.block_size}
-            write_tokenizer(tokenizer, source, folder, sizes)
-        rounded = model.to(getattr(torch, config.dtype)).float()  # the weights in the files
-        compared = compare_logits(rounded, folder, name=config.hf_dir)
+            write_tokenizer(tokenizer, source, folder, model_type, model.config.block_size)
+        model.to(getattr(torch, config.dtype)).float()  # in place: the weights in the files
+        compared = compare_logits(model, folder, name=config.hf_dir)
     architecture = FAMILIES[model_type].architecture
     print(f"{config.hf_dir}: {architecture}, {costs.num_params(model):,} parameters in "
           f"{config.dtype}")
@@ -251,27 +249,30 @@ def compare_logits(model, folder, changes=None, name=None):
     Raises UserError if the logits differ by more than the rounding of float32 explains.
     """
     transformers = import_transformers()
+    length = min(max(2048, 64 + (model.config.window or 0)), model.config.block_size)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    local = {"trust_remote_code": False, "local_files_only": True}
     try:
-        hf_config = transformers.AutoConfig.from_pretrained(folder)
+        hf_config = transformers.AutoConfig.from_pretrained(folder, **local)
         for key, value in (changes or {}).items():
             setattr(hf_config, key, value)
         hf_config.return_dict = True
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
             folder, config=hf_config, dtype=torch.float32, use_safetensors=True,
             attn_implementation="sdpa",  # a config.json may name code that would be downloaded
+            **local,
         ).eval()
+        with torch.inference_mode():
+            expected = theirs(ids, use_cache=False).logits
     except Exception as error:  # transformers raises many kinds of errors for a bad folder
         if out_of_memory(error):
             raise
         raise UserError(
-            f"transformers cannot load {name or folder} ({one_line(error)}): update it, or use "
-            "another checkpoint"
+            f"transformers cannot load or run {name or folder} ({one_line(error)}): update it, or "
+            "use another checkpoint"
         ) from None
-    length = min(max(2048, 64 + (model.config.window or 0)), model.config.block_size)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
     with torch.inference_mode():
-        expected = theirs(ids).logits
         largest = expected.abs().max().item()
         difference = expected.sub_(model(ids)[0]).abs_().max().item()
     if not difference <= 1e-3 * max(1.0, largest):  # also refuses NaN
@@ -424,7 +425,7 @@ def pooling_inputs(state, source, before, config):
     """
     dataset = Dataset(config.dataset)
     theirs = dataset.meta["tokenizer"]
-    ours = name_beside(theirs, state["tokenizer"], source)
+    ours = name_today(state["tokenizer"], source, theirs)
     if theirs != ours:
         raise UserError(
             f"{dataset.folder} has tokenizer {theirs!r}, the checkpoint {ours!r}: pass a data set "

@@ -50,7 +50,7 @@ def dense_float_tensor(value):
     return value.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def steps_or_none(value):
+def list_of_steps(value):
     """A list of steps, or None."""
     return value is None or (isinstance(value, list) and all(map(schema.count, value)))
 
@@ -65,7 +65,7 @@ KEYS = {
     "step": (schema.count, REQUIRED),                # optimizer steps done
     "val_loss": (schema.number_or_none, None),       # nats per target, if this step was evaluated
     "best_val_loss": (schema.number_or_none, None),  # the lowest of the run so far
-    "kept": (steps_or_none, None),                   # steps whose ckpt_STEP.pt the run has written
+    "kept": (list_of_steps, None),                   # steps whose ckpt_STEP.pt the run has written
     "tokenizer": (schema.short_text, REQUIRED),      # a name for tokenizer.get_tokenizer
     "dataset_sha256": (schema.short_text, REQUIRED),  # of meta.json; empty: not trained here
 }
@@ -386,6 +386,10 @@ def load_sharded(config, model, optimizers, state):
                             "the disk") from None
         raise UserError(f"{folder} does not fit the model or is damaged ({one_line(reason)}): "
                         "restore it from a copy, or start again with --overwrite=True") from None
+    for name, x in parts.items():
+        if name.startswith("exp_avg_sq.") and (local(x) < 0).any():
+            raise UserError(f"{name} in {folder} is below 0, which no step gives: start again with "
+                            "--overwrite=True")
     if not all(local(x).isfinite().all() for x in parts.values()):
         raise UserError(f"the weights or moments in {folder} are not finite: start again with "
                         "--overwrite=True")

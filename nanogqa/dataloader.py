@@ -25,7 +25,8 @@ SCANNED = 2**24  # tokens at the start of a split that are checked when it is op
 
 # -- meta.json -------------------------------------------------------------------------------------
 
-def dtype(value):
+# predicates of META: where one is False, the message ends in "which is not a NAME"
+def type_of_ids(value):
     """A type of token ids."""
     return value in ("uint16", "uint32")
 
@@ -48,11 +49,12 @@ FILES = [{
     "sha256?": schema.sha256,
 }]
 META = {
-    "dtype": dtype, "vocab_size": vocabulary, "tokenizer": tokenizer, "sha256": schema.sha256,
+    "dtype": type_of_ids, "vocab_size": vocabulary, "tokenizer": tokenizer, "sha256": schema.sha256,
     "splits": {"train": FILES, "val": FILES},
     # only answers are targets: the tokens answer_distance (default: 1) places after id answer_after
-    "answer_after?": schema.count, "answer_distance?": schema.positive,
-    "sequence_length?": schema.positive,  # windows begin where a sequence of that many tokens does
+    "answer_after?": schema.count, "answer_distance?": schema.positive_number,
+    # windows begin where a sequence of that many tokens does
+    "sequence_length?": schema.positive_number,
 }
 ABOUT_TARGETS = ("answer_after", "answer_distance", "sequence_length")
 

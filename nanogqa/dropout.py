@@ -1,8 +1,9 @@
 """Dropout that depends on the sequence alone, however a step is cut into micro-batches and ranks.
 
 nn.Dropout draws from one stream of random numbers, so that a sequence's mask depends on what was
-drawn before. Here a mask is a hash of the sequence's seed, the layer and the place in the (T, C)
-matrix. No random state exists that a resumed run or a recomputed block would have to restore.
+drawn before. Here a mask is a hash of the sequence's seed, the number of the dropout in the model
+and the place in the (T, C) matrix. No random state exists that a resumed run or a recomputed block
+would have to restore.
 """
 import torch
 from torch import nn
@@ -25,38 +26,38 @@ def set_seeds(seeds):
 
 def by_sequence(model):
     """Replaces each nn.Dropout in model by SequenceDropout; returns model."""
-    layer = 0
+    number = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Dropout:
-                setattr(parent, name, SequenceDropout(child.p, layer))
-                layer += 1
+                setattr(parent, name, SequenceDropout(child.p, number))
+                number += 1
     return model
 
 
 class SequenceDropout(nn.Module):
-    """nn.Dropout of (B, ..., C) whose mask depends on the sequence's seed and on layer, the number
-    of this module among the model's dropouts."""
+    """nn.Dropout of (B, ..., C) whose mask depends on the sequence's seed and on the number of this
+    module among the model's dropouts."""
 
-    def __init__(self, p, layer):
+    def __init__(self, p, number):
         super().__init__()
-        self.p, self.layer = p, layer
+        self.p, self.number = p, number
 
     def forward(self, x):
         if not self.training or self.p == 0:
             return x
         rows = x[0].numel() // x.size(-1)
-        dropped = mask(SEEDS.now, self.layer, rows, x.size(-1), self.p).view_as(x)
+        dropped = mask(SEEDS.now, self.number, rows, x.size(-1), self.p).view_as(x)
         return x.masked_fill(dropped, 0.0) * (1 / (1 - self.p))
 
 
-def mask(seeds, layer, T, C, p):
-    """(B, T, C) bool, True with probability p: a hash of the seeds (B,), the layer and the place.
+def mask(seeds, number, T, C, p):
+    """(B, T, C) bool, True with probability p: a hash of the seeds (B,), the number and the place.
 
     Each row of C numbers has two keys, and each of its numbers goes through two rounds of a hash.
     """
     steps = torch.arange(max(T, C), device=seeds.device)
-    key = mixed((seeds & MASK32) ^ mixed(layer + 1))[:, None]           # (B, 1)
+    key = mixed((seeds & MASK32) ^ mixed(number + 1))[:, None]           # (B, 1)
     first = mixed(key ^ mixed(steps[:T]))                               # (B, T)
     second = mixed(first ^ (seeds >> 32)[:, None])                      # (B, T)
     x = first[:, :, None] ^ mixed(steps[:C])                            # (B, T, C)

@@ -84,7 +84,7 @@ READABLE = ("llama", "mistral", "qwen2", "qwen3")
 
 def windows_of(config):
     """In which layers of a GPTConfig attention has a window: no, all or some."""
-    windows = {layer.window for layer in config.cache_specs()}
+    windows = {spec.window for spec in config.cache_specs()}
     if windows == {None}:
         return "no"
     if None in windows:
@@ -191,15 +191,15 @@ def window_keys(model_type, config):
         "sliding_window": config.window,
         "use_sliding_window": True,
         "max_window_layers": 0,
-        "layer_types": layer_types(config.n_layer, config.global_every),
+        "layer_types": layer_types(config),
     }
 
 
-def layer_types(n_layer, global_every):
-    """layer_types of a config.json: every global_every-th layer attends to all tokens; 0: none."""
+def layer_types(config):
+    """The layer_types of a config.json for a GPTConfig."""
     types = []
-    for number in range(1, n_layer + 1):
-        if global_every and number % global_every == 0:
+    for spec in config.cache_specs():
+        if spec.window is None:
             types.append("full_attention")
         else:
             types.append("sliding_attention")
@@ -276,11 +276,16 @@ def model_config(hf, path, GPTConfig):
     settings["qk_norm"] = FAMILIES[model_type].qk_norm
     settings["qkv_bias"] = FAMILIES[model_type].qkv_bias
     settings = checkpoint.typed(GPTConfig, settings, path)
+    window = hf.get("sliding_window", 4096)  # the default of Mistral, Qwen2 and Qwen3
     try:
-        config = build(GPTConfig, settings)  # checks n_layer, the length of layer_types
-        return build(GPTConfig, settings | window_settings(hf, config.n_layer, path))
+        n_layer = build(GPTConfig, settings).n_layer  # checked, before lists of that length
+        types = types_of(hf, n_layer, window)
+        config = build(GPTConfig, settings | window_settings(hf, types, window))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if layer_types(config) != types:
+        raise refusal(path, "layer_types", ", ".join(types))
+    return config
 
 
 def refusal(path, key, value):
@@ -290,33 +295,29 @@ def refusal(path, key, value):
     )
 
 
-def window_settings(hf, n_layer, path):
-    """The settings of GPTConfig for the windows of a config.json; none if it has no windows.
-
-    UserError if its layers do not alternate as global_every says.
-    """
-    window = hf.get("sliding_window", 4096)  # the default of Mistral, Qwen2 and Qwen3
-    types = types_of(hf, n_layer, window)
-    if all(kind == "full_attention" for kind in types):  # also if there are none
+def window_settings(hf, types, window):
+    """The settings of GPTConfig for windows, {} without any. types are those of types_of; where
+    they do not alternate as global_every can say, layer_types of the settings differs from them."""
+    windowless = window is None or FAMILIES[hf["model_type"]].windows == ("no",)
+    if windowless or "sliding_attention" not in types:
         return {}
-    if window is not None and FAMILIES[hf["model_type"]].windows != ("no",):
-        for global_every in range(n_layer + 1):
-            if types == layer_types(n_layer, global_every):
-                return {"window": window, "global_every": global_every}
-    raise refusal(path, "layer_types", ", ".join(types))
+    global_every = 0
+    if "full_attention" in types:
+        global_every = types.index("full_attention") + 1
+    return {"window": window, "global_every": global_every}
 
 
 def types_of(hf, n_layer, window):
     """The layer_types of a config.json, also where they follow from other keys."""
-    local = layer_types(n_layer, 0)
+    local, full = ["sliding_attention"], ["full_attention"]
     if hf["model_type"] == "mistral":
-        return local if window else []
+        return (local if window else full) * n_layer
     if hf.get("layer_types"):
         return hf["layer_types"]
     if hf.get("use_sliding_window") and window:
-        first = hf.get("max_window_layers", 28)  # the default of Qwen2 and Qwen3
-        return ["full_attention"] * min(first, n_layer) + local[first:]
-    return []
+        first = min(hf.get("max_window_layers", 28), n_layer)  # the default of Qwen2 and Qwen3
+        return full * first + local * (n_layer - first)
+    return full * n_layer
 
 
 def translated(keys, given, complaint):

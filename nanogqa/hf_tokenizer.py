@@ -67,13 +67,14 @@ def import_transformers():
 
 # -- to Hugging Face -------------------------------------------------------------------------------
 
-def write_tokenizer(encoding, source, folder, config):
-    """Writes a tokenizer as the tokenizer.json and tokenizer_config.json of a Hugging Face folder.
+def write_tokenizer(encoding, source, folder, model_type, block_size):
+    """Writes a tokenizer as the tokenizer.json and tokenizer_config.json of a Hugging Face folder,
+    for a model of that type and context.
 
-    source is the folder that a HuggingFaceTokenizer is copied from. config has the keys model_type
-    and block_size. Raises UserError if transformers reads other ids from the result.
+    source is the folder that a HuggingFaceTokenizer is copied from. Raises UserError if
+    transformers reads other ids from the result.
     """
-    about = {"model_max_length": config["block_size"]}
+    about = {"model_max_length": block_size}
     if isinstance(encoding, tiktoken.Encoding):
         save(hf_tokenizer(encoding), folder / HF_TOKENIZER)
         about |= {"tiktoken": encoding.name}  # lets from_hf recognize it
@@ -84,7 +85,7 @@ def write_tokenizer(encoding, source, folder, config):
             if key in KEPT:
                 about[key] = value
     about |= {"tokenizer_class": CLASS, "clean_up_tokenization_spaces": False}
-    if config["model_type"] in FORCED:
+    if model_type in FORCED:
         about["auto_map"] = {"AutoTokenizer": [None, f"{MODULE}.{CLASS}"]}
         (folder / f"{MODULE}.py").write_text(PROGRAM, encoding="utf-8")
     write_json(folder / HF_CONFIG, about)
@@ -170,7 +171,7 @@ def first_difference(encoding, folder, decode=False):
         theirs = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-        for text in [*check_strings(sorted(encoding.special_tokens_set)[:20]), program_text()]:
+        for text in compared_texts(encoding):
             ids = encoding.encode(text, allowed_special="all")
             if theirs(text)["input_ids"] != ids:
                 return text
@@ -178,14 +179,15 @@ def first_difference(encoding, folder, decode=False):
                 return text
     except Exception as error:  # transformers raises many kinds of errors for a bad folder
         raise UserError(
-            f"transformers {transformers.__version__} cannot use the tokenizer in {folder} "
+            f"transformers {transformers.__version__} cannot use the tokenizer "
             f"({one_line(error)}): use another version of transformers, or another tokenizer"
         ) from None
     return None
 
 
-def program_text():
-    return Path(__file__).read_text(encoding="utf-8")
+def compared_texts(encoding):
+    """The texts on which the tokenizer of a folder is compared with encoding: this file is one."""
+    return [*check_strings(encoding), Path(__file__).read_text(encoding="utf-8")]
 
 
 # -- from Hugging Face -----------------------------------------------------------------------------
@@ -267,7 +269,7 @@ def is_tiktoken(name, theirs):
         return False
     if theirs.stop_tokens != [encoding.eot_token]:
         return False
-    for text in [*check_strings(sorted(encoding.special_tokens_set)), program_text()]:
+    for text in compared_texts(encoding):
         if theirs.encode(text) != encoding.encode(text, allowed_special="all"):
             return False
     return True

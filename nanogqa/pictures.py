@@ -277,6 +277,9 @@ def draw_panels(panels, colors, first):
         axis.margins(x=0.25, y=0.15)
         few_ticks(axis.xaxis, kilobytes)
     figure.suptitle(about_panels(panels, first), fontsize=14)
+    if max(map(len, colors)) > LONGEST_BESIDE:
+        name_below(figure, colors)
+        return figure
     figure.draw_without_rendering()  # the axes get their sizes, which name_points needs
     for axis, panel in zip(axes, panels, strict=True):
         name_points(axis, panel.points, colors)
@@ -327,9 +330,9 @@ def time_panel(shapes, results):
     two rounds of timing give no error bar and cannot order close times."""
     points = []
     for shape, summary in shapes.items():
-        slowest = max(results["speed"][shape]["decode"], key=batch_and_context)
-        points.append(Point(cache_bytes(summary), slowest["step_ms"], summary.name))
-    batch_size, prompt_len = batch_and_context(slowest)  # all shapes are timed at the same ones
+        largest = max(results["speed"][shape]["decode"], key=batch_and_context)
+        batch_size, prompt_len = batch_and_context(largest)  # the same for every shape
+        points.append(Point(cache_bytes(summary), largest["step_ms"], summary.name))
     label = f"ms per step, batch {batch_size}, context {prompt_len:,}"
     return Panel(label, points, None)
 
@@ -348,6 +351,18 @@ def draw_points(axis, points, colors):
 
 # where a name may stand beside its point: x and y offset in points, horizontal alignment
 BESIDE = ((6, 6, "left"), (-6, 6, "right"), (6, -16, "left"), (-6, -16, "right"))
+
+
+LONGEST_BESIDE = 20  # characters of a name that has room beside its point
+
+
+def name_below(figure, colors):
+    """Writes the names with their colors below all axes."""
+    from matplotlib.lines import Line2D
+    handles = []
+    for name, color in colors.items():
+        handles.append(Line2D([], [], marker="D", linestyle="", color=color, label=name))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4)
 
 
 def name_points(axis, points, colors):

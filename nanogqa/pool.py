@@ -209,9 +209,10 @@ def value_strength(heads):
 
 
 def share_values(values, used_values):
-    """(D, C) orthonormal rows that span most of a group's used values, both (n, D, C), and a size.
+    """A basis and a size for the values that share a head: values and used_values are (n, D, C).
 
-    Multiplied by the size, the rows have the root mean square of the old values.
+    The basis has D orthonormal rows of length C that span most of used_values, or rows of zeros
+    beyond C of them. Multiplied by the size, they have the root mean square of values.
     """
     width = values.size(1)
     _, _, right = torch.linalg.svd(used_values.flatten(0, 1), full_matrices=False)

@@ -5,7 +5,6 @@ from dataclasses import fields
 
 from nanogqa import schema
 from nanogqa.configurator import UserError, convert, one_line
-from nanogqa.schema import positive
 
 # -- what it holds ---------------------------------------------------------------------------------
 
@@ -46,6 +45,7 @@ def point(value):
             and quantity(value[1]))
 
 
+positive = schema.positive_number
 # what the report and a resumed comparison read from results.json; older ones have no metrics
 SETTINGS = {"dataset": str, "seed": schema.count, "seeds": positive, "max_steps": positive,
             "tokens_per_step": positive, "warmup_steps": schema.count}

@@ -13,7 +13,7 @@ from nanogqa.distributed import agree, barrier, check_parallel, world
 from nanogqa.folder import check_free, exists, find_sharded, path_of
 from nanogqa.runtime import check_training
 from nanogqa.saver import same_windows
-from nanogqa.tokenizer import HF_TOKENIZER, name_beside
+from nanogqa.tokenizer import HF_TOKENIZER, name_today
 
 # settings of this call alone: not saved, and not taken from a checkpoint
 PER_CALL = {"out_dir", "init_from", "overwrite", "eval_only", "profile"}
@@ -152,7 +152,7 @@ def check_data(config, state, meta):
     if state is None:
         return
     source = config.out_dir if config.init_from == "resume" else config.init_from
-    tokenizer = name_beside(meta["tokenizer"], state["tokenizer"], path_of(source).parent)
+    tokenizer = name_today(state["tokenizer"], path_of(source).parent, meta["tokenizer"])
     if tokenizer not in (meta["tokenizer"], "none"):
         same = tokenizer
         if tokenizer.startswith(HF_TOKENIZER):

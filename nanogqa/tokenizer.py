@@ -68,11 +68,11 @@ def get_tokenizer(name, folder="."):
     return tiktoken_tokenizer(name)
 
 
-def name_beside(wanted, name, folder):
-    """The name of a checkpoint's tokenizer, to compare with wanted, that of a data set.
+def name_today(name, folder, wanted):
+    """The name of a checkpoint's tokenizer as this version gives it; wanted is that of a data set.
 
     Earlier versions named a tokenizer.json by the hash of the file. So unless the names are equal,
-    the tokenizer.json in folder is read, and its name of today is returned.
+    the tokenizer.json in folder is read.
     """
     if name != wanted and name.startswith(HF_TOKENIZER):
         name = get_tokenizer(name, folder).name
@@ -94,7 +94,7 @@ def file_tokenizer(name, folder):
                 "checkpoint comes from"
             )
     tokenizer = HuggingFaceTokenizer(folder)
-    if name not in (tokenizer.name, tokenizer.file_name):
+    if name not in (tokenizer.name, tokenizer.older_name):
         raise UserError(
             f"{folder}/{HF_TOKENIZER} is not the expected one (it gives other ids): "
             "restore it from a copy"
@@ -111,7 +111,7 @@ def tiktoken_tokenizer(name):
         )
     try:
         encoding = tiktoken.get_encoding(name)
-    except (OSError, ValueError):  # failed downloads; those with another content
+    except (OSError, ValueError):  # failed downloads; those with other content
         raise UserError(
             f"the files of tokenizer {name!r} are not on this machine and cannot be downloaded: "
             "set TIKTOKEN_CACHE_DIR to a folder that holds them, or prepare data with "
@@ -124,15 +124,15 @@ def tiktoken_tokenizer(name):
     return encoding
 
 
-def check_strings(special=()):
-    """Texts on which tokenizers are compared. special are the special tokens among them."""
+def check_strings(encoding):
+    """Texts on which tokenizers are compared, also with up to 20 special tokens of encoding."""
     every = ""
     for code in [*range(1, 0x250), *range(0x370, 0x530), *range(0x4E00, 0x4E40)]:
         every += chr(code)
         if code % 7 == 0:
             every += " "
     texts = [*CHECKS, every]
-    for token in special:
+    for token in sorted(encoding.special_tokens_set)[:20]:
         texts += [token, f"text{token}then {token} then", f"{token}  two blanks {token}\n"]
     return texts
 
@@ -156,7 +156,7 @@ class HuggingFaceTokenizer:
                 f"{self.folder / HF_TOKENIZER} needs tokenizers: pip install transformers "
                 "safetensors"
             ) from None
-        except (UserError, KeyboardInterrupt, SystemExit):
+        except (UserError, MemoryError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # tokenizers raises a bare Exception, or panics
             raise UserError(
@@ -179,8 +179,8 @@ class HuggingFaceTokenizer:
         self.byte_of_unicode = {char: byte for byte, char in UNICODE_OF_BYTE.items()}
         self.find_special_tokens(config)
         self.check_decoding()
-        # a checkpoint or data set of an earlier version names the file, not what it does
-        self.file_name = f"{HF_TOKENIZER} {hashlib.sha256(content).hexdigest()[:16]}"
+        # the name that earlier versions gave it, by its file and not by what it does
+        self.older_name = f"{HF_TOKENIZER} {hashlib.sha256(content).hexdigest()[:16]}"
         self.name = f"{HF_TOKENIZER} {self.fingerprint()}"
 
     def find_special_tokens(self, config):
@@ -221,15 +221,12 @@ class HuggingFaceTokenizer:
         """The texts of the special tokens."""
         return {token.content for token in self.added.values() if token.special}
 
-    def check_strings(self):
-        return check_strings(sorted(self.special_tokens_set)[:20])
-
     def check_decoding(self):
         """UserError unless the tokens of a text, decoded one by one, give what all give at once.
 
         They may differ by the blank that SentencePiece puts in front of a text.
         """
-        for text in self.check_strings():
+        for text in check_strings(self):
             ids = self.encode(text)
             together = self.tokenizer.decode(ids, skip_special_tokens=False)
             if together not in decoded(self, ids):
@@ -247,7 +244,7 @@ class HuggingFaceTokenizer:
         """
         some = sorted(self.vocab.values())[::len(self.vocab) // 2000 + 1]
         encoded = []
-        for text in [*self.check_strings(), self.tokenizer.decode(some)]:
+        for text in [*check_strings(self), self.tokenizer.decode(some)]:
             encoded.append((self.encode(text), self.encode_ordinary(text)))
         content = json.dumps([sorted(self.vocab.items()), encoded])
         return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 from tqdm import tqdm
 
 from nanogqa import schema
@@ -28,7 +29,7 @@ from nanogqa.dataloader import (
     file_sha256,
     read_meta,
 )
-from nanogqa.files import sync, write_json
+from nanogqa.files import created, sync, write_json
 from nanogqa.tokenizer import (
     HF_CONFIG,
     HF_TOKENIZER,
@@ -48,18 +49,15 @@ PROGRESS = {  # what DatasetWriter.save() writes
 @dataclass
 class PrepareConfig:
     tokenizer: str = "byte"       # byte, a tiktoken encoding, or a folder with a tokenizer.json
-    input: str | None = None      # file or folder to read instead of the usual source
+    input: str | None = None      # read this instead: a folder (python), a file, or either (text)
     data_dir: str | None = None   # folder for the data set; None: the folder of the script
     overwrite: bool = False       # replace the data set in data_dir with another one
 
 
 # -- input -----------------------------------------------------------------------------------------
 
-OUTPUT = re.compile(
-    r"\.lock|(meta\.json|tokenizer\.json|tokenizer_config\.json|(train|val)(_\d{5,})?\.bin)"
-    r"(\.part)?"
-)
 DATA_FILE = re.compile(r"(train|val)(_\d{5,})?\.bin")
+OUTPUT = re.compile(rf"\.lock|(meta\.json|tokenizer(_config)?\.json|{DATA_FILE.pattern})(\.part)?")
 PART = re.compile(r"hub\.part|\..+\.part")  # folders of unfinished data sets
 
 
@@ -96,13 +94,45 @@ def is_output(path, data_dir):
     return others or path.parent.resolve() == Path(data_dir).resolve()
 
 
-def held_out(names):
-    """The validation part of names: a tenth, at least one, with the smallest sha256.
+def documents_of_files(files, read, wanted):
+    """Yields (split, text) for each of files, {name: path}, which held_out chooses for a split.
 
-    The choice does not depend on the order of names.
+    read(path) is the text of a file. Those for which it raises ValueError are skipped, and their
+    number is printed with what was wanted instead.
     """
-    ranked = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
-    return set(ranked[:max(1, len(ranked) // 10)])
+    val = held_out(files, read)
+    skipped = []
+    for name, path in files.items():
+        try:
+            text = read(path)
+        except ValueError:
+            skipped.append(name)
+            continue
+        split = "train"
+        if name in val:
+            split = "val"
+        yield split, text
+    print_skipped(skipped, wanted)
+
+
+def held_out(files, read):
+    """The names of the validation part of files, {name: path}: a tenth, at least one, those with
+    the smallest sha256 of the name, and as many more as it takes until one has text.
+
+    The choice does not depend on the order of files.
+    """
+    ranked = sorted(files, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+    count = max(1, len(ranked) // 10)
+    while count < len(ranked) and not any(has_text(files[name], read) for name in ranked[:count]):
+        count += 1
+    return set(ranked[:count])
+
+
+def has_text(path, read):
+    try:
+        return read(path) != ""
+    except ValueError:
+        return False
 
 
 def print_skipped(names, wanted):
@@ -133,7 +163,9 @@ class DataTokenizer:
 def open_tokenizer(tokenizer):
     """The DataTokenizer for byte, the name of a tiktoken encoding, or a folder with a
     tokenizer.json."""
-    if (Path(tokenizer) / HF_TOKENIZER).exists():
+    # gpt2 is the encoding even where there is such a folder, which is ./gpt2
+    named = tokenizer in ("byte", *tiktoken.list_encoding_names())
+    if not named and (Path(tokenizer) / HF_TOKENIZER).exists():
         encoding = HuggingFaceTokenizer(tokenizer)
         return DataTokenizer(encoding.name, tokenizer, encoding)
     if tokenizer == "none" or tokenizer.startswith(HF_TOKENIZER):  # names in meta.json
@@ -174,10 +206,6 @@ class DatasetWriter:
         self.splits = dict(train=[], val=[])  # as in meta.json
         self.open = {}                        # split -> (last file, its sha256 so far)
         self.n_tokens = 0                     # written so far, in all files
-        self.made = []                        # folders that did not exist, the deepest first
-        for folder in (self.data_dir, *self.data_dir.parents):
-            if not folder.exists():
-                self.made.append(folder)
         refuse_links(self.part)
         self.part.mkdir(parents=True, exist_ok=True)
         if progress is not None:
@@ -272,15 +300,12 @@ class DatasetWriter:
             with contextlib.suppress(OSError):  # a full disk: what is buffered is not needed
                 file.close()
         shutil.rmtree(self.part, ignore_errors=True)
-        for folder in self.made:
-            with contextlib.suppress(OSError):  # it holds something
-                folder.rmdir()
 
     def finish(self, position=None, if_empty="give more text", overwrite=False):
         """Moves the files to data_dir, meta.json last. Returns meta.
 
         position is saved first, if given; after a kill finish() may then be called again. A data
-        set in data_dir that has the same content stays as it is. Raises UserError if it has another
+        set in data_dir that has the same content stays as it is. Raises UserError if it has other
         content, unless overwrite, or if a split has no text, with the remedy if_empty.
         """
         for split in list(self.open):
@@ -309,7 +334,7 @@ class DatasetWriter:
     def find_same(self):
         """The meta of the data set in data_dir if it has the content of this one.
 
-        None if there is none, or a damaged one. Raises UserError if it has another content.
+        None if there is none, or a damaged one. Raises UserError if it has other content.
         """
         meta = find_finished(self.data_dir, self.about)
         if meta is None:
@@ -400,16 +425,17 @@ def write_encoded(encoded, data_dir, opened, about, overwrite=False):
     about = {**about, **opened.describe()}
     find_finished(data_dir, about, overwrite)  # refuses other settings before the work
     try:
-        remove_dead_parts(data_dir)
-        # named by process and machine: several may prepare at once, also on a shared disk
-        part = data_dir / f".{socket.gethostname()}-{os.getpid()}.part"
-        writer = DatasetWriter(part, opened, about)
-        try:
-            for document in tqdm(encoded, "writing", unit=" documents", disable=None):
-                writer.add(*document)
-            meta = writer.finish(if_empty="give more text with --input", overwrite=overwrite)
-        finally:
-            writer.discard()
+        with created(data_dir, "data_dir"):
+            remove_dead_parts(data_dir)
+            # named by process and machine: several may prepare at once, also on a shared disk
+            part = data_dir / f".{socket.gethostname()}-{os.getpid()}.part"
+            writer = DatasetWriter(part, opened, about)
+            try:
+                for document in tqdm(encoded, "writing", unit=" documents", disable=None):
+                    writer.add(*document)
+                meta = writer.finish(if_empty="give more text with --input", overwrite=overwrite)
+            finally:
+                writer.discard()
     except OSError as error:
         raise cannot_write(data_dir, error) from None
     print_counts(data_dir, meta)
@@ -479,10 +505,18 @@ def differences(about, there):
 
 
 def refuse_foreign(data_dir):
-    """Raises UserError if data_dir holds files named as those of a data set, but no meta.json, as
-    other programs write. A killed run may leave such files too, but beside its part folder."""
+    """Raises UserError if data_dir holds a meta.json that lists no splits, or none and files named
+    as those of a data set, as other programs write. A killed run may leave such files too, but
+    beside its part folder."""
     data_dir = Path(data_dir)
-    if not data_dir.is_dir() or (data_dir / "meta.json").exists():
+    if not data_dir.is_dir():
+        return
+    if (data_dir / "meta.json").exists():
+        if is_foreign(data_dir / "meta.json"):
+            raise UserError(
+                f"{data_dir / 'meta.json'} is of another program: pass another --data_dir, or "
+                "--overwrite=True to replace it"
+            )
         return
     names = sorted(path.name for path in data_dir.iterdir())
     unfinished = any(PART.fullmatch(name) for name in names)
@@ -492,6 +526,14 @@ def refuse_foreign(data_dir):
             f"{data_dir} holds {taken[0]}, but no meta.json: pass another --data_dir, or "
             "--overwrite=True to replace it"
         )
+
+
+def is_foreign(path):
+    """Whether a meta.json is whole, but is not that of a data set."""
+    try:
+        return "splits" not in schema.read_json(path, dict)
+    except (OSError, ValueError, TypeError):
+        return False  # damaged: it is written again
 
 
 def find_unfinished(part, about, overwrite=False):

@@ -224,7 +224,7 @@ def test_a_tokenizer_that_cannot_be_written_leaves_nothing(folder, tmp_path, cap
 
     monkeypatch.setattr(hf_tokenizer, "hf_tokenizer", lambda encoding: Full())
     source = save(toy_model(n_kv_head=2, vocab_size=257), tmp_path / "from", "byte")
-    arguments = command("to_hf", out_dir=source, hf_dir=tmp_path / "hf")
+    arguments = command("to_hf", out_dir=source, hf_dir=tmp_path / "new/hf")  # new is not left behind either
     assert "No space left on device" in fails(convert.main, arguments, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["from"]
 

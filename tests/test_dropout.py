@@ -92,7 +92,7 @@ def test_a_sequence_has_its_mask_wherever_it_is_and_no_random_state_is_used():
 
 def test_each_place_of_a_model_has_its_own_layer():
     model = dropout.by_sequence(GPT(toy_config(dropout=0.5)))
-    layers = [m.layer for m in model.modules() if isinstance(m, SequenceDropout)]
+    layers = [m.number for m in model.modules() if isinstance(m, SequenceDropout)]
     assert sorted(layers) == list(range(5)), "the embedding, and two in each of two blocks"
     assert not any(type(m) is torch.nn.Dropout for m in model.modules())
 

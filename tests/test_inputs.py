@@ -1,5 +1,6 @@
 """Bad input: one sentence that names cause and remedy, exit code 2, nothing overwritten."""
 import ast
+import hashlib
 import json
 import shutil
 import sys
@@ -16,7 +17,7 @@ from nanogqa import checkpoint, dataloader, resume
 from nanogqa.batches import batch_shape
 from nanogqa.configurator import UserError, literal, parse
 from nanogqa.prompts import read_prompts
-from nanogqa.writer import write_dataset
+from nanogqa.writer import open_tokenizer, write_dataset
 from train import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +76,7 @@ def trained(toy_data, tmp_path_factory):
     (["--device=cuda:99"], "--device=cpu"),
     (["--dataset=none"], "there is no data set 'none': choose one of hub, python, recall, shakespeare, text"),
     (["--init_from=resume"], "there is no checkpoint"),
-    (["--init_from=nowhere"], "init_from takes scratch, resume, auto, a folder"),
+    (["--init_from=nowhere"], "init_from=nowhere does not exist: choose scratch, resume or auto"),
     (["--eval_only=True"], "eval_only needs weights"),
     (["--eval_tokens=0"], "eval_tokens must be at least 1"),
     (["--trainable=("], "trainable='(' is not a regular expression"),
@@ -363,6 +364,52 @@ def test_a_damaged_data_set_is_mended_by_the_command_that_the_error_names(tmp_pa
     assert before == (tmp_path / "data/meta.json").read_bytes()
 
 
+def test_the_files_of_another_program_stay(tmp_path, capsys):
+    """A meta.json that is not of a data set was deleted, with the train.bin beside it."""
+    (tmp_path / "a.txt").write_text("0123456789" * 10)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/meta.json").write_text('{"vocab_size": 65}')
+    (tmp_path / "data/train.bin").write_bytes(b"theirs")
+    args = [f"--input={tmp_path / 'a.txt'}", f"--data_dir={tmp_path / 'data'}"]
+    assert "meta.json is of another program: pass another --data_dir" in fails(program("text"), args, capsys)
+    assert (tmp_path / "data/train.bin").read_bytes() == b"theirs"
+    program("text")([*args, "--overwrite=True"])
+    assert dataloader.Dataset(tmp_path / "data").val.n_tokens > 1
+
+
+@pytest.mark.parametrize("name,other,skipped", [("text", b"\xff\xfe", "UTF-8"), ("python", b"", None)])
+def test_the_only_file_of_the_validation_split_has_text(tmp_path, capsys, name, other, skipped):
+    """Of fewer than 20 files one is held out; where that was a picture or an empty __init__.py, there was "no text"."""
+    for number in range(8):
+        (tmp_path / f"{number}.py").write_text(f"x = {number}")
+    first = min(tmp_path.iterdir(), key=lambda path: hashlib.sha256(path.name.encode()).digest())
+    first.write_bytes(other)
+    program(name)([f"--input={tmp_path}", f"--data_dir={tmp_path / 'data'}"])
+    dataset = dataloader.Dataset(tmp_path / "data")
+    assert len(dataset.meta["splits"]["val"]) == 1 and dataset.val.n_tokens >= 6
+    assert (f"skipped because not {skipped}: 1 file ({first.name})" in capsys.readouterr().out) == (skipped is not None)
+
+
+def test_a_python_data_set_names_its_source(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / f"package/{name}.py").parent.mkdir(exist_ok=True)
+        (tmp_path / f"package/{name}.py").write_text("x = 1")
+    program("python")([f"--input={tmp_path / 'package'}", f"--data_dir={tmp_path / 'data'}"])
+    assert dataloader.Dataset(tmp_path / "data").meta["source"] == "package"
+    args = [f"--input={tmp_path / 'package/a.py'}", f"--data_dir={tmp_path / 'data'}"]
+    assert "a.py is a file: name a folder of Python source" in fails(program("python"), args, capsys)
+
+
+def test_a_folder_does_not_hide_an_encoding(tmp_path, monkeypatch):
+    """After a download of a model called gpt2, --tokenizer=gpt2 was its tokenizer.json."""
+    (tmp_path / "byte").mkdir()
+    (tmp_path / "byte/tokenizer.json").write_text("{")
+    monkeypatch.chdir(tmp_path)
+    assert open_tokenizer("byte").name == "byte"
+    with pytest.raises(UserError, match="tokenizer.json"):
+        open_tokenizer("./byte")
+
+
 def test_a_prepare_script_downloads_and_checks(tmp_path, capsys, monkeypatch):
     """The download is of a file:// address here; its hash must be the stated one."""
     program("shakespeare")
@@ -492,7 +539,7 @@ def test_where_a_checkpoint_is_missing_or_has_its_tokenizer(toy_run, trained, tm
     error = fails(train.main, [arg.replace("/run", "/tpyo") for arg in toy_run] + ["--init_from=resume"], capsys)
     assert "there is no checkpoint" in error and "init_from" not in error
     config = TrainConfig(init_from=str(trained / "ckpt_best.pt"))
-    monkeypatch.setattr(resume, "name_beside", lambda wanted, name, folder: name)
+    monkeypatch.setattr(resume, "name_today", lambda name, folder, wanted: name)
     state = dict(tokenizer="tokenizer.json-0123")
     with pytest.raises(UserError, match=f"prepare the data with --tokenizer={trained}$"):
         resume.check_data(config, state, dict(tokenizer="byte", sha256=""))

@@ -353,6 +353,8 @@ def read_batches(path, column, start):
                     row += len(batch)
                     if row > start:
                         yield row, [text for text in texts if text is not None]
+    except MemoryError:
+        raise  # pyarrow's own is an ArrowException too
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise Corrupt(one_line(error)) from None
 
@@ -394,7 +396,10 @@ def encode(texts, encoding):
         # arrays, not lists: they are made without the GIL, so that threads run in parallel
         to_numpy = functools.partial(encoding.encode_to_numpy, disallowed_special=())
         return [encode_text(to_numpy, text) for text in texts]
-    return encoding.encode_ordinary_batch(texts)
+    try:
+        return encoding.encode_ordinary_batch(texts)
+    except BaseException:  # tokenizers may panic: one by one, which names the text in the message
+        return [encode_text(encoding.encode_ordinary, text) for text in texts]
 
 
 # -- the data set ----------------------------------------------------------------------------------

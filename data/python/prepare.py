@@ -13,13 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # data/ may be a link
 from nanogqa.configurator import UserError, build, parse, program
-from nanogqa.writer import PrepareConfig, held_out, input_files, print_skipped, write_dataset
+from nanogqa.writer import PrepareConfig, documents_of_files, input_files, write_dataset
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 def find_files(root, data_dir):
     """{path relative to root: path} of the Python files below root, sorted."""
+    if root.is_file():
+        raise UserError(f"{root} is a file: name a folder of Python source with --input")
     files = {}
     for name, path in input_files(root, "*.py", data_dir).items():
         if not SKIPPED.intersection(name.split("/")):
@@ -46,34 +48,18 @@ def read(path):
     return text
 
 
-def documents(root, data_dir):
-    """Yields (split, text) for each file."""
-    files = find_files(root, data_dir)
-    val = held_out(files)
-    skipped = []
-    for name, path in files.items():
-        try:
-            text = read(path)
-        except ValueError:  # includes UnicodeError
-            skipped.append(name)
-            continue
-        split = "train"
-        if name in val:
-            split = "val"
-        yield split, text
-    print_skipped(skipped, "Python source")
-
-
 @program
 def main(argv):
     config = build(PrepareConfig, parse(PrepareConfig, argv, __doc__))
     root = Path(config.input or sysconfig.get_path("stdlib"))
     data_dir = config.data_dir or Path(__file__).parent
+    source = "Python standard library"
+    if config.input is not None:
+        source = root.resolve().name
     print(f"Python {platform.python_version()}, source from {root}")
-    write_dataset(
-        documents(root, data_dir), data_dir, config.tokenizer, config.overwrite,
-        source="Python standard library", python=platform.python_version(),
-    )
+    documents = documents_of_files(find_files(root, data_dir), read, "Python source")
+    write_dataset(documents, data_dir, config.tokenizer, config.overwrite, source=source,
+                  python=platform.python_version())
 
 
 if __name__ == "__main__":

@@ -11,15 +11,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # data/ may be a link
 from nanogqa.configurator import UserError, build, parse, program
-from nanogqa.writer import PrepareConfig, held_out, input_files, print_skipped, write_dataset
+from nanogqa.writer import PrepareConfig, documents_of_files, input_files, write_dataset
+
+
+def read(path):
+    """The text of a file. Raises UnicodeDecodeError, a ValueError, if it is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): fix or remove it, or name another "
+                        "--input") from None
 
 
 def documents_of_file(path):
     """Yields (split, text): the first 90 % and the last 10 % of a file."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): name a text file") from None
+        text = read(path)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it first"
@@ -27,26 +34,6 @@ def documents_of_file(path):
     cut = int(len(text) * 0.9)
     yield "train", text[:cut]
     yield "val", text[cut:]
-
-
-def documents_of_folder(folder, data_dir):
-    """Yields (split, text) for each file, in the order of the paths."""
-    files = input_files(folder, "*", data_dir)
-    val = held_out(files)
-    skipped = []
-    for name, path in files.items():
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError:
-            skipped.append(name)
-            continue
-        except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror}): fix or remove it") from None
-        split = "train"
-        if name in val:
-            split = "val"
-        yield split, text
-    print_skipped(skipped, "UTF-8")
 
 
 @program(remedy="split the text into a folder of smaller files")
@@ -62,7 +49,7 @@ def main(argv):
     source = Path(config.input)
     data_dir = config.data_dir or Path(__file__).parent
     if source.is_dir():
-        documents = documents_of_folder(source, data_dir)
+        documents = documents_of_files(input_files(source, "*", data_dir), read, "UTF-8")
     else:  # a file, or a pipe
         documents = documents_of_file(source)
     write_dataset(documents, data_dir, config.tokenizer, config.overwrite, source=source.name)
