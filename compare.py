@@ -48,10 +48,10 @@ from nanogqa.report import remove_report, write_report
 from nanogqa.results import (
     curve_of,
     evaluations,
+    key_of,
     load_results,
     metrics_of,
     recorded_runs,
-    shape_of,
 )
 from nanogqa.runs import Run, ranks_of, train_runs
 from nanogqa.runtime import describe_machine, pick_runtime
@@ -121,13 +121,13 @@ class Variant:
     control: bool = False         # a baseline of controls_of, which no axis lists
 
     @property
-    def shape(self):
-        """The name of its model: both matchings share timings and runs where n_ff is equal."""
-        return shape_of(self.name, self.config.n_ff)
+    def key(self):
+        """Names its model for timings and runs; both matchings share those where n_ff is equal."""
+        return key_of(self.name, self.config.n_ff)
 
     def run_name(self, seed):
         """The folder of its run with this seed."""
-        return f"{self.shape}-seed{seed}"
+        return f"{self.key}-seed{seed}"
 
 
 def plan(given):
@@ -157,7 +157,7 @@ def check_plan(config, variants, given):
             raise UserError(f"{key} takes a list of numbers: leave None out")
     dataset = Dataset(config.dataset)
     names = {(variant.match, variant.name) for variant in variants}
-    folders = {(variant.match, variant.shape) for variant in variants}
+    folders = {(variant.match, variant.key) for variant in variants}
     if min(len(names), len(folders)) < len(variants):
         raise UserError("two different models have one name, or names that differ in punctuation "
                         "alone: leave out one of the axes, or compare them with two commands")
@@ -546,16 +546,17 @@ def defaults_of(cls):
 @dataclass
 class Timing:
     """One call of bench.py."""
-    shape: str = field(compare=False)  # timings are equal if bench.py would do the same
+    key: str = field(compare=False)  # timings are equal if bench.py would do the same
     mode: str                     # train or decode
     settings: dict                # of bench.py
 
 
 def measure_speed(variants, config, given):
-    """{shape: {"train": [row], "decode": rows}}: rows of bench.py, the faster of two rounds.
+    """{key: {"train": [row], "decode": rows}} of each variant: rows of bench.py, the faster of two
+    rounds.
 
     Every timing has its own process. A second round follows the first, instead of timing each
-    shape twice in a row, since a shared machine may be busy for a while. Variants that differ in
+    model twice in a row, since a shared machine may be busy for a while. Variants that differ in
     the learning rate, for example, need one timing alone.
     """
     timings = plan_timings(variants, config, given)
@@ -570,12 +571,12 @@ def measure_speed(variants, config, given):
         rows[i] = faster_rows(rows[i], run_bench(timing))
     speed = {}
     for timing in timings:
-        speed.setdefault(timing.shape, {})[timing.mode] = rows[different.index(timing)]
+        speed.setdefault(timing.key, {})[timing.mode] = rows[different.index(timing)]
     return speed
 
 
 def plan_timings(variants, config, given):
-    """A Timing of training and one of decoding for each shape."""
+    """A Timing of training and one of decoding for each model."""
     shared = {"seed": config.seed, "device": config.device, "dtype": config.dtype}
     decoding = {"batch_size": [1, 16], "prompt_len": [256, 1024, 4096], "new_tokens": 16,
                 "repeats": 5, "compile": False}
@@ -584,18 +585,18 @@ def plan_timings(variants, config, given):
     if config.decode_prompt_len:
         decoding["prompt_len"] = given["decode_prompt_len"]
     timings = []
-    shapes = {variant.shape: variant.config for variant in variants}
-    for shape, run in shapes.items():
+    models = {variant.key: variant.config for variant in variants}
+    for key, run in models.items():
         batch_size, micro_steps = batch_shape(run, ranks_of(run))
         training = {"batch_size": batch_size, "micro_steps": micro_steps,
                     "steps": max(5, 30 // micro_steps), "compile": config.compile,
                     "optimizer": run.optimizer, "trainable": run.trainable,
                     "recompute": run.recompute}
         settings = {**shared, **asdict(subset(GPTConfig, run)), "fast": run.fast}
-        timings.append(Timing(shape, "train", {**settings, **training}))
+        timings.append(Timing(key, "train", {**settings, **training}))
         for name in ("block_size", "dropout"):  # of training alone
             del settings[name]
-        timings.append(Timing(shape, "decode", {**settings, **decoding}))
+        timings.append(Timing(key, "decode", {**settings, **decoding}))
     return timings
 
 
@@ -619,7 +620,7 @@ def run_bench(timing):
         remedy = "its settings are those of the runs"
         if timing.mode == "decode":
             remedy = "its batch_size and prompt_len are decode_batch_size and decode_prompt_len"
-        raise UserError(f"bench.py --mode={timing.mode} failed for {timing.shape} "
+        raise UserError(f"bench.py --mode={timing.mode} failed for {timing.key} "
                         f"({one_line(lines[-1])}): {remedy}")
     result = json.loads(done.stdout.splitlines()[-1])
     return result.get("rows", [result])
@@ -653,7 +654,7 @@ def plan_runs(variants, config):
         for variant in variants:
             name = variant.run_name(seed)
             path = Path(config.out_dir) / "runs" / name
-            runs[name] = Run(variant.config, variant.shape, seed, path)
+            runs[name] = Run(variant.config, variant.key, seed, path)
     return list(runs.values())
 
 
@@ -675,7 +676,7 @@ def record_of(variant, seed, rows, dataset):
     return dict(
         variant=variant.name, match=variant.match, seed=seed, **variant.facts,
         val_loss=last["val_loss"], val_bpb=dataset.metrics(last["val_loss"]).get("val_bpb"),
-        metrics=metrics_of(last), run=variant.run_name(seed), shape=variant.shape,
+        metrics=metrics_of(last), run=variant.run_name(seed), shape=variant.key,
         curve=curve_of(rows))
 
 

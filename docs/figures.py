@@ -33,17 +33,17 @@ def variants(match):
     return [by_name[name] for name in NAMES]
 
 
-def timing(shape, batch_size, prompt_len, comparison="compare"):
+def timing(key, batch_size, prompt_len, comparison="compare"):
     """The row of bench.py for decoding at that batch and context, in a folder of results/."""
-    for row in read(f"{comparison}/results.json")["speed"][shape]["decode"]:
+    for row in read(f"{comparison}/results.json")["speed"][key]["decode"]:
         if (row["batch_size"], row["prompt_len"]) == (batch_size, prompt_len):
             return row
-    raise ValueError(f"{shape} was not timed at {batch_size} x {prompt_len}")
+    raise ValueError(f"{key} was not timed at {batch_size} x {prompt_len}")
 
 
 def slowest_cell(summary):
     """The timing at the largest batch and context."""
-    return timing(summary.shape, 16, 4096)
+    return timing(summary.key, 16, 4096)
 
 
 def attention():
@@ -113,7 +113,7 @@ def over_cells(key, unit, digits):
     for summary in variants("shape"):
         row = [NAMES[summary.name]]
         for batch, tokens in CELLS:
-            row.append(f"{timing(summary.shape, batch, tokens)[key] * unit:,.{digits}f}")
+            row.append(f"{timing(summary.key, batch, tokens)[key] * unit:,.{digits}f}")
         rows.append(row)
     return table(["", *(f"{batch} x {tokens:,}" for batch, tokens in CELLS)], rows)
 
@@ -228,7 +228,7 @@ def designs():
     """Cache, loss and times of every design of config/cache.py (docs/cache.md)."""
     rows = []
     for summary in summarize(read("cache/results.json")):
-        cell = timing(summary.shape, 16, 4096, "cache")
+        cell = timing(summary.key, 16, 4096, "cache")
         rows.append([
             f"[{summary.name}](../config/{summary.name}.py)",
             f"{cell['kv_cache_bytes'] / 1e6:,.0f}",
@@ -425,24 +425,24 @@ def ratios():
 def timed_twice():
     """Steps of models with equal parameters as a share of MHA's, as timed for results/compare and
     for results/cache, and the largest ratio of the two times of a model."""
-    shapes = {summary.name: summary.shape for summary in variants("params")}
-    again = {summary.name: summary.shape for summary in summarize(read("cache/results.json"))}
+    keys = {summary.name: summary.key for summary in variants("params")}
+    again = {summary.name: summary.key for summary in summarize(read("cache/results.json"))}
     texts, ratios = {}, []
-    for name in shapes:
+    for name in keys:
         key = name.lower().removesuffix("-2")
-        texts[f"{key}_step_params"] = step_ratio(shapes[name], shapes["MHA"], "compare")
+        texts[f"{key}_step_params"] = step_ratio(keys[name], keys["MHA"], "compare")
         texts[f"{key}_step_again"] = step_ratio(again[key], again["mha"], "cache")
         for tokens in (256, 1024, 4096):
-            one = timing(shapes[name], 16, tokens)
+            one = timing(keys[name], 16, tokens)
             other = timing(again[key], 16, tokens, "cache")
             ratios += [one["step_ms"] / other["step_ms"], one["prefill_s"] / other["prefill_s"]]
     texts["timing_spread"] = f"{max(*ratios, 1 / min(ratios)):.1f}"
     return texts
 
 
-def step_ratio(shape, other, comparison):
-    """The time of a step as a share of another shape's, at the largest batch and context."""
-    step = timing(shape, 16, 4096, comparison)["step_ms"]
+def step_ratio(key, other, comparison):
+    """The time of a step as a share of another model's, at the largest batch and context."""
+    step = timing(key, 16, 4096, comparison)["step_ms"]
     return f"{step / timing(other, 16, 4096, comparison)['step_ms']:.2f}"
 
 
@@ -469,7 +469,7 @@ def of_mqa():
 def of_designs():
     """Differences in loss to mha, and sizes and times as a share of its own (docs/cache.md)."""
     summaries = summarize(read("cache/results.json"))
-    cells = {summary.name: timing(summary.shape, 16, 4096, "cache") for summary in summaries}
+    cells = {summary.name: timing(summary.key, 16, 4096, "cache") for summary in summaries}
     texts = {"design_seeds": str(read("cache/results.json")["settings"]["seeds"])}
     for summary in summaries[1:]:
         cell, first = cells[summary.name], cells["mha"]

@@ -136,9 +136,9 @@ def right(results):
                       "middle"))
     ends = []
     for variant, (name, _) in VARIANTS.items():
-        shape = first(results["records"], variant=variant, match="shape")["shape"]
+        key = first(results["records"], variant=variant, match="shape")["shape"]
         points = []
-        for timing in results["speed"][shape]["decode"]:
+        for timing in results["speed"][key]["decode"]:
             if timing["batch_size"] == BATCH:
                 points.append(place(timing["prompt_len"], timing["step_ms"]))
         path = " L".join(f"{x:.1f} {y:.1f}" for x, y in points)

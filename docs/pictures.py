@@ -10,7 +10,7 @@ from reading import ROOT, read
 from nanogqa import pictures
 from nanogqa.configurator import plural
 from nanogqa.pictures import Panel, loss_points, metric_points, time_panel
-from nanogqa.summary import by_shape, summarize
+from nanogqa.summary import by_key, summarize
 
 
 def designs():
@@ -22,7 +22,7 @@ def designs():
     return [
         Panel("loss on text, nats per byte", loss_points(summaries), lower=True),
         Panel("right answers on associative recall", answers, lower=False),
-        time_panel(by_shape(summaries), text),
+        time_panel(by_key(summaries), text),
     ], summaries
 
 

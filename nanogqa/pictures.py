@@ -7,7 +7,7 @@ from typing import NamedTuple
 from nanogqa.costs import CONTEXT
 from nanogqa.estimates import mean_over_seeds
 from nanogqa.summary import (
-    by_shape,
+    by_key,
     cache_bytes,
     column,
     matches_of,
@@ -188,16 +188,16 @@ def draw_metrics(summaries, colors):
 def draw_decoding(summaries, colors, results):
     """Time of a decode step over the context, an axis for each batch size."""
     speed = results["speed"]
-    shapes = by_shape(with_match(summaries, summaries[0].match))
-    cells = speed[summaries[0].shape]["decode"]
+    models = by_key(with_match(summaries, summaries[0].match))
+    cells = speed[summaries[0].key]["decode"]
     batches = sorted(set(column(cells, "batch_size")))
     figure, axes = new_figure(len(batches), colors)
     floor = bandwidth_beyond_cache(results)
     ends_of = []  # of each axis: (last y, name, color) of its lines
     for axis, batch in zip(axes, batches, strict=True):
         ends = []
-        for shape, summary in shapes.items():
-            timings = [cell for cell in speed[shape]["decode"] if cell["batch_size"] == batch]
+        for key, summary in models.items():
+            timings = [cell for cell in speed[key]["decode"] if cell["batch_size"] == batch]
             timings.sort(key=context)
             draw_decode_times(axis, timings, colors[summary.name], floor)
             ends.append((timings[-1]["step_ms"], summary.name, colors[summary.name]))
@@ -255,7 +255,7 @@ def draw_fronts(summaries, colors, results):
         for name in metric_names(matched):
             label = f"{shown_name(name)}, {equal(match)}"
             panels.append(Panel(label, metric_points(matched, name), name != "val_acc"))
-    panels.append(time_panel(by_shape(with_match(summaries, summaries[0].match)), results))
+    panels.append(time_panel(by_key(with_match(summaries, summaries[0].match)), results))
     return draw_panels(panels, colors, summaries[0].name)
 
 
@@ -325,13 +325,13 @@ def metric_points(summaries, name):
     return points
 
 
-def time_panel(shapes, results):
+def time_panel(models, results):
     """Times of the decode step with the largest batch and the longest context. They have no front:
     two rounds of timing give no error bar and cannot order close times."""
     points = []
-    for shape, summary in shapes.items():
-        largest = max(results["speed"][shape]["decode"], key=batch_and_context)
-        batch_size, prompt_len = batch_and_context(largest)  # the same for every shape
+    for key, summary in models.items():
+        largest = max(results["speed"][key]["decode"], key=batch_and_context)
+        batch_size, prompt_len = batch_and_context(largest)  # the same for every model
         points.append(Point(cache_bytes(summary), largest["step_ms"], summary.name))
     label = f"ms per step, batch {batch_size}, context {prompt_len:,}"
     return Panel(label, points, None)

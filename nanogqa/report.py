@@ -8,7 +8,7 @@ from nanogqa.files import replacing
 from nanogqa.pictures import PICTURES, draw
 from nanogqa.published import PUBLISHED, VARIANTS, relative_differences
 from nanogqa.summary import (
-    by_shape,
+    by_key,
     cache_bytes,
     compared,
     metric_names,
@@ -59,9 +59,9 @@ ABOUT_PUBLISHED = (
     "error is unknown:"
 )
 ABOUT_SPEED = (
-    "bench.py measures speeds and memory with random weights of the same shape. It times every "
-    "shape in two rounds. Each time is the shorter of the two; memory is that of the round with "
-    "the faster step, and excludes the imports."
+    "bench.py measures speeds and memory with random weights. It times every model in two rounds. "
+    "Each time is the shorter of the two; memory is that of the round with the faster step, and "
+    "excludes the imports."
 )
 
 
@@ -217,7 +217,7 @@ def steps_cell(summary, results, n_comparisons):
     if steps is None:
         return "never"
     tokens = steps * results["settings"]["tokens_per_step"]
-    rate = results["speed"][summary.shape]["train"][0]["tok_s"] * results["machine"]["ranks"]
+    rate = results["speed"][summary.key]["train"][0]["tok_s"] * results["machine"]["ranks"]
     return f"{steps:,.0f} ({tokens / rate:,.0f} s)"
 
 
@@ -256,7 +256,7 @@ def resolution(summaries):
     rows = []
     for summary in others:
         difference = summary.difference
-        row = [shape_label(summary), half_cell(difference.half),
+        row = [label_of(summary), half_cell(difference.half),
                half_cell(difference.half_together), f"{difference.detectable:.4f}"]
         if relative:
             row.append(f"{100 * difference.detectable / first.loss.mean:.1f}")
@@ -315,43 +315,43 @@ def perplexity_cell(row, variant):
 
 def speed_tables(speed, summaries):
     """Blocks of text: the tables of training and decoding, with their captions."""
-    shapes = by_shape(summaries)
+    models = by_key(summaries)
     return [
-        training_table(speed, shapes),
+        training_table(speed, models),
         "Decoding, ms per step, batch x context:",
-        decoding_table(speed, shapes, decode_ms),
+        decoding_table(speed, models, decode_ms),
         "Prefill, ms, batch x context:",
-        decoding_table(speed, shapes, prefill_ms),
+        decoding_table(speed, models, prefill_ms),
         "Peak memory while decoding, MB, batch x context:",
-        decoding_table(speed, shapes, peak_mb),
+        decoding_table(speed, models, peak_mb),
     ]
 
 
-def training_table(speed, shapes):
+def training_table(speed, models):
     rows = []
-    for shape, summary in shapes.items():
-        for timing in speed[shape]["train"]:
+    for key, summary in models.items():
+        for timing in speed[key]["train"]:
             rows.append([
-                shape_label(summary),
+                label_of(summary),
                 f"{timing['step_ms']:.1f}",
                 f"{timing['tok_s']:,.0f}",
                 peak_mb(timing),
             ])
-    return table(["variant", "training, ms per micro-step", "tokens/s", "peak memory, MB"], rows)
+    return table(["variant", "training, ms per step", "tokens/s", "peak memory, MB"], rows)
 
 
-def decoding_table(speed, shapes, cell_text):
+def decoding_table(speed, models, cell_text):
     """A column for each batch and context; cell_text formats one timing of bench.py."""
     head = ["variant"]
-    for timing in speed[next(iter(shapes))]["decode"]:
+    for timing in speed[next(iter(models))]["decode"]:
         head.append(f"{timing['batch_size']} x {timing['prompt_len']:,}")
     rows = []
-    for shape, summary in shapes.items():
-        rows.append([shape_label(summary), *map(cell_text, speed[shape]["decode"])])
+    for key, summary in models.items():
+        rows.append([label_of(summary), *map(cell_text, speed[key]["decode"])])
     return table(head, rows)
 
 
-def shape_label(summary):
+def label_of(summary):
     if summary.match == "params":
         return f"{summary.name} (n_ff {summary.facts['n_ff']})"
     return summary.name

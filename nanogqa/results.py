@@ -8,7 +8,7 @@ from nanogqa.configurator import UserError, convert, one_line
 
 # -- what it holds ---------------------------------------------------------------------------------
 
-def shape_of(name, n_ff):
+def key_of(name, n_ff):
     """The name of a variant's model: the key of its timings, and the first part of its runs' names.
     """
     return f"{re.sub(r'[^A-Za-z0-9.=-]+', '_', name)}-n_ff{n_ff}"
@@ -56,7 +56,8 @@ DECODING = {"batch_size": positive, "prompt_len": positive, "step_ms": duration,
             "prefill_s": duration, "mbu": share, "bytes_per_step": positive,
             "kv_cache_bytes": positive, "peak_memory_bytes": quantity}
 RECORD = {
-    "variant": str, "match": matching, "seed": schema.count, "shape": str, "run": str,
+    "variant": str, "match": matching, "seed": schema.count, "run": str,
+    "shape": str,  # the key of its model
     "heads?": str, "n_ff": positive, "params": positive, "non_embedding_params": positive,
     "flops_per_token": positive, "kv_bytes_per_token": positive, "kv_bytes_of_context?": positive,
     "val_loss": quantity, "val_bpb": bits, "metrics?": {str: quantity}, "curve": [point],
@@ -144,8 +145,8 @@ def check_speed(results):
     """Raises ValueError unless no model is timed yet, or each, with the same batches and contexts.
     """
     speed = results["speed"]
-    shapes = {shape_of(variant["name"], variant["n_ff"]) for variant in results["variants"]}
-    if not shapes or (speed and shapes != speed.keys()):
+    models = {key_of(variant["name"], variant["n_ff"]) for variant in results["variants"]}
+    if not models or (speed and models != speed.keys()):
         raise ValueError("speed and variants hold different models")
     grids = set()
     for rows in speed.values():
@@ -168,8 +169,8 @@ def check_records(results):
         steps.append([step for step, _ in record["curve"]])
         if not record["curve"] or record["curve"][-1][1] != record["val_loss"]:
             raise ValueError("a curve does not end with the loss of its run")
-        if record["shape"] != shape_of(record["variant"], record["n_ff"]):
-            raise ValueError("a record has the shape of another model")
+        if record["shape"] != key_of(record["variant"], record["n_ff"]):
+            raise ValueError("a record has the key of another model")
     if steps[0] != sorted(set(steps[0])) or steps.count(steps[0]) < len(steps):
         raise ValueError("curves have different steps")
     if len({record["val_bpb"] is None for record in records}) > 1:

@@ -26,7 +26,7 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 class Run:
     """One training run; variants that are one model in both matchings share it."""
     config: object                # its TrainConfig, complete except for seed and out_dir
-    shape: str
+    key: str                      # of its variant: see Variant of compare.py
     seed: int
     folder: Path
     steps: int = 0                # done so far: see look
@@ -125,7 +125,7 @@ def remaining_seconds(runs, config, speed, dataset):
     seconds = 0.0
     for run in runs:
         share_left = max(0, config.max_steps - run.steps) / config.max_steps
-        seconds += share_left * tokens_of_run / speed[run.shape]["train"][0]["tok_s"]
+        seconds += share_left * tokens_of_run / speed[run.key]["train"][0]["tok_s"]
     return seconds / ranks_of(config)
 
 

@@ -17,7 +17,7 @@ class Summary:
     """One variant in one matching, over all seeds."""
     name: str
     match: str                    # shape or params
-    shape: str                    # key of its timings in results["speed"]
+    key: str                      # of its timings in results["speed"]
     facts: dict                   # its first record, for what does not depend on the seed
     is_first: bool                # the variant that the others of its matching are compared to
     loss: Estimate                # nats per target, with the standard error
@@ -35,7 +35,7 @@ def summarize(results):
     for record in results["records"]:
         groups.setdefault((record["match"], record["variant"]), []).append(record)
     first = {}  # {matching: records of its first variant}
-    # {shape: (losses, losses of the first variant)}: one model in both matchings is one comparison
+    # {key: (losses, losses of the first variant)}: one model in both matchings is one comparison
     samples = {}
     for (match, _), records in groups.items():
         first.setdefault(match, records)
@@ -69,7 +69,7 @@ def summarize_variant(records, first, difference):
     return Summary(
         name=records[0]["variant"],
         match=records[0]["match"],
-        shape=records[0]["shape"],
+        key=records[0]["shape"],
         facts=records[0],
         is_first=records is first,
         loss=mean_over_seeds(column(records, "val_loss")),
@@ -121,15 +121,15 @@ def cache_bytes(summary):
 
 def compared(summaries):
     """The summaries that are compared to a first variant, each model once."""
-    return by_shape([summary for summary in summaries if not summary.is_first]).values()
+    return by_key([summary for summary in summaries if not summary.is_first]).values()
 
 
-def by_shape(summaries):
-    """{shape: its first summary}: a variant that is one model in both matchings counts once."""
-    shapes = {}
+def by_key(summaries):
+    """{key: its first summary}: a variant that is one model in both matchings counts once."""
+    models = {}
     for summary in summaries:
-        shapes.setdefault(summary.shape, summary)
-    return shapes
+        models.setdefault(summary.key, summary)
+    return models
 
 
 def with_match(summaries, match):

@@ -369,7 +369,7 @@ def test_everything_is_timed_in_two_rounds(monkeypatch):
     monkeypatch.setattr(compare, "plan_timings", lambda *args: timings)
 
     def run_bench(timing):
-        calls.append(timing.shape)
+        calls.append(timing.key)
         return [dict(step_ms=float(9 - len(calls)))]
     monkeypatch.setattr(compare, "run_bench", run_bench)
     speed = compare.measure_speed([], None, {})
@@ -391,7 +391,7 @@ def test_a_run_that_cannot_end(toy_data, tmp_path, monkeypatch):
     variant = planned(toy_data, "--match=shape")[2][0]
     monkeypatch.setattr(training, "train_command", lambda run: [sys.executable, "-c", "raise SystemExit(2)"])
     with pytest.raises(UserError, match="or choose another --out_dir to leave this variant out"):
-        training.run_training(training.Run(variant.config, variant.shape, 1, tmp_path / "run"), tqdm(disable=True))
+        training.run_training(training.Run(variant.config, variant.key, 1, tmp_path / "run"), tqdm(disable=True))
 
 
 def test_the_error_of_a_run_under_torchrun_is_its_own(toy_data, tmp_path, monkeypatch):
@@ -400,19 +400,19 @@ def test_the_error_of_a_run_under_torchrun_is_its_own(toy_data, tmp_path, monkey
     lines = "print('train.py: the loss is not finite: lower it'); print('Traceback'); print('====='); raise SystemExit(2)"
     monkeypatch.setattr(training, "train_command", lambda run: [sys.executable, "-c", lines])
     with pytest.raises(UserError, match=re.escape("code 2 (train.py: the loss is not finite: lower it)")):
-        training.run_training(training.Run(variant.config, variant.shape, 1, tmp_path / "run"), tqdm(disable=True))
+        training.run_training(training.Run(variant.config, variant.key, 1, tmp_path / "run"), tqdm(disable=True))
 
 
 def test_a_run_that_is_damaged_when_it_ends(toy_data, tmp_path, monkeypatch):
     """It "ended at step 0", and the same command trained it again, forever."""
     config, _, variants = planned(toy_data, "--match=shape")
-    run = training.Run(variants[0].config, variants[0].shape, 1, tmp_path / "run")
+    run = training.Run(variants[0].config, variants[0].key, 1, tmp_path / "run")
 
     def look(dataset, curves, GPTConfig):
         run.damage = "its metrics.jsonl holds impossible values"
     run.look = look
     monkeypatch.setattr(training, "run_training", lambda run, bar: None)
-    speed = {variant.shape: dict(train=[dict(tok_s=1.0)]) for variant in variants}
+    speed = {variant.key: dict(train=[dict(tok_s=1.0)]) for variant in variants}
     results = dict(speed=speed, records=[])
     with pytest.raises(UserError, match="ended, but its metrics.jsonl holds impossible values"):
         training.train_runs([run], config, results, compare.Dataset(toy_data), compare.GPTConfig)
@@ -435,7 +435,7 @@ def test_runs_use_all_gpus(toy_data, tmp_path, monkeypatch):
     variant = planned(toy_data, "--match=shape")[2][1]
     for device, ranks in (("auto", 4), ("cuda", 4), ("cpu", 1), ("cuda:0", 1)):
         config = replace(variant.config, device=device)
-        run = training.Run(config, variant.shape, 7, tmp_path / "run")
+        run = training.Run(config, variant.key, 7, tmp_path / "run")
         words = [str(word) for word in training.train_command(run)]
         assert ("--nproc_per_node=4" in words, training.ranks_of(config)) == (ranks > 1, ranks)
         at = words.index(str(ROOT / "train.py"))
@@ -524,7 +524,7 @@ def test_results_without_newer_settings_are_resumed(comparison, capsys):
 
 def test_two_runs_of_one_variant_and_seed_give_one_curve(toy_data, tmp_path, comparison):
     variant = planned(toy_data, "--n_kv_head=4,1", "--seeds=2", "--match=params")[2][1]
-    training.run_training(training.Run(variant.config, variant.shape, 1337, tmp_path / "again"), tqdm(disable=True))
+    training.run_training(training.Run(variant.config, variant.key, 1337, tmp_path / "again"), tqdm(disable=True))
 
     def curve(folder):
         keys = ("step", "train_loss", "val_loss", "grad_norm")
@@ -553,7 +553,7 @@ def test_what_is_timed_are_the_settings_of_each_variant(toy_data):
     found = []
     for timing in compare.plan_timings(variants, config, given):
         if timing.mode == "train":
-            assert timing.settings["fast"] == ("fast=True" in timing.shape)
+            assert timing.settings["fast"] == ("fast=True" in timing.key)
             found.append((timing.settings["batch_size"], timing.settings["fast"]))
         elif timing.mode == "decode":
             assert timing.settings["batch_size"] == [1, 2]

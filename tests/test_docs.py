@@ -628,7 +628,7 @@ def test_what_the_documents_say_of_larger_and_slower(values):
     assert cells["MLA"]["prefill_s"] > cells["MHA"]["prefill_s"]
     for prompt_len in (256, 1024, 4096):
         for batch_size in (1, 16):
-            shape = {summary.name: figures.timing(summary.shape, batch_size, prompt_len)
+            shape = {summary.name: figures.timing(summary.key, batch_size, prompt_len)
                      for summary in figures.variants("shape")}
             assert shape["MLA"]["prefill_s"] > shape["MHA"]["prefill_s"]
             if batch_size == 1:
