@@ -280,6 +280,9 @@ def model_config(hf, path, GPTConfig):
     try:
         n_layer = build(GPTConfig, settings).n_layer  # checked, before lists of that length
         types = types_of(hf, n_layer, window)
+        if len(types) != n_layer:
+            raise UserError(f"num_hidden_layers={n_layer}, but layer_types lists {len(types)}: "
+                            "download it again")
         config = build(GPTConfig, settings | window_settings(hf, types, window))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -523,11 +523,13 @@ def test_windows_are_named_by_the_layers_that_have_them(changes, layers):
     (dict(sliding_window=9, max_window_layers=0), None, 0)], ids=str)
 def test_windows_of_qwen_without_layer_types(changes, window, global_every):
     """The rule of transformers' Qwen2Config, whose defaults are 4,096 tokens and 28 layers without a window."""
-    found = nanogqa.hf_model.window_settings(dict(model_type="qwen2", **changes), 4, "config.json")
+    hf = dict(model_type="qwen2", **changes)
+    size = hf.get("sliding_window", 4096)
+    types = nanogqa.hf_model.types_of(hf, 4, size)
     expected = {} if window is None else {"window": window, "global_every": global_every}
-    assert found == expected
+    assert nanogqa.hf_model.window_settings(hf, types, size) == expected
     configuration = pytest.importorskip("transformers").Qwen2Config(num_hidden_layers=4, **changes)
-    assert (configuration.layer_types == ["sliding_attention"] * 4) == (window is not None)
+    assert configuration.layer_types == types
 
 
 @pytest.mark.parametrize("changes,words", [
@@ -1195,6 +1197,7 @@ def test_null_takes_the_default_of_transformers(transformers, tmp_path):
             ),
             "layer_types=full_attention, sliding_attention",
         ),
+        (change_config(layer_types=["full_attention"]), "hf/config.json: num_hidden_layers=2, but layer_types lists 1"),
         (change_config(rope_parameters=dict(rope_type="yarn", factor=4.0)), "rope_type=yarn"),
         (
             change_config(rope_parameters=dict(rope_type="llama3", rope_theta=1e4)),

@@ -136,7 +136,7 @@ def test_one_value_changed(folder, tmp_path, capfd, name, n):
 @pytest.mark.parametrize(
     "file,change,words",
     [
-        ("config.json", dict(num_hidden_layers=1000), "but config.json promises 1000 layers"),
+        ("config.json", dict(num_hidden_layers=1000), "num_hidden_layers=1000, but layer_types lists 2"),
         ("config.json", dict(num_hidden_layers=10**12), "n_layer must be at most"),
         ("config.json", dict(num_hidden_layers=10**30), "n_layer must be a whole number"),
         ("config.json", dict(layer_types=5), "layer_types is 5"),
