@@ -545,18 +545,18 @@ def check(configs, given):
         if config.mode == "scale" and (len(given) > 1 or len(configs) > 1):
             raise UserError("--mode=scale takes its shapes from config/ and no other setting: "
                             "leave the rest out")
-    if given.get("out_dir") is not None:
-        sizes = [field.name for field in fields(GPTConfig) if field.name in given]
-        if sizes:
-            raise UserError(f"{', '.join(sizes)} and out_dir exclude each other: the checkpoint "
-                            "has its own shape, so leave out one or the other")
     modes = {config.mode for config in configs}
     for mode, names in SETTINGS_OF_MODE.items():
         unread = [name for name in names if name in given]
         for other in sorted(modes - {mode}):
             if unread:
-                raise UserError(f"--mode={other} does not read {', '.join(unread)}: leave that "
-                                f"out, or time --mode={mode} in a command of its own")
+                raise UserError(f"--mode={other} does not read {', '.join(unread)}: leave out what "
+                                f"is for --mode={mode}, or time that in a command of its own")
+    if given.get("out_dir") is not None:
+        sizes = [field.name for field in fields(GPTConfig) if field.name in given]
+        if sizes:
+            raise UserError(f"{', '.join(sizes)} and out_dir exclude each other: the checkpoint "
+                            "has its own shape, so leave out one or the other")
 
 
 def time_all(configs, axes=()):

@@ -403,23 +403,19 @@ def facts_of(config, runtime):
 
 
 def matching_n_ff(config, params, wanted):
-    """The n_ff that brings a model of params parameters to wanted.
-
-    A multiple of 8, for fast matrix products, where that is within 0.5 % of wanted.
-    """
+    """The n_ff that brings a model of params parameters within 0.5 % of wanted: a multiple of 8,
+    for fast matrix products, if there is one. Raises UserError if there is none at all."""
     per_unit = 3 * config.n_layer * config.n_embd  # a row of gate and up, a column of down
     exact = config.n_ff + (wanted - params) / per_unit
     if exact < 1:
         raise UserError(f"no n_ff reduces {params:,} parameters to the {wanted:,} of the first "
                         "variant: choose --match=shape")
-    rounded = round(exact / 8) * 8
-    if rounded > 0 and abs(rounded - exact) * per_unit <= 0.005 * wanted:
-        return rounded
-    nearest = round(exact)
-    if abs(nearest - exact) * per_unit > 0.005 * wanted:
-        raise UserError(f"no n_ff brings {params:,} parameters within 0.5 % of the {wanted:,} of "
-                        "the first variant: choose --match=shape")
-    return nearest
+    for multiple in (8, 1):
+        n_ff = round(exact / multiple) * multiple
+        if n_ff > 0 and abs(n_ff - exact) * per_unit <= 0.005 * wanted:
+            return n_ff
+    raise UserError(f"no n_ff brings {params:,} parameters within 0.5 % of the {wanted:,} of the "
+                    "first variant: choose --match=shape")
 
 
 # -- new results, or those of the comparison to resume ---------------------------------------------
@@ -556,8 +552,8 @@ def measure_speed(variants, config, given):
     rounds.
 
     Every timing has its own process. A second round follows the first, instead of timing each
-    model twice in a row, since a shared machine may be busy for a while. Variants that differ in
-    the learning rate, for example, need one timing alone.
+    model twice in a row, since a shared machine may be busy for a while. Variants that bench.py
+    cannot tell apart, such as two learning rates, share a timing.
     """
     timings = plan_timings(variants, config, given)
     different = []

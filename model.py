@@ -282,7 +282,7 @@ class Attention(nn.Module):
             self.k_norm = norm(D, config.norm_eps, config.qk_norm)
 
     def forward(self, x, context, kv):
-        """x: (B, T, C). kv: [k, v], (B, K, S, D) each, of a layer below for a layer without its
+        """x: (B, T, C). kv: what keys_and_values gave in a layer below, for a layer without its
         own, else None. Returns (B, T, C), and kv if layers above read it, else None."""
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)                # (B, T, H, D)

@@ -304,8 +304,8 @@ def train(given, stack):
         else:
             in_a_row += 1
             skipped += 1
-        check_finite(in_a_row < checkpoint.MAX_SKIPS, f"gradient, as in the "
-                     f"{checkpoint.MAX_SKIPS - 1} steps before,", step + 1, config, runtime)
+        check_finite(in_a_row < checkpoint.MAX_SKIPS, f"{checkpoint.MAX_SKIPS}th gradient in a row",
+                     step + 1, config, runtime)
         times.lap("optimizer")
         logger.advance(step + 1)
 

@@ -2,24 +2,40 @@
 import statistics
 
 from reading import read
-from recall_figures import listed, recall_runs, steps_to_nine_tenths
+from recall_figures import last_losses, listed, recall_runs, steps_to_nine_tenths
 
-from nanogqa.estimates import holm, rank_test
 from nanogqa.report import table
 from nanogqa.summary import summarize
 
-RATES = ("0.005", "0.01", "0.02")
-# folder of results/recall_rates with two seeds for each rate: fields and records
-POINTS = {"1": (1, 8), "2": (2, 8), "2n16": (2, 16), "2n32": (2, 32), "4": (4, 8), "width": (2, 8)}
-NAMES = {"n_head=8": "8 heads of 8", "n_head=4": "4 heads of 16"}
+RATES = ("0.005", "0.01", "0.02", "0.04")
+# fields, records and the folder of results/ with two seeds for each rate
+POINTS = (("1", "8", "recall_rates/1"), ("2", "8", "recall_rates/2"),
+          ("2", "16", "recall_rates/2n16"), ("2", "32", "recall_rates/2n32"),
+          ("4", "8", "recall_rates/4"), ("2", "8", "recall_rates/width"))
+NAMES = {"n_head=8": "8 heads of width 8", "n_head=4": "4 heads of width 16"}
+# fields, records, variant, rate, and where its six seeds are
+SIX = (
+    ("2", "8", "MHA", "0.01", "recall_fields/2", "MHA"),
+    ("2", "8", "MQA", "0.01", "recall_fields/2", "MQA"),
+    ("2", "8", "MHA", "0.02", "recall_rates/2_fast", "MHA"),
+    ("2", "8", "MQA", "0.02", "recall_rates/2_fast", "MQA"),
+    ("2", "16", "MHA", "0.01", "recall_records/16", "MHA"),
+    ("2", "16", "MQA", "0.01", "recall_records/16", "MQA"),
+    ("2", "16", "MQA", "0.02", "recall_rates/2n16_mqa", "learning_rate=0.02"),
+    ("2", "32", "MHA", "0.01", "recall_records/32", "MHA"),
+    ("2", "32", "MQA", "0.01", "recall_records/32", "MQA"),
+    ("4", "8", "MHA", "0.01", "recall_fields/4", "MHA"),
+    ("4", "8", "MQA", "0.01", "recall_rates/4_mqa", "learning_rate=0.01"),
+    ("4", "8", "MQA", "0.02", "recall_rates/4_mqa", "learning_rate=0.02"),
+)
 
 
 def by_rate(folder):
     """{variant: {rate: its Summary}} of a comparison of learning rates."""
     found = {}
-    for summary in summarize(read(f"recall_rates/{folder}/results.json")):
-        name, _, rate = summary.name.partition(" learning_rate=")
-        found.setdefault(name, {})[rate] = summary
+    for summary in summarize(read(f"{folder}/results.json")):
+        name, _, rate = summary.name.partition("learning_rate=")
+        found.setdefault(name.strip(), {})[rate] = summary
     return found
 
 
@@ -29,23 +45,37 @@ def best_rate(summaries):
 
 
 def recall_rates():
-    """Last losses and right answers of two seeds at each rate; the best rate of a row is bold."""
+    """Mean loss and right answers of two seeds at each rate; the lowest loss of a row is bold."""
     rows = []
-    for folder, (fields, records) in POINTS.items():
+    for fields, records, folder in POINTS:
         for name, summaries in by_rate(folder).items():
-            row = [str(fields), str(records), NAMES.get(name, name)]
+            row = [fields, records, NAMES.get(name, name)]
             for rate in RATES:
-                row.append(rate_cell(folder, summaries[rate], rate == best_rate(summaries)))
+                row.append(rate_cell(summaries.get(rate), rate == best_rate(summaries)))
             rows.append(row)
     return table(["fields", "records", "", *RATES], rows)
 
 
-def rate_cell(folder, summary, best):
-    losses = []
-    for record in read(f"recall_rates/{folder}/results.json")["records"]:
-        if record["variant"] == summary.name:
-            losses.append(record["val_loss"])
-    text = f"{statistics.mean(losses):.3f}"
+def rate_cell(summary, best):
+    """A mean loss and, in parentheses, the right answers of each seed; empty without a run."""
+    if summary is None:
+        return ""
+    text = f"{summary.loss.mean:.3f}"
     if best:
         text = f"**{text}**"
     return f"{text} ({listed(summary.metrics['val_acc'])})"
+
+
+def recall_rates_six():
+    """Six seeds at the rates that two seeds favoured, beside those at 0.01."""
+    rows = []
+    for fields, records, name, rate, folder, variant in SIX:
+        runs = recall_runs(folder, variant)
+        shares = [points[-1][1] for points in runs]
+        rows.append([
+            fields, records, name, rate, listed(shares), f"{statistics.mean(shares):.2f}",
+            ", ".join(steps_to_nine_tenths(points) for points in runs),
+            f"{statistics.mean(last_losses(folder, variant)):.3f}",
+        ])
+    return table(["fields", "records", "", "learning rate", "right answers of each seed", "mean",
+                  "steps to 0.9", "mean loss"], rows)

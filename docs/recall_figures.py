@@ -41,6 +41,15 @@ def recall_runs(folder, variant):
     return runs
 
 
+def last_losses(folder, variant):
+    """The last loss of each seed of a variant."""
+    losses = []
+    for record in read(f"{folder}/results.json")["records"]:
+        if record["variant"] == variant:
+            losses.append(record["val_loss"])
+    return losses
+
+
 HEADER = ["", "cache, bytes per token", "right answers of each seed", "mean", "steps to 0.9"]
 
 
@@ -81,26 +90,6 @@ def joined_table(title, folders):
         for row in recall_rows(folder, ("MHA", "MQA")):
             rows.append([label, *row])
     return table([title, *HEADER, "loss minus that of MHA, nats per answer"], rows)
-
-
-def recall_rates():
-    """Last losses with four fields at several learning rates."""
-    rows = []
-    for folder, kind in (("rates", ""), ("rate", "MQA ")):
-        results = read(f"recall_fields/{folder}/results.json")
-        first = results["settings"]["seed"]
-        seeds = f"{first} to {first + results['settings']['seeds'] - 1}"
-        for summary in summarize(results):
-            losses = []
-            for record in results["records"]:
-                if record["variant"] == summary.name:
-                    losses.append(record["val_loss"])
-            rows.append([
-                kind + summary.name.replace("learning_rate=", ""), seeds,
-                listed(losses), f"{statistics.mean(losses):.2f}",
-                listed(summary.metrics["val_acc"]),
-            ])
-    return table(["learning rate", "seeds", "loss, nats per answer", "mean", "right answers"], rows)
 
 
 LENGTH, RECORDS = 128, 8  # of a sequence of data/recall
@@ -187,21 +176,21 @@ def of_recall_fields():
     """For each number of fields in results/recall_fields: the means of right answers, the
     difference in loss, and its p value with Holm's correction for all of them (docs/recall.md)."""
     texts, p_values, sizes = {}, {}, []
-    for fields, folder in FIELDS.items():
+    for folder in FIELDS.values():
         mha, mqa = summarize(read(f"{folder}/results.json"))
         folder = folder.removeprefix("recall_fields/")
         texts[f"fields_{folder}_mha"] = f"{statistics.mean(mha.metrics['val_acc']):.2f}"
         texts[f"fields_{folder}_mqa"] = f"{statistics.mean(mqa.metrics['val_acc']):.2f}"
         texts[f"fields_{folder}_minus"] = mqa.difference.text(3)
         sizes.append(100 * (1 - mqa.facts["params"] / mha.facts["params"]))
-        if fields == folder:  # the others repeat one of these
+        if folder != "longer":  # which repeats four fields
             p_values[folder] = mqa.difference.p
     for folder, p in holm(p_values).items():
         texts[f"fields_{folder}_p"] = f"{p:.3f}"
     texts["fields_2_p_alone"] = f"{p_values['2']:.3f}"
-    n_longer = read("recall_fields/longer/results.json")["settings"]["seeds"]
+    seeds = {record["seed"] for record in read("recall_fields/longer/results.json")["records"]}
     results = read("recall_fields/4/results.json")
-    records = [record for record in results["records"] if record["seed"] <= n_longer]
+    records = [record for record in results["records"] if record["seed"] in seeds]
     mha, mqa = summarize(dict(results, records=records))
     texts["fields_before_mha"] = f"{statistics.mean(mha.metrics['val_acc']):.2f}"
     texts["fields_before_mqa"] = f"{statistics.mean(mqa.metrics['val_acc']):.2f}"
@@ -224,10 +213,9 @@ def change_by_rotation():
     it, over the same seeds."""
     distances = []
     for folder in ("recall_partial", "recall_heads"):
-        losses = {"MHA": [], "MQA": []}
-        for record in read(f"{folder}/results.json")["records"]:
-            losses.setdefault(record["variant"], []).append(record["val_loss"])
-        distances.append(paired(losses["MQA"], losses["MHA"]))
+        settings = read(f"{folder}/results.json")["settings"]
+        assert (settings["seed"], settings["seeds"]) == (11, 6), "the pairs need equal seeds"
+        distances.append(paired(last_losses(folder, "MQA"), last_losses(folder, "MHA")))
     return estimate_differences({"change": tuple(distances)})["change"]
 
 
@@ -247,7 +235,6 @@ TABLES = {
     "recall_one_field": partial(recall_table, "recall_one_field"),
     "recall_wide": partial(recall_table, "recall_wide", "mha"),
     "recall_fields": partial(joined_table, "fields", FIELDS),
-    "recall_rates": recall_rates,
     "recall_heads": partial(recall_table, "recall_heads"),
     "recall_records": partial(joined_table, "records", RECORDS_OF),
     "recall_partial": partial(joined_table, "rotated", ROTATED),

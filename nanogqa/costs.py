@@ -132,10 +132,10 @@ def cache_length(config, prompts, max_new_tokens):
 
 
 def prefill_chunk(batch_size, prompt_len, masked, static):
-    """(rows, tokens) of each forward pass of sample.prefill, about 2,048 tokens in all. A prompt of
-    up to 4,096 tokens is one part, since only the start of a text needs no mask. Longer prompts,
-    and those with masks, of padded rows or windows, are read 1,024 tokens at a time. With a static
-    cache, every part has all rows, so that one graph serves all parts."""
+    """(rows, tokens) of each forward pass of sample.prefill: at most 2,048 tokens in all, unless a
+    single row has more. A prompt of up to 4,096 tokens is one part, since only the start of a text
+    needs no mask. Longer prompts, and those with masks, of padded rows or windows, are read 1,024
+    tokens at a time. With a static cache, every part has all rows, so that one graph serves all."""
     if static:
         return batch_size, min(prompt_len, max(1, 2048 // batch_size))
     tokens = prompt_len

@@ -52,9 +52,9 @@ META = {
     "dtype": type_of_ids, "vocab_size": vocabulary, "tokenizer": tokenizer, "sha256": schema.sha256,
     "splits": {"train": FILES, "val": FILES},
     # only answers are targets: the tokens answer_distance (default: 1) places after id answer_after
-    "answer_after?": schema.count, "answer_distance?": schema.positive_number,
+    "answer_after?": schema.count, "answer_distance?": schema.positive_count,
     # windows begin where a sequence of that many tokens does
-    "sequence_length?": schema.positive_number,
+    "sequence_length?": schema.positive_count,
 }
 ABOUT_TARGETS = ("answer_after", "answer_distance", "sequence_length")
 

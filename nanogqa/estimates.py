@@ -48,6 +48,7 @@ class Difference(NamedTuple):
     p_holm: float | None = None         # the same, adjusted for the number of comparisons
     detectable: float | None = None     # t: estimated true difference found with 80 % power
     lower: bool | None = None           # ranks: whether its losses are the lower ones
+    findable: bool = False              # whether so many seeds could show any difference at all
 
     def text(self, digits=4):
         return with_error(f"{self.mean:+.{digits}f}", self.half, digits)
@@ -193,10 +194,12 @@ def estimate_differences(samples, by_ranks=False):
         )
         if by_ranks:
             p, lower = rank_test(values, reference)
-            difference = difference._replace(p=p, lower=lower)
+            findable = smallest_p(len(values)) < alpha
+            difference = difference._replace(p=p, lower=lower, findable=findable)
         else:
             p = p_value(Estimate(mean, error), df)
-            difference = difference._replace(p=p, detectable=detectable(df, alpha) * error)
+            least = detectable(df, alpha) * error
+            difference = difference._replace(p=p, detectable=least, findable=True)
         differences[name] = difference
     p_values = {name: one.p for name, one in differences.items() if one.p is not None}
     for name, adjusted in holm(p_values).items():

@@ -211,8 +211,8 @@ def value_strength(heads):
 def share_values(values, used_values):
     """A basis and a size for the values that share a head: values and used_values are (n, D, C).
 
-    The basis has D orthonormal rows of length C that span most of used_values, or rows of zeros
-    beyond C of them. Multiplied by the size, they have the root mean square of values.
+    The basis is (D, C): orthonormal rows that span most of used_values, then rows of zeros where
+    D > C. Multiplied by the size, its rows have the root mean square of values.
     """
     width = values.size(1)
     _, _, right = torch.linalg.svd(used_values.flatten(0, 1), full_matrices=False)

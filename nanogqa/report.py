@@ -79,10 +79,10 @@ def report(results, pictures):
         if matched:
             blocks += [f"## {title}", quality_table(matched)]
             if len(matched) > 1:
-                blocks.append(difference_table(matched, results, len(compared(summaries))))
+                blocks.append(difference_table(matched, results))
     blocks.append(about_quality(summaries))
     blocks += ["## What this run can resolve", *resolution(summaries)]
-    blocks += ["## Speed", *speed_tables(results["speed"], summaries), ABOUT_SPEED]
+    blocks += ["## Speed", *speed_tables(results, summaries), ABOUT_SPEED]
     for path in pictures:
         blocks.append(f"![{path.stem}]({path.name})")
     return "\n\n".join(blocks) + "\n"
@@ -148,15 +148,14 @@ def quality_table(summaries):
     return table(head, rows)
 
 
-def difference_table(summaries, results, n_comparisons):
-    """Differences of the variants of one matching to its first; the report has n_comparisons."""
+def difference_table(summaries, results):
+    """Differences of the variants of one matching to its first."""
     name = summaries[0].name
     head = ["variant", f"loss minus that of {name}, 95 % interval", "all intervals together",
             "p (Holm)", "verdict", f"steps to the loss of {name}"]
     rows = []
     for summary in summaries:
-        steps = steps_cell(summary, results, n_comparisons)
-        rows.append([summary.name, *difference_cells(summary), steps])
+        rows.append([summary.name, *difference_cells(summary), steps_cell(summary, results)])
     return table(head, rows)
 
 
@@ -206,10 +205,10 @@ def p_cell(p):
     return f"{p:.3f}"
 
 
-def steps_cell(summary, results, n_comparisons):
+def steps_cell(summary, results):
     """Steps and seconds until the first variant's final loss; "same" where no difference is found,
     "unknown" where none could be."""
-    if summary.difference and not can_find(summary, n_comparisons):
+    if summary.difference and not summary.difference.findable:
         return "unknown"
     if summary.difference and not summary.difference.found:
         return "same"
@@ -219,14 +218,6 @@ def steps_cell(summary, results, n_comparisons):
     tokens = steps * results["settings"]["tokens_per_step"]
     rate = results["speed"][summary.key]["train"][0]["tok_s"] * results["machine"]["ranks"]
     return f"{steps:,.0f} ({tokens / rate:,.0f} s)"
-
-
-def can_find(summary, n_comparisons):
-    """Whether the test of this many comparisons can find any difference, however large."""
-    seeds = len(summary.curves)
-    if unit_of(summary) == "answer":
-        return n_comparisons * smallest_p(seeds) < ALPHA
-    return seeds > 1
 
 
 def resolution(summaries):
@@ -240,7 +231,7 @@ def resolution(summaries):
         return ["One seed gives no error bar: any difference above may be due to chance."]
     if unit_of(first) == "answer":
         seeds = len(first.curves)
-        if not can_find(first, len(others)):
+        if not others[0].difference.findable:
             return [f"With {seeds} seeds and {plural(len(others), 'comparison')}, a test of ranks "
                     "cannot find a difference, however large: use more seeds."]
         return ["This is not estimated for a test of ranks: it depends on how seeds form groups."]
@@ -313,11 +304,11 @@ def perplexity_cell(row, variant):
     return f"{row.difference(variant):+.3f} ({100 * row.relative_difference(variant):+.1f} %)"
 
 
-def speed_tables(speed, summaries):
+def speed_tables(results, summaries):
     """Blocks of text: the tables of training and decoding, with their captions."""
-    models = by_key(summaries)
+    models, speed = by_key(summaries), results["speed"]
     return [
-        training_table(speed, models),
+        training_table(results, models),
         "Decoding, ms per step, batch x context:",
         decoding_table(speed, models, decode_ms),
         "Prefill, ms, batch x context:",
@@ -327,13 +318,15 @@ def speed_tables(speed, summaries):
     ]
 
 
-def training_table(speed, models):
+def training_table(results, models):
+    """Times of whole steps: step_ms of older results is that of a micro-step."""
+    tokens = results["settings"]["tokens_per_step"] / results["machine"]["ranks"]
     rows = []
     for key, summary in models.items():
-        for timing in speed[key]["train"]:
+        for timing in results["speed"][key]["train"]:
             rows.append([
                 label_of(summary),
-                f"{timing['step_ms']:.1f}",
+                f"{tokens / timing['tok_s'] * 1e3:.1f}",
                 f"{timing['tok_s']:,.0f}",
                 peak_mb(timing),
             ])

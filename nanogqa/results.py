@@ -45,7 +45,7 @@ def point(value):
             and quantity(value[1]))
 
 
-positive = schema.positive_number
+positive = schema.positive_count
 # what the report and a resumed comparison read from results.json; older ones have no metrics
 SETTINGS = {"dataset": str, "seed": schema.count, "seeds": positive, "max_steps": positive,
             "tokens_per_step": positive, "warmup_steps": schema.count}

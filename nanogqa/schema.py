@@ -69,7 +69,7 @@ def count(value):
     return type(value) is int and 0 <= value < 2**62
 
 
-def positive_number(value):
+def positive_count(value):
     """A whole number from 1 to 2^62."""
     return count(value) and value > 0
 

@@ -49,7 +49,7 @@ PROGRESS = {  # what DatasetWriter.save() writes
 @dataclass
 class PrepareConfig:
     tokenizer: str = "byte"       # byte, a tiktoken encoding, or a folder with a tokenizer.json
-    input: str | None = None      # read this instead: a folder (python), a file, or either (text)
+    input: str | None = None      # text: a file or folder; python: a folder; shakespeare: the file
     data_dir: str | None = None   # folder for the data set; None: the folder of the script
     overwrite: bool = False       # replace the data set in data_dir with another one
 
@@ -123,8 +123,9 @@ def held_out(files, read):
     """
     ranked = sorted(files, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     count = max(1, len(ranked) // 10)
-    while count < len(ranked) and not any(has_text(files[name], read) for name in ranked[:count]):
-        count += 1
+    for number, name in enumerate(ranked, 1):
+        if has_text(files[name], read):
+            return set(ranked[:max(count, number)])
     return set(ranked[:count])
 
 
@@ -529,11 +530,12 @@ def refuse_foreign(data_dir):
 
 
 def is_foreign(path):
-    """Whether a meta.json is whole, but is not that of a data set."""
+    """Whether a meta.json is valid JSON, but not that of a data set."""
     try:
-        return "splits" not in schema.read_json(path, dict)
-    except (OSError, ValueError, TypeError):
+        content = schema.read_json(path, object)
+    except (OSError, ValueError):
         return False  # damaged: it is written again
+    return not isinstance(content, dict) or "splits" not in content
 
 
 def find_unfinished(part, about, overwrite=False):

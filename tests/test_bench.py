@@ -205,8 +205,8 @@ def test_decode_times_a_checkpoint(capsys, toy_run, tmp_path):
     (["--batch_size=1,x"], "batch_size must be a whole number"),
     (["--seed=-1"], "seed must be at least 0"),
     (["--out_dir=/no"], "and out_dir exclude each other"),
-    (["--mode=train", "--prefill=False"], "--mode=train does not read prefill: leave that out, or time --mode=decode"),
-    (["--steps=3", "--optimizer=muon"], "--mode=decode does not read steps, optimizer: leave that out"),
+    (["--mode=train", "--prefill=False"], "--mode=train does not read prefill: leave out what is for --mode=decode, or time that"),
+    (["--steps=3", "--optimizer=muon"], "--mode=decode does not read steps, optimizer: leave out what is for --mode=train"),
     (["--mode=train,decode", "--recompute=True"], "--mode=decode does not read recompute"),
     (["--block_size=64"], "--mode=decode does not read block_size"),
     (["--mode=scale"], "and no other setting: leave the rest out"),
@@ -238,7 +238,7 @@ def test_help_names_what_bench_does_with_vocab_size(capsys):
 def test_the_length_of_decoding_is_not_block_size(capsys, modes):
     """A list was accepted if train came first: the same decoding was timed for each."""
     error = fails(bench.main, [*SHAPE, f"--mode={modes}", "--block_size=64,128"], capsys)
-    assert "--mode=decode does not read block_size: leave that out, or time --mode=train" in error
+    assert "--mode=decode does not read block_size: leave out what is for --mode=train" in error
 
 
 def test_training_on_a_gpu_needs_the_memory_of_the_gpu(monkeypatch):

@@ -45,7 +45,7 @@ from nanogqa.estimates import (
     student_t,
 )
 from nanogqa.log import read_rows
-from nanogqa.pictures import Point, apart, bandwidth_beyond_cache, front, paired_curves
+from nanogqa.pictures import Point, apart, bandwidth_beyond_cache, colors_of, draw_fronts, front, paired_curves
 from nanogqa.published import PUBLISHED, relative_differences
 from nanogqa.report import report, table
 from nanogqa.results import load_results
@@ -375,6 +375,30 @@ def test_everything_is_timed_in_two_rounds(monkeypatch):
     speed = compare.measure_speed([], None, {})
     assert calls == ["a", "b", "a", "b"] and speed["a"]["train"] == [dict(step_ms=6.0)]
     assert speed["c"] == speed["a"] != speed["b"]  # bench.py would do the same for c as for a
+
+
+def test_steps_are_timed_with_all_their_micro_steps(toy_data):
+    """An update was timed after each micro-step, although a run has one after all of them."""
+    argv = [f"--dataset={toy_data}", *TOY, "--batch_size=1,4", "--match=shape"]
+    given = parse(compare.CompareConfig, argv, "", axes=True)
+    config, _, variants = plan(given)
+    training = [timing.settings for timing in compare.plan_timings(variants, config, given) if timing.mode == "train"]
+    assert [(s["batch_size"], s["micro_steps"], s["steps"]) for s in training] == [(1, 4, 7), (4, 1, 30)]
+    assert variants[0].config.log_interval == 1
+    given = parse(compare.CompareConfig, [*argv, "--log_interval=3"], "", axes=True)
+    assert plan(given)[2][0].config.log_interval == 3, "it was accepted and had no effect"
+
+
+def test_long_names_stand_below_the_pictures(comparison):
+    """Beside their points, they left the panel."""
+    matplotlib = pytest.importorskip("matplotlib")
+    results = results_of(comparison[0])
+    for long in ("", " learning_rate=0.01"):
+        for record in results["records"]:
+            record["variant"] = record["variant"].split()[0] + long
+        summaries = summarize(results)
+        figure = draw_fronts(summaries, colors_of(matplotlib, summaries), results)
+        assert len(figure.legends) == len(long[:1]) and len(figure.axes[0].texts) == (0 if long else 2)
 
 
 def test_other_learning_rates_are_not_timed_again(toy_data):
@@ -1213,6 +1237,17 @@ def test_one_seed_gives_no_test(comparison):
     assert "| one seed: no error bar | unknown |" in text
     assert "any difference above may be due to chance" in text and "published" not in text
     assert "Holm's test" not in text and "Losses are in nats per token" in text
+
+
+def test_three_seeds_cannot_show_a_difference_of_ranks(comparison):
+    """The cell of the steps said "same", as where a test could have found a difference."""
+    results = results_of(comparison[0])
+    more = [dict(record, seed=record["seed"] + 2) for record in results["records"] if record["seed"] == 1337]
+    for record in (*results["records"], *more):
+        record["val_bpb"] = None  # as where answers alone count
+    for records, cell in ((results["records"] + more, "unknown"), (results["records"] + 3 * more, "same")):
+        text = report(dict(results, records=records), [])
+        assert f"| not distinguishable | {cell} |" in text and ("however large: use more seeds" in text) == (cell == "unknown")
 
 
 def test_one_variant_is_compared_to_nothing(comparison):

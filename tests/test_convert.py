@@ -1271,6 +1271,18 @@ def test_bad_folders_of_hugging_face(transformers, tmp_path, capsys, change, wor
     assert words in error.splitlines()[-1] and not list(tmp_path.glob("ours*"))
 
 
+def test_a_model_that_transformers_cannot_run(transformers, tmp_path, capsys, monkeypatch):
+    """What a config.json breaks in the forward pass alone ended in a traceback."""
+    make_hf(transformers, tmp_path / "hf", "llama2")
+
+    def forward(self, *args, **kwargs):
+        raise TypeError("'int' object is not iterable")
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", forward)
+    arguments = command("from_hf", hf_dir=tmp_path / "hf", out_dir=tmp_path / "ours")
+    error = fails(convert.main, arguments, capsys)
+    assert "cannot load or run" in error and "'int' object is not iterable" in error and not list(tmp_path.glob("ours*"))
+
+
 def test_folders_that_are_missing_or_taken(transformers, tmp_path, capsys):
     source = save(toy_model(n_kv_head=2), tmp_path / "ours")
     assert "there is no folder /no/hf" in fails(

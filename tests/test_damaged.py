@@ -370,15 +370,17 @@ def test_a_sharded_checkpoint_is_checked_like_another(trained, sharded):  # noqa
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("part", [f"model.{WEIGHT}", f"exp_avg.{WEIGHT}"])
-def test_a_sharded_checkpoint_with_values_that_are_not_numbers(sharded, trained, part):  # noqa: F811
+@pytest.mark.parametrize("part,value,words", [
+    (f"model.{WEIGHT}", torch.nan, "are not finite"), (f"exp_avg.{WEIGHT}", torch.nan, "are not finite"),
+    (f"exp_avg_sq.{WEIGHT}", -1.0, "is below 0, which no step gives")])  # its root would be NaN
+def test_a_sharded_checkpoint_with_values_that_are_impossible(sharded, trained, part, value, words):  # noqa: F811
     parts, _ = saver.split(load(trained))
-    parts[part].fill_(torch.nan)
+    parts[part].fill_(value)
     for path in sharded.glob("*.safetensors"):
         path.unlink()
     writer = dcp.HuggingFaceStorageWriter(str(sharded), save_distributed=True)
     dcp.save(parts, storage_writer=writer)
-    with pytest.raises(UserError, match="are not finite"):
+    with pytest.raises(UserError, match=words):
         resume_sharded(sharded)
 
 

@@ -721,6 +721,24 @@ def test_without_a_package(tmp_path, capsys, monkeypatch, name):
     assert f"{name} is not installed: pip install pyarrow huggingface_hub" in error
 
 
+def test_a_text_on_which_a_tokenizer_panics_is_named():
+    """In a batch, the panic ended the run with a traceback."""
+    class PanicException(BaseException):
+        pass
+
+    def encode(text):
+        if text == "bad":
+            raise PanicException("stack overflow")
+        return [len(text)]
+
+    def encode_batch(texts):
+        return [encode(text) for text in texts]
+    encoding = SimpleNamespace(encode_ordinary=encode, encode_ordinary_batch=encode_batch)
+    assert hub.encode(["a", "bcd"], encoding) == [[1], [3]]
+    with pytest.raises(UserError, match="cannot read a text of 3 characters"):
+        hub.encode(["a", "bad"], encoding)
+
+
 def test_tokenizer_files_tokenize_batches_as_they_do_texts(tmp_path, capsys):
     tokenizers = pytest.importorskip("tokenizers")
     from nanogqa.tokenizer import HuggingFaceTokenizer

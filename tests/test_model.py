@@ -8,7 +8,7 @@ from conftest import check_ragged, toy_config, toy_ids, toy_model
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import GPT, GPTConfig, CacheSpec, apply_rope, attend, rope_cos_sin, rope_frequencies
+from model import GPT, GPTConfig, CacheSpec, apply_rope, attend, initial_weight, rope_cos_sin, rope_frequencies
 from nanogqa.cache import KVCache
 from nanogqa.costs import flops_per_token, kv_bytes_per_token, kv_cache_bytes, num_params, numbers_read
 from nanogqa.fast import ChunkedCrossEntropy, FastRMSNorm, RMSNormFunction, linear
@@ -331,6 +331,9 @@ def test_variants_share_every_weight_of_equal_shape():
                 assert torch.equal(base[name], parameter), (changes, name)
                 same += parameter.dim() == 2
         assert same >= 7
+    with torch.device("meta"):  # another default device, as torch.device("cuda") is
+        drawn = initial_weight("embed.weight", (5, 7), 5, 0.02)
+    assert torch.equal(drawn, initial_weight("embed.weight", (5, 7), 5, 0.02))
     other = dict(GPT(toy_config(), seed=6).named_parameters())
     assert not torch.equal(base["embed.weight"], other["embed.weight"])
     assert not torch.equal(base["layers.0.attn.q_proj.weight"], base["layers.1.attn.q_proj.weight"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -583,6 +584,24 @@ def test_a_lost_wandb_does_not_end_a_run(toy_run, tmp_path, wandb_runs, monkeypa
     args = [*toy_run, *SHORT, "--wandb_log=True", "--overwrite=True"]
     assert "rows could not be written to wandb" in fails_last(train.main, args, capsys)
     assert json.loads((tmp_path / "run/wandb.json").read_text(encoding="utf-8")) == {"id": "run1"}
+
+
+def test_wandb_gets_no_row_twice():
+    """After a failure among several rows, all of them were sent again."""
+    logged, answers = [], iter([None, RuntimeError("gone"), None, None])
+
+    def send(row):
+        answer = next(answers)
+        if answer:
+            raise answer
+        logged.append(row["step"])
+    sender = SimpleNamespace(wandb=SimpleNamespace(log=send))
+    backlog = log.Backlog("wandb", lambda rows: log.Log.write_wandb(sender, rows))
+    backlog.rows = [dict(step=1), dict(step=2)]
+    backlog.flush()
+    assert logged == [1] and backlog.failed
+    backlog.add(dict(step=3))
+    assert logged == [1, 2, 3] and backlog.failed is None
 
 
 def test_the_progress_bar_moves_at_every_step(toy_run, monkeypatch):

@@ -392,7 +392,7 @@ def test_eval_only_prints_the_loss_of_the_log_and_writes_nothing(toy_run, tmp_pa
 
 
 @pytest.mark.parametrize("eval_interval,lr,words", [
-    (40, "1e30", "gradient, as in the 9 steps before, at step 21 is not finite (lr "), (1, "1e39", "validation loss at step 11 is not finite")])
+    (40, "1e30", "the 10th gradient in a row at step 21 is not finite (lr "), (1, "1e39", "validation loss at step 11 is not finite")])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(toy_run, tmp_path, capsys, eval_interval, lr, words):
     train.main([*toy_run, "--max_steps=10", f"--eval_interval={eval_interval}"])
     good = weights(tmp_path / "run")
