@@ -180,7 +180,7 @@ def evaluate(forward, batches, runtime):
     for x, y in batches.validation():
         x, y = runtime.tensor(x), runtime.tensor(y)
         with runtime.autocast():
-            logits, loss = forward(x, y, logits=batches.eval_logits)
+            logits, loss = forward(x, y, logits=batches.dataset.eval_logits)
         n_targets = int((y >= 0).sum())
         sums = [loss.item() * n_targets, n_right(logits, y), n_targets]
         total += torch.tensor(sums, dtype=torch.float64)

@@ -28,10 +28,6 @@ class Batches:
         self.config = config
         self.rank, self.ranks = runtime.rank, runtime.ranks
         self.batch_size, self.micro_steps = batch_shape(config, runtime.ranks)
-        # which logits an evaluation needs, as in GPT.forward
-        self.eval_logits = "none"
-        if dataset.answer_after is not None:
-            self.eval_logits = "targets"
 
     def training(self, step):
         """The MicroBatches of a training step."""
@@ -59,7 +55,7 @@ class Batches:
 
 def n_right(logits, targets):
     """The number of targets that the model finds likeliest: logits are (n, V), one row for each of
-    the n targets that are not -1. 0 if logits is None."""
+    the n targets that are not -1. None gives 0, which Dataset.metrics leaves out."""
     if logits is None:
         return 0
     return int((logits.argmax(-1) == targets[targets >= 0]).sum())

@@ -204,6 +204,10 @@ class Dataset:
             raise UserError(f"data set {name!r} is not prepared: {remedy(self.folder)}")
         self.meta = read_meta(self.folder)
         self.answer_after = self.meta.get("answer_after")
+        # which logits an evaluation needs, as in GPT.forward: answers are counted, a text is not
+        self.eval_logits = "none"
+        if self.answer_after is not None:
+            self.eval_logits = "targets"
         self.train = Split(self.folder, "train", self.meta)
         self.val = Split(self.folder, "val", self.meta)
 
