@@ -1,4 +1,4 @@
-"""Every way to shrink the KV cache, for compare.py: python compare.py config/cache.py"""
+"""The nine designs of docs/cache.md, for compare.py alone: python compare.py config/cache.py"""
 design = ["mha", "gqa", "mqa", "mla", "tied", "share", "window", "gemma_like", "deepseek_v4_like"]
 match = "params"
 seeds = 6

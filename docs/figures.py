@@ -511,8 +511,8 @@ SENTENCES = {
         "After {seeds} seeds, MLA has",
         "MHA and MQA answer {fields_1_mqa} of questions about one field. With four fields, 8 "
         "key/value heads (MHA) answer {heads_mha}, 4 answer {heads_gqa4}, 2 answer {heads_gqa2}, "
-        "and MQA, {heads_mqa_smaller} % smaller, {heads_mqa} ({heads_mqa_minus} nats); the last "
-        "two are worse than MHA. Twice the steps take two other seeds from "
+        "and MQA {heads_mqa} ({heads_mqa_minus} nats); the last two, {heads_gqa2_smaller} and "
+        "{heads_mqa_smaller} % smaller, are worse. Twice the steps take two other seeds from "
         "{fields_before_mha} to {fields_longer_mha} (MHA) and {fields_before_mqa} to "
         "{fields_longer_mqa} (MQA)",
         "equal parameters and {design_seeds} seeds each",

@@ -108,6 +108,22 @@ def test_rows_of_unequal_length_equal_themselves_alone(some_changes, chunks, sta
     check_ragged(model_of(some_changes), chunks, static)
 
 
+def test_a_static_cache_stays_where_it_is():
+    """CUDA graphs read it at the address of their first call."""
+    model = model_of(dict(n_kv_head=2))
+    cache = KVCache(model.config, 1, 8, static=True)
+    before = [*cache.layers[0], *cache.layers[1], cache.length]
+    addresses = [x.data_ptr() for x in before]
+    with torch.inference_mode():
+        for n in (3, 1):
+            model(toy_ids(1, n), cache=cache)
+    assert cache.length == 4
+    cache.rewind(0)
+    now = [*cache.layers[0], *cache.layers[1], cache.length]
+    assert [x.data_ptr() for x in now] == addresses and cache.length == 0
+    assert all(a is b for a, b in zip(before, now, strict=True))
+
+
 @pytest.mark.parametrize("kind", [dict(n_kv_head=2), dict(n_kv_head=1, kv_tied=True), dict(attention="mla")], ids=str)
 @pytest.mark.parametrize("cached", [None, [128, 1, 1, 1, 1], [1] * 132, [60, 72], [132]], ids=["full", "prompt", "steps", "parts", "one-shot"])
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])

@@ -176,7 +176,7 @@ def test_an_epoch_visits_each_block_once(counting, monkeypatch):
     offsets = set()
     for epoch in range(4):
         windows.clear()
-        for rank in range(2):  # two ranks take turns, three sequences each
+        for rank in range(2):  # two ranks take turns
             for first in range(epoch * n_blocks + rank, (epoch + 1) * n_blocks, 2):
                 train_batch(counting.train, 1, first, 1, T)
         starts = sorted(start for start, _ in windows)

@@ -17,6 +17,7 @@ from test_train import ROOT, equal, out, rows, torchrun, weights
 
 from nanogqa import files, resume
 from nanogqa.configurator import UserError
+import model
 import train
 
 
@@ -250,11 +251,20 @@ def test_a_sharded_checkpoint_is_read_by_its_run_alone(toy_run, tmp_path, capsys
 
 
 @pytest.mark.parametrize("changes", [[], ["--attention=mla", "--n_kv_head=None"]], ids=["gqa", "mla"])
-def test_recomputed_blocks_make_the_same_gradients(toy_run, tmp_path, changes):
+def test_recomputed_blocks_make_the_same_gradients(toy_run, tmp_path, monkeypatch, changes):
+    calls, recomputing = [], model.checkpoint
+
+    def checkpoint(*args, **kwargs):
+        calls.append(1)
+        return recomputing(*args, **kwargs)
+    monkeypatch.setattr(model, "checkpoint", checkpoint)
     for name, args in (("plain", []), ("recomputed", ["--recompute=True"])):
+        assert not calls
         train.main(out([*toy_run, "--dropout=0.1", *changes, *args], tmp_path / name))
+    assert len(calls) == 2 * 2 * 20  # layers, micro-steps, steps
     for a, b in zip(rows(tmp_path / "plain"), rows(tmp_path / "recomputed"), strict=True):
-        assert a["train_loss"] == b["train_loss"] or a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-6)
+        for key in ("train_loss", "val_loss", "grad_norm"):
+            assert a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-6)
 
 
 def test_ranks_that_find_different_checkpoints(toy_run, trained_at_0, tmp_path):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model import GPT, GPTConfig, CacheSpec, apply_rope, attend, initial_weight, rope_cos_sin, rope_frequencies
 from nanogqa.cache import KVCache
 from nanogqa.costs import flops_per_token, kv_bytes_per_token, kv_cache_bytes, num_params, numbers_read
-from nanogqa.fast import ChunkedCrossEntropy, FastRMSNorm, RMSNormFunction, linear
+from nanogqa.fast import ChunkedCrossEntropy, FastRMSNorm, RMSNormFunction, accelerate, linear
 
 
 def reference_logits(model, ids):
@@ -248,6 +248,17 @@ def test_keys_and_values_are_never_expanded(n_kv_head, T):
         assert max(made.numels) < S * D, "something as large as one head's keys was made"
 
 
+def test_the_kernel_gets_the_heads_of_the_cache(n_kv_head):
+    """In the whole model, for prompts, parts and single tokens."""
+    model, ids = toy_model(n_kv_head=n_kv_head), toy_ids(2, 20)
+    for static in (False, True):
+        cache = KVCache(model.config, 2, 20, static=static)
+        with Made() as made, torch.inference_mode():
+            for part in ids.split([9, 8, 1, 2], dim=1):
+                model(part, cache=cache)
+        assert [shape[1] for shape in made.kernel_keys] == [n_kv_head] * 8
+
+
 def test_bytes_follow_from_what_layers_cache():
     """A layer may keep a number of tokens, or nothing at all, as it reads what another one keeps."""
     class Config:
@@ -283,6 +294,26 @@ def test_rope_stays_exact_in_a_bfloat16_model():
     assert cos.dtype == torch.float32
     torch.testing.assert_close(cos[0, 0].double(), torch.cat((angle.cos(), angle.cos()), -1), atol=1e-3, rtol=0)
     torch.testing.assert_close(sin[0, 0].double(), torch.cat((-angle.sin(), angle.sin()), -1), atol=1e-3, rtol=0)
+    # the rotation is in float32, and rounded once
+    x = torch.randn(1, 1, 3, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    turned = torch.complex(*x.double().chunk(2, -1)) * torch.polar(torch.ones_like(angle[:3]), angle[:3])
+    expected = torch.cat((turned.real, turned.imag), -1)
+    rounding = 2**-8 * expected.abs() + 1e-4
+    assert ((apply_rope(x, cos[:, :, :3], sin[:, :, :3]).double() - expected).abs() <= rounding).all()
+
+
+def test_positions_are_those_in_the_text():
+    """From 0 for the first token of each row, not counting its padding. Logits depend on distances alone."""
+    model, seen = toy_model(n_kv_head=2), []
+    model.layers[0].attn.register_forward_pre_hook(lambda module, args: seen.append(args[1].cos))
+    cache = KVCache(model.config, 2, 8)
+    cache.padding = torch.tensor([0, 2])
+    model(toy_ids(1, 3))
+    model(toy_ids(2, 4), cache=cache)
+    model(toy_ids(2, 1), cache=cache)
+    expected = [[[0, 1, 2]], [[0, 1, 2, 3], [0, 0, 0, 1]], [[4], [2]]]
+    for cos, positions in zip(seen, expected, strict=True):
+        assert torch.equal(cos, rope_cos_sin(torch.tensor(positions), rope_frequencies(model.config))[0])
 
 
 def test_cache_bytes_equal_the_formula():
@@ -384,6 +415,10 @@ def test_training_and_decoding_have_no_graph_breaks():
         compiled(ids[:, :15], cache=cache)
         out = compiled(ids[:, 15:], cache=cache)[0]
     torch.testing.assert_close(out[:, 0], model(ids)[0][:, -1], atol=1e-4, rtol=1e-4)
+    training = torch.compile(accelerate(toy_model(n_kv_head=2)).train(), fullgraph=True, backend="eager")
+    loss = training(ids, ids, torch.tensor(32), logits="none")[1]
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), model(ids, ids)[1].detach())
 
 
 @pytest.mark.parametrize("changes,words", [
@@ -445,6 +480,27 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(ids)[0], model(ids)[0])
     model.train()
     assert not torch.equal(model(ids)[0], model(ids)[0])
+
+
+class Nothing(torch.nn.Module):
+    """What dropout leaves at worst."""
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("dropout,weight", [("attn_dropout", "attn.o_proj.weight"), ("mlp_dropout", "mlp.down_proj.weight"), (None, "embed.weight")])
+def test_dropout_acts_on_the_embedding_and_on_what_each_sublayer_adds(dropout, weight):
+    """Where it leaves nothing, the model is the one whose last weight before it is 0."""
+    ids = toy_ids(1, 8)
+    dropped, zeroed = toy_model(n_kv_head=2, tie_embeddings=False), toy_model(n_kv_head=2, tie_embeddings=False)
+    if dropout is None:
+        dropped.dropout = Nothing()
+    else:
+        setattr(dropped.layers[0], dropout, Nothing())
+        weight = f"layers.0.{weight}"
+    zeroed.get_parameter(weight).data.zero_()
+    assert torch.equal(dropped(ids)[0], zeroed(ids)[0])
+    assert not torch.equal(dropped(ids)[0], toy_model(n_kv_head=2, tie_embeddings=False)(ids)[0])
 
 
 def test_loss_of_an_untrained_model_is_that_of_a_uniform_guess():
