@@ -10,6 +10,7 @@ import math
 import re
 import statistics
 
+import rate_figures
 import recall_figures
 from reading import ROOT, read, with_both_intervals
 
@@ -393,7 +394,7 @@ TABLES = {function.__name__: function for function in (
     attention, findings, comparison, decoding_times, prefill_times, peak_memory, noise,
     noise_sources, noise_schedules, published_table, designs, shakespeare, against_nanogpt,
     bench_decode, bench_train, transformers_train, transformers_decode, ablation,
-    uptraining)} | recall_figures.TABLES
+    uptraining)} | recall_figures.TABLES | rate_figures.TABLES
 
 
 def values():
@@ -408,7 +409,7 @@ def values():
         seeds=str(settings["seeds"]),
         mha_cache=f"{sizes[0]:,}",
         **first_run(), **llama(), **ratios(), **found(), **of_mqa(), **ranges(), **of_designs(),
-        **of_noise(), **timed_twice(), **recall_figures.values())
+        **of_noise(), **timed_twice(), **recall_figures.values(), **rate_figures.of_recall_rates())
 
 
 def ratios():

@@ -4,6 +4,7 @@ import statistics
 from reading import read
 from recall_figures import last_losses, listed, recall_runs, steps_to_nine_tenths
 
+from nanogqa.estimates import estimate_differences, holm
 from nanogqa.report import table
 from nanogqa.summary import summarize
 
@@ -13,7 +14,7 @@ POINTS = (("1", "8", "recall_rates/1"), ("2", "8", "recall_rates/2"),
           ("2", "16", "recall_rates/2n16"), ("2", "32", "recall_rates/2n32"),
           ("4", "8", "recall_rates/4"), ("2", "8", "recall_rates/width"))
 NAMES = {"n_head=8": "8 heads of width 8", "n_head=4": "4 heads of width 16"}
-# fields, records, variant, rate, and where its six seeds are
+# fields, records, name, rate, and where its six seeds are: a folder of results/ and a variant
 SIX = (
     ("2", "8", "MHA", "0.01", "recall_fields/2", "MHA"),
     ("2", "8", "MQA", "0.01", "recall_fields/2", "MQA"),
@@ -21,13 +22,14 @@ SIX = (
     ("2", "8", "MQA", "0.02", "recall_rates/2_fast", "MQA"),
     ("2", "16", "MHA", "0.01", "recall_records/16", "MHA"),
     ("2", "16", "MQA", "0.01", "recall_records/16", "MQA"),
-    ("2", "16", "MQA", "0.02", "recall_rates/2n16_mqa", "learning_rate=0.02"),
-    ("2", "32", "MHA", "0.01", "recall_records/32", "MHA"),
-    ("2", "32", "MQA", "0.01", "recall_records/32", "MQA"),
+    ("2", "16", "MHA", "0.02", "recall_rates/2n16_fast", "MHA"),
+    ("2", "16", "MQA", "0.02", "recall_rates/2n16_fast", "MQA"),
     ("4", "8", "MHA", "0.01", "recall_fields/4", "MHA"),
     ("4", "8", "MQA", "0.01", "recall_rates/4_mqa", "learning_rate=0.01"),
     ("4", "8", "MQA", "0.02", "recall_rates/4_mqa", "learning_rate=0.02"),
 )
+# {records: the rates of MHA and MQA in SIX that two seeds found the best}
+CHOSEN = {"8": ("0.01", "0.02"), "16": ("0.02", "0.02")}
 
 
 def by_rate(folder):
@@ -60,14 +62,14 @@ def rate_cell(summary, best):
     """A mean loss and, in parentheses, the right answers of each seed; empty without a run."""
     if summary is None:
         return ""
-    text = f"{summary.loss.mean:.3f}"
+    text = f"{summary.loss.mean:.4f}"
     if best:
         text = f"**{text}**"
     return f"{text} ({listed(summary.metrics['val_acc'])})"
 
 
 def recall_rates_six():
-    """Six seeds at the rates that two seeds favoured, beside those at 0.01."""
+    """Six seeds at the rates that two seeds found the best, and at 0.01."""
     rows = []
     for fields, records, name, rate, folder, variant in SIX:
         runs = recall_runs(folder, variant)
@@ -79,3 +81,28 @@ def recall_rates_six():
         ])
     return table(["fields", "records", "", "learning rate", "right answers of each seed", "mean",
                   "steps to 0.9", "mean loss"], rows)
+
+
+def six_losses(records, name, rate):
+    """The last losses of six seeds with two fields."""
+    for fields, *row in SIX:
+        if (fields, *row[:3]) == ("2", records, name, rate):
+            return last_losses(*row[3:])
+    raise ValueError(f"{name} was not trained at {rate} with {records} records")
+
+
+def of_recall_rates():
+    """For each number of records: the difference in loss of MQA at its best rate to MHA at its
+    own, and its p value with Holm's correction for all of them (docs/recall.md)."""
+    texts, p_values = {}, {}
+    for records, (mha_rate, mqa_rate) in CHOSEN.items():
+        samples = (six_losses(records, "MQA", mqa_rate), six_losses(records, "MHA", mha_rate))
+        difference = estimate_differences({"MQA": samples}, by_ranks=True)["MQA"]
+        p_values[records] = difference.p
+        texts[f"rates{records}_minus"] = difference.text(3)
+    for records, p in holm(p_values).items():
+        texts[f"rates{records}_p"] = f"{p:.3f}"
+    return texts
+
+
+TABLES = {"recall_rates": recall_rates, "recall_rates_six": recall_rates_six}

@@ -482,15 +482,6 @@ def test_decoding_on_a_gpu_leaves_out_cudnn(monkeypatch):
         torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
-def test_a_static_cache_refuses_what_does_not_fit():
-    model = toy_model(n_kv_head=2)
-    cache = KVCache(model.config, 1, 5, static=True)
-    with torch.inference_mode():
-        model(toy_ids(1, 5), cache=cache)
-        with pytest.raises((RuntimeError, IndexError)):
-            model(toy_ids(1, 1), cache=cache)
-
-
 def test_a_missing_compiler_is_one_warning(monkeypatch, capsys):
     compile = torch.compile
     torch.compiler.reset()

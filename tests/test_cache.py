@@ -188,7 +188,7 @@ def test_bytes_and_flops_count_what_is_read():
 
 def test_a_full_cache_refuses_more_tokens():
     """A ring would overwrite silently, and positions would go beyond what is trained."""
-    for changes in (dict(window=4), dict(window=4, global_every=2)):
+    for changes in ({}, dict(window=4), dict(window=4, global_every=2)):
         model = toy_model(**changes)
         for static, error in ((False, ValueError), (True, (IndexError, RuntimeError))):
             for parts in ([10, 1], [10, 2], [8, 3]):

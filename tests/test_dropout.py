@@ -118,7 +118,7 @@ def test_micro_batches_of_any_size_have_the_same_losses(toy_run, tmp_path):
         train.main(out([*args, f"--batch_size={size}"], tmp_path / size))
     for size in ("1", "2"):
         for a, b in zip(rows(tmp_path / "None"), rows(tmp_path / size), strict=True):
-            for key in ("train_loss", "val_loss"):
+            for key in ("train_loss", "val_loss", "grad_norm"):
                 same = a[key] == b[key] or a[key] == pytest.approx(b[key], abs=1e-5)
                 assert same, (size, a["step"], key)
     train.main(out([*args, "--dropout=0"], tmp_path / "without"))

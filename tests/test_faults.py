@@ -184,24 +184,17 @@ def test_fsdp_has_the_losses_of_ddp_and_moves_between_numbers_of_ranks(toy_run, 
 
 
 def test_fsdp_passes_shared_keys_and_values_between_layers(toy_run, tmp_path):
-    """With every setting of the cache at once: FSDP has the losses of DDP, and a resumed process the weights of a whole one."""
+    """With every setting of the cache at once, FSDP has the losses of DDP."""
     pytest.importorskip("safetensors")
     settings = ["--n_layer=6", "--n_kv_head=2", "--window=8", "--global_every=2", "--kv_share=2", "--kv_tied=True", "--rope_fraction=0.5"]
     toy_run = [arg for arg in toy_run if not arg.startswith("--batch_size")]
     args = [*toy_run, *FSDP, *settings, "--max_steps=12", "--eval_interval=6"]
     for name, more in (("ddp", "--parallel=ddp"), ("fsdp", "--recompute=False"), ("recompute", "--recompute=True")):
         finish(torchrun(out([*args, more], tmp_path / name), 2, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    args += ["--parallel=ddp", "--schedule=wsd", "--cooldown=0"]
-    alone = out(args, tmp_path / "alone")
-    train.main([*alone, "--max_steps=6"])
-    train.main([*alone, "--init_from=resume"])
-    train.main(out(args, tmp_path / "whole"))
     for a, b in (("ddp", "fsdp"), ("ddp", "recompute")):
         for one, other in zip(rows(tmp_path / a), rows(tmp_path / b), strict=True):
             for key in ("train_loss", "val_loss", "grad_norm"):
                 assert one[key] == other[key] or one[key] == pytest.approx(other[key], abs=1e-5), (b, one["step"], key)
-    for name, x in weights(tmp_path / "whole").items():
-        assert torch.equal(weights(tmp_path / "alone")[name], x)
 
 
 def evil(folder):
