@@ -32,7 +32,8 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
     compile: bool
-    why: str  # one line for printing
+    where: str  # device and dtype, and why, for printing
+    how: str  # compiled or eager, and why, for printing
     rank: int = 0
     ranks: int = 1
 
@@ -66,8 +67,7 @@ def pick_runtime(device, dtype, compile, decoding_steps=None):
         torch.backends.cuda.enable_cudnn_sdp(decoding_steps is None)
     dtype, why_dtype = pick_dtype(dtype, device)
     compile, why_compile = pick_compile(compile, device, decoding_steps)
-    why = f"{why_device}, {why_dtype}, {why_compile}"
-    return Runtime(device, dtype, compile, why, rank, ranks)
+    return Runtime(device, dtype, compile, f"{why_device}, {why_dtype}", why_compile, rank, ranks)
 
 
 def available():
@@ -193,7 +193,7 @@ def warn_eager(error, runtime):
     """Warns that compiling has failed and why; goes on in eager mode."""
     warn(f"torch.compile does not work here ({one_line(error)}): going on in eager mode")
     runtime.compile = False
-    runtime.why = f"{runtime.why.partition(', compiled')[0]}, eager (torch.compile failed)"
+    runtime.how = "eager (torch.compile failed)"
 
 
 # -- the machine -----------------------------------------------------------------------------------

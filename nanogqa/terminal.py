@@ -74,7 +74,7 @@ def announce(config, model, batches, runtime):
     meta = dataset.meta
     per_step = config.tokens_per_step
     epochs = per_step * config.max_steps / dataset.train.n_tokens
-    say(f"{runtime.why}; {plural(runtime.ranks, 'rank')}")
+    say(f"{runtime.where}, {runtime.how}; {plural(runtime.ranks, 'rank')}")
     say(f"model: {num_params(model):,} parameters ({num_params(model, embedding=False):,} "
         f"without the embedding table), {off_default(model.config, ['n_head'])}, KV cache "
         f"{cache_text(model.config, torch.float32)} in float32")
@@ -133,7 +133,7 @@ def announce_sampling(config, gpt_config, runtime, step, ids):
         row = kv_cache_bytes(gpt_config, length, runtime.dtype)
         total = row * len(ids) * config.num_samples
         cache = f"KV cache {cache_text(gpt_config, runtime.dtype)}, {total:,} in all"
-    print(f"{runtime.why}; {config.out_dir} at step {step}, "
+    print(f"{runtime.where}, {runtime.how}; {config.out_dir} at step {step}, "
           f"{off_default(gpt_config, ['n_head'])}; {cache}", file=sys.stderr)
     if longest > block_size:
         print(f"only the end of a prompt longer than block_size={block_size} is read",
