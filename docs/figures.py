@@ -542,6 +542,9 @@ SENTENCES = {
         "({fields_1_p}). The report of two fields, which corrects for one comparison "
         "alone, calls it found (p {fields_2_p_alone})",
         "MQA has {fields_smaller_low} to {fields_smaller_high} % fewer parameters",
+        "by {rates8_minus} nats per answer with 8 records, {rates16_minus} with 16 and "
+        "{rates32_minus} with 32. The test of ranks finds this with 32 records (p {rates32_p}), "
+        "but not with 8 ({rates8_p}) or 16 ({rates16_p})",
         "a higher loss than MHA (adjusted p values {heads_gqa2_p} and {heads_mqa_p})",
         "GQA-4 cannot be told from MHA (p {heads_gqa4_p})",
         "Models with fewer heads are {heads_gqa4_smaller} to {heads_mqa_smaller} % smaller",

@@ -18,18 +18,20 @@ NAMES = {"n_head=8": "8 heads of width 8", "n_head=4": "4 heads of width 16"}
 SIX = (
     ("2", "8", "MHA", "0.01", "recall_fields/2", "MHA"),
     ("2", "8", "MQA", "0.01", "recall_fields/2", "MQA"),
-    ("2", "8", "MHA", "0.02", "recall_rates/2_fast", "MHA"),
-    ("2", "8", "MQA", "0.02", "recall_rates/2_fast", "MQA"),
+    ("2", "8", "MQA", "0.02", "recall_rates/2_mqa", "learning_rate=0.02"),
     ("2", "16", "MHA", "0.01", "recall_records/16", "MHA"),
     ("2", "16", "MQA", "0.01", "recall_records/16", "MQA"),
     ("2", "16", "MHA", "0.02", "recall_rates/2n16_fast", "MHA"),
     ("2", "16", "MQA", "0.02", "recall_rates/2n16_fast", "MQA"),
+    ("2", "32", "MHA", "0.01", "recall_records/32", "MHA"),
+    ("2", "32", "MQA", "0.01", "recall_records/32", "MQA"),
+    ("2", "32", "MQA", "0.02", "recall_rates/2n32_mqa", "learning_rate=0.02"),
     ("4", "8", "MHA", "0.01", "recall_fields/4", "MHA"),
     ("4", "8", "MQA", "0.01", "recall_rates/4_mqa", "learning_rate=0.01"),
     ("4", "8", "MQA", "0.02", "recall_rates/4_mqa", "learning_rate=0.02"),
 )
 # {records: the rates of MHA and MQA in SIX that two seeds found the best}
-CHOSEN = {"8": ("0.01", "0.02"), "16": ("0.02", "0.02")}
+CHOSEN = {"8": ("0.01", "0.02"), "16": ("0.02", "0.02"), "32": ("0.01", "0.02")}
 
 
 def by_rate(folder):

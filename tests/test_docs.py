@@ -44,6 +44,7 @@ def script(name):
 sys.path.insert(0, str(ROOT / "docs"))  # the scripts import each other
 figures = script("figures")
 recalls = figures.recall_figures
+rates = figures.rate_figures
 
 
 # -- links and names -------------------------------------------------------------------------------
@@ -406,16 +407,9 @@ def test_more_fields_need_more_heads():
     assert verdicts("recall_fields/4", "shape") == {"worse": {"MQA"}}
     assert float(recalls.of_recall_fields()["fields_4_p"]) < 0.05 < float(recalls.of_recall_fields()["fields_2_p"])
     mha, mqa = last_losses("recall_fields/4", "MHA"), last_losses("recall_fields/4", "MQA")
-    fast = last_losses("recall_fields/rate", "learning_rate=0.02")
-    assert last_losses("recall_fields/rate", "learning_rate=0.01") == mqa, "the same runs"
+    fast = last_losses("recall_rates/4_mqa", "learning_rate=0.02")
+    assert last_losses("recall_rates/4_mqa", "learning_rate=0.01") == mqa, "the same runs"
     assert min(mqa + fast) > max(mha) and statistics.mean(mqa) < statistics.mean(fast)
-    means = {}
-    for kind in ("MHA", "MQA"):
-        for rate in ("0.005", "0.01", "0.02"):
-            losses = last_losses("recall_fields/rates", f"{kind} learning_rate={rate}")
-            means[kind, rate] = statistics.mean(losses)
-        means[kind] = min(("0.005", "0.01", "0.02"), key=lambda rate: means[kind, rate])
-    assert (means["MHA"], means["MQA"]) == ("0.01", "0.02") and means["MQA", "0.01"] - means["MQA", "0.02"] < 0.2
     steps = {kind: {recalls.steps_to_nine_tenths(run) for run in recalls.recall_runs("recall_fields/1", kind)} for kind in ("MHA", "MQA")}
     assert steps == {"MHA": {"150"}, "MQA": {"200", "250"}}
     program("recall")
@@ -657,6 +651,35 @@ def test_the_log_and_the_text_of_the_front_page_were_printed():
     assert sampled in (ROOT / "results/first_run/sample.txt").read_text(encoding="utf-8")
 
 
+def test_learning_rates_of_recall():
+    """docs/recall.md: the best rate of each row, what six seeds say of it, and few wide heads."""
+    best = {}
+    for _, _, folder in rates.POINTS:
+        for name, summaries in rates.by_rate(folder).items():
+            best[folder.removeprefix("recall_rates/"), name] = rates.best_rate(summaries)
+    assert [best[folder, "MHA"] for folder in ("2", "2n16", "2n32", "4")] == ["0.01", "0.02", "0.01", "0.01"]
+    assert [best[folder, "MQA"] for folder in ("2", "2n16", "2n32", "4")] == ["0.02"] * 4
+    assert best["width", "n_head=8"] == best["width", "n_head=4"] == "0.01"
+    for rate in ("0.005", "0.01", "0.02"):
+        losses = {name: summaries[rate].loss.mean for name, summaries in rates.by_rate("recall_rates/width").items()}
+        assert losses["n_head=4"] < losses["n_head=8"]
+    both = rates.by_rate("recall_rates/2n32")
+    assert all(max(summary.metrics["val_acc"]) < 0.05 for summary in both["MQA"].values()) and len(both["MQA"]) == 4
+    learned = {rate for rate, summary in both["MHA"].items() if min(summary.metrics["val_acc"]) > 0.995}
+    assert learned == {"0.005", "0.01"}
+    assert min(rates.by_rate("recall_rates/2")["MQA"]["0.02"].metrics["val_acc"]) > 0.995
+    learned, means = {}, {}
+    for fields, records, name, rate, folder, variant in rates.SIX:
+        runs = recalls.recall_runs(folder, variant)
+        assert len(runs) == 6
+        learned[fields, records, name, rate] = sum(points[-1][1] > 0.99 for points in runs)
+        means.setdefault((fields, records, name), {})[rate] = statistics.mean(last_losses(folder, variant))
+    assert learned["2", "8", "MQA", "0.02"] == learned["2", "8", "MQA", "0.01"] == 2
+    assert (learned["2", "16", "MHA", "0.02"], learned["2", "16", "MHA", "0.01"]) == (4, 6)
+    two = [found for found in means.values() if len(found) == 2]
+    assert len(two) == 5 and all(found["0.01"] < found["0.02"] for found in two)
+
+
 # -- the picture at the top ------------------------------------------------------------------------
 
 def test_the_picture_is_drawn_from_results():
@@ -667,16 +690,17 @@ def test_the_picture_is_drawn_from_results():
     assert head.PICTURE.read_text(encoding="utf-8") != head.picture(results)
 
 
-FIELDS = [f"recall_fields/{name}" for name in ("1", "2", "4", "longer", "rates", "rate")]
+FIELDS = [f"recall_fields/{name}" for name in ("1", "2", "4", "longer")]
+RATES = [f"recall_rates/{name}" for name in ("1", "2", "2n16", "2n32", "4", "width", "2n16_fast", "2_mqa", "2n32_mqa", "4_mqa")]
 
 
-@pytest.mark.parametrize("name", ["compare", "cache", "recall", "recall_one_field", "recall_wide", "cache_recall", "recall_heads", "recall_records/16", "recall_records/32", "recall_partial", "recall_width", *FIELDS])
+@pytest.mark.parametrize("name", ["compare", "cache", "recall", "recall_one_field", "recall_wide", "cache_recall", "recall_heads", "recall_records/16", "recall_records/32", "recall_partial", "recall_width", *FIELDS, *RATES])
 def test_reports_are_those_of_their_results(name):
     folder = ROOT / "results" / name
     parts = ["curves", "quality", "decode"]
     if "recall" in name:
         parts.append("metrics")
-    if name not in ("recall_fields/rate", "recall_width"):  # whose variants have one cache
+    if not name.endswith(("width", "_mqa")):  # whose variants have one cache
         parts.append("front")
     pictures = [folder / f"{part}.png" for part in parts]
     text = report(figures.read(f"{name}/results.json"), pictures)

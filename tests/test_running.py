@@ -809,7 +809,7 @@ def test_fsdp_sums_gradients_in_float32(monkeypatch):
     config = train.GPTConfig(vocab_size=65, n_layer=2, n_embd=32)
     for dtype in (torch.bfloat16, torch.float32):
         seen.clear()
-        where = runtime.Runtime(torch.device("cpu"), dtype, False, "")
+        where = runtime.Runtime(torch.device("cpu"), dtype, False, "", "")
         distributed.shard(costs.meta_model(train.GPT, config), where, lambda name, shape: None)
         assert len(seen) == 3 and not any(policy.cast_forward_inputs for policy in seen)
         wanted = (torch.bfloat16, torch.float32) if dtype == torch.bfloat16 else (None, None)
