@@ -660,6 +660,11 @@ def test_learning_rates_of_recall():
     assert [best[folder, "MHA"] for folder in ("2", "2n16", "2n32", "4")] == ["0.01", "0.02", "0.01", "0.01"]
     assert [best[folder, "MQA"] for folder in ("2", "2n16", "2n32", "4")] == ["0.02"] * 4
     assert best["width", "n_head=8"] == best["width", "n_head=4"] == "0.01"
+    one = {name: rates.by_rate("recall_rates/1")[name] for name in ("MHA", "MQA")}
+    for rate in ("0.005", "0.01", "0.02"):
+        assert min(one["MHA"][rate].metrics["val_acc"] + one["MQA"][rate].metrics["val_acc"]) > 0.995
+        [mha], [mqa] = (recalls.recall_runs("recall_rates/1", f"{name} learning_rate={rate}") for name in one)
+        assert int(recalls.steps_to_nine_tenths(mha)) < int(recalls.steps_to_nine_tenths(mqa))
     for rate in ("0.005", "0.01", "0.02"):
         losses = {name: summaries[rate].loss.mean for name, summaries in rates.by_rate("recall_rates/width").items()}
         assert losses["n_head=4"] < losses["n_head=8"]
