@@ -30,8 +30,6 @@ SIX = (
     ("4", "8", "MQA", "0.01", "recall_rates/4_mqa", "learning_rate=0.01"),
     ("4", "8", "MQA", "0.02", "recall_rates/4_mqa", "learning_rate=0.02"),
 )
-# {records: the rates of MHA and MQA in SIX that two seeds found the best}
-CHOSEN = {"8": ("0.01", "0.02"), "16": ("0.02", "0.02"), "32": ("0.01", "0.02")}
 
 
 def by_rate(folder):
@@ -87,9 +85,9 @@ def recall_rates_six():
 
 def six_losses(records, name, rate):
     """The last losses of six seeds with two fields."""
-    for fields, *row in SIX:
-        if (fields, *row[:3]) == ("2", records, name, rate):
-            return last_losses(*row[3:])
+    for *point, folder, variant in SIX:
+        if point == ["2", records, name, rate]:
+            return last_losses(folder, variant)
     raise ValueError(f"{name} was not trained at {rate} with {records} records")
 
 
@@ -97,8 +95,11 @@ def of_recall_rates():
     """For each number of records: the difference in loss of MQA at its best rate to MHA at its
     own, and its p value with Holm's correction for all of them (docs/recall.md)."""
     texts, p_values = {}, {}
-    for records, (mha_rate, mqa_rate) in CHOSEN.items():
-        samples = (six_losses(records, "MQA", mqa_rate), six_losses(records, "MHA", mha_rate))
+    for fields, records, folder in POINTS:
+        if fields != "2" or folder == "recall_rates/width":
+            continue
+        best = {name: best_rate(summaries) for name, summaries in by_rate(folder).items()}
+        samples = tuple(six_losses(records, name, best[name]) for name in ("MQA", "MHA"))
         difference = estimate_differences({"MQA": samples}, by_ranks=True)["MQA"]
         p_values[records] = difference.p
         texts[f"rates{records}_minus"] = difference.text(3)
